@@ -1,0 +1,123 @@
+/// The closed union of ops: identity and attributes, nothing else.
+namespace DeepSeekGraph
+
+/// Rotary embedding with YaRN (arXiv 2309.00071); Factor 1 means plain RoPE.
+type RotarySpec = {
+    /// Rotated features (even).
+    Dim: int
+    Theta: float
+    Factor: float
+    /// Context length before scaling.
+    Original: float
+    BetaFast: float
+    BetaSlow: float
+    /// Multiplier of cos and sin: mscale(factor, mscale) / mscale(factor, mscale_all_dim).
+    Mscale: float
+}
+
+/// Group-limited top-k of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2): group score = sum of the group's two best.
+type TopKSpec = {
+    TopK: int
+    Groups: int
+    KeepGroups: int
+    /// Unselected groups score zero (Hugging Face) instead of minus infinity.
+    ZeroMasked: bool
+}
+
+/// A parameter as declared: how it starts and how it changes.
+type ParameterSpec = {
+    Name: string
+    Init: Init
+    Update: Update
+    /// Used in fp32 whatever the compute type (router weights, biases).
+    KeepFloat32: bool
+}
+
+/// What a node computes. Shapes and attributes of each: KernelId, case of the same name.
+[<RequireQualifiedAccess>]
+type Op =
+    // sources
+    | Parameter of Spec: ParameterSpec * Type: TensorType
+    | Input of Name: string * Type: TensorType
+    | Constant of Value: float * Type: TensorType
+    /// 0, 1, 2, ... along one axis; a split gives each rank its global indices.
+    | Iota of Axis: Axis
+    // elementwise; the second operand's axes are a subset of the first's, matched by name
+    | Add
+    | Sub
+    | Mul
+    | Div
+    | Neg
+    | Exp
+    | Log
+    | Rsqrt
+    | Sigmoid
+    | Silu
+    | Scale of Factor: float
+    | Offset of Addend: float
+    | Cast of DType: DType
+    // movement
+    | Slice of Axis: string * Start: int * Length: int
+    | Pad of Axis: string * Before: int * Total: int
+    | Concat of Axis: string
+    /// A new axis in front of dim `Dim` of the operand.
+    | Broadcast of Axis: Axis * Dim: int
+    | Rename of From: string * To: string
+    | Transpose of Permutation: int list
+    /// Identity whose result must lie as the recipe says for this anchor ("residual", ...).
+    | Anchor of Name: string
+    /// Identity without gradient.
+    | Detach
+    // contraction
+    /// Two operands, one result, in the axis language: "b s k+, n k+ -> b s n".
+    | Contract of Spec: string
+    /// rows, weight bank [experts, out, in], route; Transposed: contracts `out` instead of `in`.
+    | GroupedMatMul of Transposed: bool
+    | GroupedWeightGrad
+    // reduction
+    | Sum of Axes: string list
+    | Max of Axes: string list
+    // normalisation over the last axis
+    | RmsNorm of Eps: float
+    | RmsNormGradX of Eps: float
+    | RmsNormGradW of Eps: float
+    // position
+    | RotaryTable of Spec: RotarySpec
+    | Rope of Inverse: bool
+    | RopeQ of Inverse: bool
+    | RopeKv of Nope: int
+    | RopeKvGrad of Nope: int
+    // attention
+    | Attention of Scale: float
+    | AttentionGrad of Scale: float
+    // experts
+    | GroupTopK of Spec: TopKSpec
+    | Route
+    | Permute of Fused: bool
+    | Unpermute of Fused: bool
+    | RouteProbs
+    | UnrouteProbs
+    | PermuteWithProbs
+    | UnpermuteWithProbs
+    // gated units
+    | SwiGlu
+    | SwiGluGrad
+    | SwiGluProbs
+    | SwiGluProbsGrad
+    // vocabulary
+    | Embedding
+    | EmbeddingGrad
+    | Pick
+    | PickGrad
+    // collectives, after partition; Axes are mesh axes
+    | AllReduce of Axes: int list * Max: bool
+    | AllGather of Axes: int list * Dim: int
+    | ReduceScatter of Axes: int list * Dim: int
+    | AllToAll of Axes: int list * SplitDim: int * JoinDim: int
+    | LocalSlice of Axes: int list * Dim: int
+    /// route by token -> route by expert
+    | RouteToExperts of Axes: int list
+    /// rows, route by token, route by expert -> rows by expert
+    | RowsToExperts of Axes: int list
+    /// rows, route by expert, route by token -> rows by token
+    | RowsToTokens of Axes: int list

@@ -1,0 +1,138 @@
+/// The closed list of kernels a runtime must provide, with the shapes and attributes of each.
+namespace DeepSeekGraph
+
+open System.Collections.Generic
+
+/// An attribute of a launch: numbers, or a word of a closed grammar; never a path, a program or free text.
+[<RequireQualifiedAccess>]
+type Attribute =
+    | Int of Value: int64
+    | Float of Value: float
+    | Ints of Values: IReadOnlyList<int64>
+    | Text of Value: string
+
+/// What a launch computes. Shapes are local (one rank's shard), attributes in the order written here.
+/// "rows": a data-dependent first dim that stands for (batch, seq, expert); a "route" is the row set itself.
+/// "off": Ints of mesh axes that split the dim, slowest last; the kernel adds coordinate x local extent.
+type KernelId =
+    // sources
+    /// -> out; Float value. Every element is `value`.
+    | Full = 0
+    /// -> out[n] i64; Ints off. off, off + 1, ...
+    | Iota = 1
+    // elementwise; binary kernels take Ints dims: position in a's dims of each dim of b
+    /// a1, ..., an -> out (same shapes)
+    | Add = 10
+    | Sub = 11
+    | Mul = 12
+    | Div = 13
+    | Neg = 14
+    | Exp = 15
+    | Log = 16
+    | Rsqrt = 17
+    | Sigmoid = 18
+    | Silu = 19
+    /// a -> out; Float factor
+    | Scale = 20
+    /// a -> out; Float addend
+    | Offset = 21
+    /// a -> out; the output's element type decides
+    | Cast = 22
+    // movement
+    /// a -> out; Int dim, Int start, Int length
+    | Slice = 30
+    /// a -> out; Int dim, Int before, Int total. Zeros around a.
+    | Pad = 31
+    /// a1, ..., an -> out; Int dim
+    | Concat = 32
+    /// a -> out; Int dim (of out), Int extent. A new dim, repeated.
+    | Broadcast = 33
+    /// a -> out; Int dim, Ints off: this rank's block of the dim
+    | LocalSlice = 34
+    /// a -> out; Ints permutation (out dim i is a's dim p[i])
+    | Transpose = 35
+    // contraction
+    /// a, b -> out; Text spec such as "b s k+, n k+ -> b s n"
+    | Contract = 40
+    /// x[rows k], w[E n k], route -> out[rows n]; Int transposed (1: w[E k n]); rows may have several trailing dims
+    | GroupedMatMul = 41
+    /// dy[rows n], x[rows k], route -> dw[E n k]
+    | GroupedWeightGrad = 42
+    // reduction: Ints dims
+    | Sum = 50
+    | Max = 51
+    // normalisation (last dim): Float eps; fp32 inside, output type of x
+    /// x, w -> y
+    | RmsNorm = 60
+    /// dy, x, w -> dx
+    | RmsNormGradX = 61
+    /// dy, x -> dw
+    | RmsNormGradW = 62
+    // position
+    /// positions[s] i64 -> table[s, rope] fp32 (cos of rope/2 frequencies, then sin); Ints: rope; then Float theta, Float factor, Float original, Float betaFast, Float betaSlow, Float mscale (cos/sin multiplier); factor 1: no YaRN
+    | RotaryTable = 70
+    /// x[b s ... rope], table[s rope] -> y; Int inverse (1: rotate back). Pairs (x0, x1), (x2, x3), ... stay in place.
+    | Rope = 71
+    /// q[b s n d], table -> q with the last `rope` features of each head rotated; Int inverse
+    | RopeQ = 72
+    /// kv[b s n nope+v], kPe[b s rope], table -> k[b s n nope+rope], v[b s n v]; Int nope
+    | RopeKv = 73
+    /// dk[b s n nope+rope], dv[b s n v], table -> dkv[b s n nope+v], dkPe[b s rope] (summed over heads); Int nope
+    | RopeKvGrad = 74
+    // attention: Float scale; causal; fp32 softmax
+    /// q[b s n d], k[b t n d], v[b t n e] -> out[b s n e], lse[b n s] fp32
+    | Attention = 80
+    /// dout, q, k, v, out, lse -> dq, dk, dv
+    | AttentionGrad = 81
+    // experts
+    /// scores[b s e] fp32 (bias added) -> mask[b s e] bool; Int topK, Int groups, Int keepGroups, Int zeroMasked (1: unselected groups score 0 instead of -inf). Ties: lowest index.
+    | GroupTopK = 90
+    /// mask[b s e] -> route: rows ordered by expert, then by token
+    | Route = 91
+    /// x[b s h], route -> rows[rows h]
+    | Permute = 92
+    /// rows[rows h], route -> y[b s h]: sum of a token's rows
+    | Unpermute = 93
+    /// p[b s e], route -> rows[rows]
+    | RouteProbs = 94
+    /// r[rows], route -> p[b s e], zero where nothing is routed
+    | UnrouteProbs = 95
+    /// fused: x[b s h], p[b s e], route -> rows[rows h], r[rows]; one pass
+    | PermuteWithProbs = 96
+    /// fused: rows[rows h], r[rows], route -> y[b s h], p[b s e]; one pass
+    | UnpermuteWithProbs = 97
+    /// fused: as Permute, one pass over memory
+    | PermuteFused = 98
+    /// fused: as Unpermute, one pass over memory: each token gathers its rows
+    | UnpermuteFused = 99
+    // gated units: x[... 2 f] holds gate then up
+    /// x[... 2 f] -> y[... f] = silu(gate) * up
+    | SwiGlu = 110
+    /// dy[... f], x[... 2 f] -> dx[... 2 f]
+    | SwiGluGrad = 111
+    /// x[... 2 f], p[...] -> y[... f] = silu(gate) * up * p (fp32 inside)
+    | SwiGluProbs = 112
+    /// dy[... f], x[... 2 f], p[...] -> dx[... 2 f], dp[...]
+    | SwiGluProbsGrad = 113
+    // vocabulary: ids[v] are the global ids of the rank's slice, consecutive
+    /// ids[b s] i64, w[v h], vocab[v] i64 -> y[b s h]; rows of absent ids are zero
+    | Embedding = 120
+    /// ids[b s], dy[b s h], vocab[v] -> dw[v h]
+    | EmbeddingGrad = 121
+    /// z[b s v], labels[b s] i64, vocab[v] -> y[b s]: z at the label, zero when absent
+    | Pick = 122
+    /// dy[b s], labels[b s], vocab[v] -> dz[b s v]
+    | PickGrad = 123
+    // step
+    /// -> out: zeros
+    | Zero = 130
+    /// a -> out: out += a (out fp32 or i64)
+    | Accumulate = 131
+    /// g1, ..., gn -> out[] fp32: sum of squares, in operand order, fp64 inside
+    | SumSquares = 132
+    /// sumsq[], -> norm[], scale[]; Float maxNorm: scale = min(1, maxNorm / (norm + 1e-6))
+    | ClipScale = 133
+    /// grad, scale[], lr[], step[] -> master, m, v, param (in place); Float beta1, beta2, eps, decay
+    | AdamW = 134
+    /// counts[e] i64 -> bias[e] fp32 in place; Float rate: bias += rate * sign(mean(counts) - counts)
+    | RouterBias = 135

@@ -1,0 +1,223 @@
+/// What a rank executes: slots, steps, programs, timetables, parameters and groups, as plain data.
+namespace DeepSeekGraph
+
+open System.Collections.Generic
+
+/// How a value lies along one mesh axis.
+[<RequireQualifiedAccess; Struct>]
+type AxisState =
+    /// Every coordinate holds the whole.
+    | Replicated
+    /// Coordinate c holds block c of dim `Dim`; when several mesh axes split a dim, the slower one is major.
+    | Split of Dim: int
+    /// The value is the sum over the axis.
+    | PartialSum
+    /// The value is the maximum over the axis.
+    | PartialMax
+
+/// What a slot is for; decides its lifetime and its row in the memory table.
+[<RequireQualifiedAccess>]
+type SlotKind =
+    /// Compute copy of a parameter; lives as long as the plan.
+    | Parameter
+    /// Master weights and moments.
+    | Optimizer
+    /// Gradient accumulated over microbatches.
+    | Gradient
+    /// Counts and metrics accumulated over microbatches.
+    | Counter
+    /// A scalar set by the trainer before each step (lr, step, inv_tokens, ...).
+    | Scalar
+    /// Fed by the data loader for each microbatch.
+    | Input
+    /// Written in one program of a microbatch, read in a later one.
+    | Saved
+    /// Lives within one program.
+    | Temporary
+
+/// One region of a rank's memory. Extents are local; `Routed`: the first three dims are (batch, seq, expert) stored as rows.
+type SlotInfo = {
+    Id: int
+    /// Unique within the stage: parameter or input name, or `%n` of the graph value.
+    Name: string
+    Kind: SlotKind
+    DType: DType
+    Axes: IReadOnlyList<string>
+    Extents: IReadOnlyList<int>
+    Routed: bool
+    /// One state per mesh axis of the plan.
+    Layout: IReadOnlyList<AxisState>
+}
+
+/// A collective over a group; Send and Recv name the peer stage (same coordinates there).
+[<RequireQualifiedAccess>]
+type Collective =
+    | AllReduceSum
+    | AllReduceMax
+    /// Blocks of the members are joined along `Dim`.
+    | AllGather of Dim: int
+    /// Summed, then member i keeps block i of `Dim`.
+    | ReduceScatter of Dim: int
+    /// Dense: `SplitDim` is cut into blocks, one a member; what arrives is joined along `JoinDim`.
+    | AllToAll of SplitDim: int * JoinDim: int
+    /// route (by token) -> route (by expert): counts are exchanged; remembers how to go back.
+    | RouteToExperts
+    /// rows, route by token, route by expert -> rows by expert.
+    | RowsToExperts
+    /// rows, route by expert, route by token -> rows by token.
+    | RowsToTokens
+    | Send of Stage: int
+    | Recv of Stage: int
+
+/// One instruction. `Path` is the module path it came from, for messages and explanations.
+[<RequireQualifiedAccess>]
+type Step =
+    | Launch of
+        Kernel: KernelId *
+        Attributes: IReadOnlyList<Attribute> *
+        Inputs: IReadOnlyList<int> *
+        Outputs: IReadOnlyList<int> *
+        Path: string
+    /// Begins a collective on the lane of its group; inputs must not be written, outputs not touched, until its Wait.
+    | Start of
+        Token: int *
+        Collective: Collective *
+        Group: int *
+        Inputs: IReadOnlyList<int> *
+        Outputs: IReadOnlyList<int> *
+        Path: string
+    | Wait of Token: int
+    /// The slot's memory is given back (this microbatch's instance).
+    | Free of Slot: int
+
+/// The programs of a chunk: once a step (Prologue, Epilogue) or once a microbatch (F, I, W).
+[<RequireQualifiedAccess>]
+type Phase =
+    | Prologue
+    | F
+    | I
+    | W
+    | Epilogue
+
+    /// As printed.
+    member this.Name =
+        match this with
+        | Prologue -> "prologue"
+        | F -> "F"
+        | I -> "I"
+        | W -> "W"
+        | Epilogue -> "epilogue"
+
+    /// In the order of a step.
+    static member All = [| Prologue; F; I; W; Epilogue |]
+
+type Program = {
+    Phase: Phase
+    Steps: IReadOnlyList<Step>
+}
+
+/// One entry of a rank's timetable. Microbatch is 0 for prologue and epilogue.
+[<Struct>]
+type Action = { Phase: Phase; Microbatch: int }
+
+/// Everything one pipeline rank runs; its tp x cp x dp ranks differ in coordinates only.
+type StagePlan = {
+    Stage: int
+    /// Letters of the layout grammar, such as "Ett" or "tmL".
+    Units: string
+    Slots: IReadOnlyList<SlotInfo>
+    Programs: IReadOnlyList<Program>
+    Timetable: IReadOnlyList<Action>
+}
+
+/// One base mesh axis: the degrees tp, cp, dp and etp, ep, edp are products of these. Axis 0 is the fastest.
+type MeshAxis = { Name: string; Size: int }
+
+/// The grid of a job. Rank = coordinate over Axes (axis 0 fastest) + stage x product of Axes.
+type MeshInfo = {
+    Tensor: int
+    Context: int
+    Data: int
+    Pipeline: int
+    ExpertTensor: int
+    Expert: int
+    ExpertData: int
+    Axes: IReadOnlyList<MeshAxis>
+}
+
+/// Ranks that talk: all coordinates along `MeshAxes` (slowest is major in member order); `Stages`: instead the same coordinates on these stages.
+type Group = {
+    Id: int
+    Name: string
+    MeshAxes: IReadOnlyList<int>
+    Stages: IReadOnlyList<int>
+}
+
+/// How a parameter starts.
+[<RequireQualifiedAccess>]
+type Init =
+    | Zeros
+    | Ones
+    /// Normal(0, Std), a counter-based function of (seed, name, global element index).
+    | Normal of Std: float
+
+/// How a parameter changes in a step.
+[<RequireQualifiedAccess>]
+type Update =
+    | AdamW of Decay: bool
+    /// bias += Rate * sign(mean(counts) - counts)
+    | RouterBias of Rate: float
+    | Frozen
+
+/// One parameter: global shape in checkpoint order, layout, and the stages that hold a copy.
+type ParameterInfo = {
+    Name: string
+    DType: DType
+    Axes: IReadOnlyList<string>
+    Extents: IReadOnlyList<int>
+    Layout: IReadOnlyList<AxisState>
+    Init: Init
+    Update: Update
+    Stages: IReadOnlyList<int>
+}
+
+/// One input: global shape of a microbatch and layout.
+type InputInfo = {
+    Name: string
+    DType: DType
+    Axes: IReadOnlyList<string>
+    Extents: IReadOnlyList<int>
+    Layout: IReadOnlyList<AxisState>
+}
+
+/// One line of the memory table: bytes a rank of the stage holds at most, by slot kind.
+type MemoryRow = {
+    Stage: int
+    Parameters: int64
+    Optimizer: int64
+    Gradients: int64
+    Activations: int64
+    Peak: int64
+}
+
+/// A compiled job: what every rank will do, known before the first kernel starts.
+type PlanSet = {
+    /// Schema version; unknown ones are refused.
+    Version: int
+    /// Recipe name and settings, `key=value` lines in order; a record, never executed.
+    Recipe: IReadOnlyList<string>
+    Mesh: MeshInfo
+    /// Layout string of the stages, such as "Et|tmL".
+    Layout: string
+    /// "1F1B" or "GPipe".
+    Schedule: string
+    Microbatches: int
+    /// Sequences of one microbatch over all dp ranks, and tokens of a sequence.
+    MicroBatch: int
+    SeqLength: int
+    Groups: IReadOnlyList<Group>
+    Parameters: IReadOnlyList<ParameterInfo>
+    Inputs: IReadOnlyList<InputInfo>
+    Stages: IReadOnlyList<StagePlan>
+    Memory: IReadOnlyList<MemoryRow>
+}
