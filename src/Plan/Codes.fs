@@ -23,3 +23,11 @@ module Codes =
     /// A gradient is asked for through an op that has none.
     [<Literal>]
     let NotDifferentiable = "DSG0201"
+
+    /// LibTorch is not where it is expected.
+    [<Literal>]
+    let LibTorchMissing = "DSG0801"
+
+    /// LibTorch is there but does not load.
+    [<Literal>]
+    let LibTorchBroken = "DSG0802"

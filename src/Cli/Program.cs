@@ -1,0 +1,2 @@
+// The dsg command.
+return 0;

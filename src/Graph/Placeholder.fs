@@ -1,0 +1,2 @@
+/// The graph: axes, types, ops, builder.
+namespace DeepSeekGraph

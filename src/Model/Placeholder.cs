@@ -1,0 +1,2 @@
+// DeepSeek-V3 as declarations.
+namespace DeepSeekGraph.Models;

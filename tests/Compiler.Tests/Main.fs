@@ -1,0 +1,9 @@
+/// The tests of Compiler.
+module DeepSeekGraph.Compiler.Tests.Main
+
+open Expecto
+open DeepSeekGraph.Testing
+
+[<EntryPoint>]
+let main argv =
+    TestMain.run argv (testList "Compiler" [ testCase "builds" ignore ])

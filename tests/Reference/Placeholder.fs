@@ -1,0 +1,2 @@
+/// The naive reference evaluator.
+namespace DeepSeekGraph.Reference

@@ -1,0 +1,9 @@
+/// The tests of Runtime.
+module DeepSeekGraph.Runtime.Tests.Main
+
+open Expecto
+open DeepSeekGraph.Testing
+
+[<EntryPoint>]
+let main argv =
+    TestMain.run argv (testList "Runtime" [ Native.LibTorchTests.tests ])
