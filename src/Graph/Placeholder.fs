@@ -1,2 +1,0 @@
-/// The graph: axes, types, ops, builder.
-namespace DeepSeekGraph
