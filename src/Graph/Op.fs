@@ -92,7 +92,8 @@ type Op =
     | AttentionGrad of Scale: float
     // experts
     | GroupTopK of Spec: TopKSpec
-    | Route
+    /// The row set of a mask; TopK rows a token.
+    | Route of TopK: int
     | Permute of Fused: bool
     | Unpermute of Fused: bool
     | RouteProbs
@@ -109,15 +110,7 @@ type Op =
     | EmbeddingGrad
     | Pick
     | PickGrad
-    // collectives, after partition; Axes are mesh axes
-    | AllReduce of Axes: int list * Max: bool
-    | AllGather of Axes: int list * Dim: int
-    | ReduceScatter of Axes: int list * Dim: int
-    | AllToAll of Axes: int list * SplitDim: int * JoinDim: int
-    | LocalSlice of Axes: int list * Dim: int
-    /// route by token -> route by expert
-    | RouteToExperts of Axes: int list
-    /// rows, route by token, route by expert -> rows by expert
-    | RowsToExperts of Axes: int list
-    /// rows, route by expert, route by token -> rows by token
-    | RowsToTokens of Axes: int list
+    // after partition; Axes are mesh axes, Type is the local result
+    | Collective of Collective: Collective * Axes: int list * Type: TensorType
+    /// This rank's block of a dim.
+    | LocalSlice of Dim: int * Axes: int list * Type: TensorType

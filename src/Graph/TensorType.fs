@@ -6,11 +6,12 @@ namespace DeepSeekGraph
 type Axis = { Name: string; Extent: int }
 
 /// `Routed`: the first three axes (batch, seq, experts) are sparse and stored as rows, one per (token, chosen expert).
-/// Logically such a value is dense and zero where nothing is routed.
+/// Logically such a value is dense and zero where nothing is routed. `Density`: expected share of rows present (top-k / experts), 1 when dense.
 type TensorType = {
     DType: DType
     Axes: Axis[]
     Routed: bool
+    Density: float
 } with
 
     member this.Rank = this.Axes.Length
@@ -19,6 +20,10 @@ type TensorType = {
 
     /// Elements of the dense value.
     member this.Elements = this.Axes |> Array.fold (fun n a -> n * int64 a.Extent) 1L
+
+    /// Bytes stored when routing is balanced.
+    member this.Bytes =
+        int64 (ceil (float this.Elements * this.Density)) * int64 this.DType.Bytes
 
     /// Position of the axis named `name`, or -1.
     member this.IndexOf(name: string) =
@@ -37,6 +42,7 @@ module TensorType =
         DType = dtype
         Axes = [| for name, extent in axes -> { Name = name; Extent = extent } |]
         Routed = false
+        Density = 1.0
     }
 
     let scalar dtype = create dtype []

@@ -45,6 +45,8 @@ type SlotInfo = {
     Axes: IReadOnlyList<string>
     Extents: IReadOnlyList<int>
     Routed: bool
+    /// Expected share of rows present; 1 when not routed.
+    Density: float
     /// One state per mesh axis of the plan.
     Layout: IReadOnlyList<AxisState>
 }

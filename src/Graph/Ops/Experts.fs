@@ -1,0 +1,83 @@
+/// Routing: group-limited top-k, row sets, permute and unpermute, and the fused forms.
+module DeepSeekGraph.Ops.Experts
+
+open DeepSeekGraph
+
+let groupTopK (spec: TopKSpec) =
+    OpDef.opaque
+        "group_top_k"
+        "b s e^ -> b s e"
+        (fun types ->
+            let experts = types[0].Axes[types[0].Rank - 1].Extent
+
+            if types[0].DType <> DType.Float32 then
+                Error $"scores are %s{types[0].DType.Name}; selection is done in fp32"
+            elif spec.Groups < 1 || experts % spec.Groups <> 0 then
+                Error $"%i{experts} experts do not fall into %i{spec.Groups} groups"
+            elif spec.KeepGroups < 1 || spec.KeepGroups > spec.Groups then
+                Error $"keeps %i{spec.KeepGroups} of %i{spec.Groups} groups"
+            elif spec.TopK < 1 || spec.TopK > experts / spec.Groups * spec.KeepGroups then
+                Error $"top-%i{spec.TopK} of the %i{experts / spec.Groups * spec.KeepGroups} experts in kept groups"
+            else
+                Ok [| DType.Bool |])
+        Vjp.Stop
+
+let route (topK: int) = {
+    OpDef.opaque
+        "route"
+        "b s e^ -> b s e"
+        (fun types -> if types[0].DType = DType.Bool then Ok [| DType.Bool |] else Error "a mask is bool")
+        Vjp.Stop with
+        Rows = fun types -> [| float topK / float types[0].Axes[2].Extent |]
+}
+
+let private rows name axes (density: TensorType[] -> float[]) vjp = {
+    OpDef.opaque name axes (OpDef.sameOf [ 0 ] 1) vjp with
+        Rows = density
+        Linear = Linearity.InEach [ 0 ]
+        Flops = OpDef.free
+}
+
+/// The adjoint of moving rows in is moving them out, by the same row set.
+let private inverse (op: Op) =
+    Vjp.Rule(fun a -> [| ValueSome(a.One op [ a.Dy; a.Inputs[1] ]); ValueNone |])
+
+let permute fused = rows "permute" "b s h, b s e -> b s e h" (OpDef.followsOf 1 1) (inverse (Op.Unpermute fused))
+let unpermute fused = rows "unpermute" "b s e+ h, b s e+ -> b s h" (OpDef.dense 1) (inverse (Op.Permute fused))
+let routeProbs = rows "route_probs" "b s e, b s e -> b s e" (OpDef.followsOf 1 1) (inverse Op.UnrouteProbs)
+let unrouteProbs = rows "unroute_probs" "b s e, b s e -> b s e" (OpDef.dense 1) (inverse Op.RouteProbs)
+
+let private pair (a: Adjoint) (op: Op) =
+    let zeros i =
+        match a.Cotangents[i] with
+        | ValueSome dy -> dy
+        | ValueNone -> a.One (Op.Constant(0.0, a.Type a.Outputs[i])) []
+
+    let grads = a.Emit op [ zeros 0; zeros 1; a.Inputs[2] ]
+    [| ValueSome grads[0]; ValueSome grads[1]; ValueNone |]
+
+let private both types =
+    match OpDef.sameOf [ 0 ] 1 types, OpDef.sameOf [ 1 ] 1 types with
+    | Ok x, Ok p -> Ok [| x[0]; p[0] |]
+    | Error e, _
+    | _, Error e -> Error e
+
+let permuteWithProbs = {
+    OpDef.opaque
+        "permute_with_probs"
+        "b s h, b s e, b s e -> b s e h, b s e"
+        both
+        (Vjp.Rule(fun a -> pair a Op.UnpermuteWithProbs)) with
+        Rows = OpDef.followsOf 2 2
+        Flops = OpDef.free
+}
+
+let unpermuteWithProbs = {
+    OpDef.opaque
+        "unpermute_with_probs"
+        "b s e+ h, b s e+, b s e+ -> b s h, b s e"
+        both
+        (Vjp.Rule(fun a -> pair a Op.PermuteWithProbs)) with
+        Rows = OpDef.dense 2
+        Flops = OpDef.free
+}

@@ -1,0 +1,159 @@
+/// Moving without computing: slice, pad, concat, broadcast, rename, transpose, and the identities anchor and detach.
+module DeepSeekGraph.Ops.Movement
+
+open DeepSeekGraph
+
+let private movement name infer vjp = {
+    Name = name
+    Axes = AxisRule.Custom infer
+    Result = OpDef.same 1
+    Rows = OpDef.follows 1
+    Linear = Linearity.InEach [ 0 ]
+    Vjp = vjp
+    Flops = OpDef.free
+    Fusion = Fusion.Pointwise
+}
+
+let private one (f: Adjoint -> int) = Vjp.Rule(fun a -> [| ValueSome(f a) |])
+let private plain (_: Axis) = Mark.Plain
+
+/// A resized axis stays whole: a split one is never sliced, padded or joined.
+let private resize (name: string) (length: int -> Result<int, string>) (types: TensorType[]) =
+    match types[0].IndexOf name with
+    | -1 -> Error $"%O{types[0]} has no axis '%s{name}'"
+    | d ->
+        length types[0].Axes[d].Extent
+        |> Result.map (fun extent ->
+            Axes.carry types[0] (fun a -> if a.Name = name then Mark.Whole else Mark.Plain) (fun a ->
+                if a.Name = name then { a with Extent = extent } else a))
+
+let slice (axis: string) start length =
+    movement
+        "slice"
+        (resize axis (fun extent ->
+            if start < 0 || length < 1 || start + length > extent then
+                Error $"slice [%i{start}, %i{start + length}) lies outside axis '%s{axis}' of %i{extent}"
+            else
+                Ok length))
+        (one (fun a ->
+            let t = a.Type a.Inputs[0]
+            a.One (Op.Pad(axis, start, t.Axes[t.IndexOf axis].Extent)) [ a.Dy ]))
+
+let pad (axis: string) before total =
+    movement
+        "pad"
+        (resize axis (fun extent ->
+            if before < 0 || before + extent > total then
+                Error $"%i{extent} of axis '%s{axis}' at %i{before} do not fit into %i{total}"
+            else
+                Ok total))
+        (one (fun a ->
+            let t = a.Type a.Inputs[0]
+            a.One (Op.Slice(axis, before, t.Axes[t.IndexOf axis].Extent)) [ a.Dy ]))
+
+let private inferConcat (axis: string) (types: TensorType[]) : Result<Rule, string> =
+    let first = types[0]
+    let d = first.IndexOf axis
+    let others (t: TensorType) = t.Axes |> Array.filter (fun a -> a.Name <> axis)
+
+    match types |> Array.tryFindIndex (fun t -> t.IndexOf axis <> d || others t <> others first) with
+    | _ when d < 0 -> Error $"%O{first} has no axis '%s{axis}'"
+    | Some i -> Error $"input %i{i} is %O{types[i]}; all axes but '%s{axis}' must be those of input 0, %O{first}"
+    | None ->
+        let total = types |> Array.sumBy (fun t -> t.Axes[d].Extent)
+
+        Ok {
+            Factors =
+                first.Axes
+                |> Array.mapi (fun i a -> {
+                    Letter = a.Name
+                    Mark = if i = d then Mark.Whole else Mark.Plain
+                    Extent = a.Extent
+                    Operands = Array.create types.Length i
+                    Results = [| i |]
+                })
+            ResultAxes = [|
+                first.Axes |> Array.mapi (fun i a -> if i = d then { a with Extent = total } else a)
+            |]
+        }
+
+let concat (axis: string) = {
+    movement
+        "concat"
+        (inferConcat axis)
+        (Vjp.Rule(fun a ->
+            let extents =
+                a.Inputs |> Array.map (fun x -> let t = a.Type x in t.Axes[t.IndexOf axis].Extent)
+
+            let starts = Array.scan (+) 0 extents
+            Array.mapi (fun i n -> ValueSome(a.One (Op.Slice(axis, starts[i], n)) [ a.Dy ])) extents)) with
+        Linear = Linearity.Jointly
+}
+
+let broadcast (axis: Axis) dim =
+    movement
+        "broadcast"
+        (fun types ->
+            let t = types[0]
+
+            if dim < 0 || dim > t.Rank then
+                Error $"a new axis at %i{dim} does not fit %O{t}"
+            else
+                let carried = Axes.carry t plain id
+                let shift (f: Factor) = { f with Results = f.Results |> Array.map (fun d -> if d >= dim then d + 1 else d) }
+
+                Ok {
+                    Factors = [|
+                        yield! Array.map shift carried.Factors
+                        {
+                            Letter = axis.Name
+                            Mark = Mark.Whole
+                            Extent = axis.Extent
+                            Operands = [| -1 |]
+                            Results = [| dim |]
+                        }
+                    |]
+                    ResultAxes = [| Array.insertAt dim axis t.Axes |]
+                })
+        (one (fun a -> a.One (Op.Sum [ axis.Name ]) [ a.Dy ]))
+
+let rename (from: string) (into: string) =
+    movement
+        "rename"
+        (fun types ->
+            if types[0].IndexOf from < 0 then
+                Error $"%O{types[0]} has no axis '%s{from}'"
+            else
+                Ok(Axes.carry types[0] plain (fun a -> if a.Name = from then { a with Name = into } else a)))
+        (one (fun a -> a.One (Op.Rename(into, from)) [ a.Dy ]))
+
+let transpose (permutation: int list) =
+    movement
+        "transpose"
+        (fun types ->
+            let t = types[0]
+
+            if List.sort permutation <> [ 0 .. t.Rank - 1 ] then
+                Error $"%A{permutation} is no permutation of the %i{t.Rank} axes of %O{t}"
+            else
+                Ok {
+                    Factors =
+                        (Axes.carry t plain id).Factors
+                        |> Array.map (fun f -> {
+                            f with
+                                Results = [| List.findIndex ((=) f.Operands[0]) permutation |]
+                        })
+                    ResultAxes = [| permutation |> List.map (fun d -> t.Axes[d]) |> Array.ofList |]
+                })
+        (one (fun a ->
+            let inverse = permutation |> List.mapi (fun i d -> d, i) |> List.sort |> List.map snd
+            a.One (Op.Transpose inverse) [ a.Dy ]))
+
+let private identity name vjp = {
+    OpDef.pointwise name vjp with
+        Linear = Linearity.InEach [ 0 ]
+        Flops = OpDef.free
+}
+
+let anchor = identity "anchor" (one (fun a -> a.Dy))
+let detach = identity "detach" Vjp.Stop
