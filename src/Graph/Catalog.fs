@@ -46,7 +46,7 @@ let define (op: Op) : OpDef =
     | Op.RopeKv nope -> Position.ropeKv nope
     | Op.RopeKvGrad nope -> Position.ropeKvGrad nope
     | Op.Attention scale -> Attention.attention scale
-    | Op.AttentionGrad scale -> Attention.attentionGrad scale
+    | Op.AttentionGrad _ -> Attention.attentionGrad
     | Op.GroupTopK spec -> Experts.groupTopK spec
     | Op.Route topK -> Experts.route topK
     | Op.Permute fused -> Experts.permute fused

@@ -25,7 +25,7 @@ let attention scale = {
         Flops = flops 1.0
 }
 
-let attentionGrad scale = {
+let attentionGrad = {
     OpDef.opaque
         "attention_grad"
         "b s^ n e^, b s^ n d^, b t^ n d^, b t^ n e^, b s^ n e^, b n s^ -> b s n d, b t n d, b t n e"
