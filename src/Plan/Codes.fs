@@ -31,3 +31,39 @@ module Codes =
     /// LibTorch is there but does not load.
     [<Literal>]
     let LibTorchBroken = "DSG0802"
+
+    /// Training data is missing, cannot be read, or is of an unknown kind.
+    [<Literal>]
+    let DataUnavailable = "DSG0810"
+
+    /// Training data holds no text, or less than one sequence.
+    [<Literal>]
+    let DataTooSmall = "DSG0811"
+
+    /// A line or file of data is not what its kind says (JSON lines, UTF-8).
+    [<Literal>]
+    let DataMalformed = "DSG0812"
+
+    /// The folder for a run's results exists and is not empty.
+    [<Literal>]
+    let OutputTaken = "DSG0815"
+
+    /// A result cannot be written.
+    [<Literal>]
+    let OutputUnwritable = "DSG0816"
+
+    /// A safetensors file is missing or cannot be opened.
+    [<Literal>]
+    let SafeTensorsUnreadable = "DSG0820"
+
+    /// A safetensors file breaks the format (header, offsets, sizes, length).
+    [<Literal>]
+    let SafeTensorsMalformed = "DSG0821"
+
+    /// A tensor is not in a safetensors file.
+    [<Literal>]
+    let SafeTensorsNoTensor = "DSG0822"
+
+    /// A tensor's element type cannot be read as what is asked for.
+    [<Literal>]
+    let SafeTensorsType = "DSG0823"
