@@ -6,4 +6,11 @@ open DeepSeekGraph.Testing
 
 [<EntryPoint>]
 let main argv =
-    TestMain.run argv (testList "Runtime" [ Native.LibTorchTests.tests ])
+    TestMain.run
+        argv
+        (testList "Runtime" [
+            Native.LibTorchTests.tests
+            DataTests.tests
+            SafeTensorsTests.tests
+            MetricsTests.tests
+        ])
