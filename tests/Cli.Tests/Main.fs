@@ -6,4 +6,4 @@ open DeepSeekGraph.Testing
 
 [<EntryPoint>]
 let main argv =
-    TestMain.run argv (testList "Cli" [ testCase "builds" ignore ])
+    TestMain.run argv (testList "Cli" [ LossCurveTests.tests ])
