@@ -1,0 +1,59 @@
+#!/bin/sh
+# Everything a developer or CI does: ./build.sh [build | test [AREA...] | check | fix | publish]; see CONTRIBUTING.md.
+set -u
+cd "$(dirname "$0")" || exit 1
+export DOTNET_CLI_TELEMETRY_OPTOUT=1 DOTNET_NOLOGO=1 MSBUILDDISABLENODEREUSE=1
+csharp='src/Runtime src/Model src/Cli'
+
+build() {
+  dotnet build DeepSeekGraph.sln -nologo -v quiet -m:2
+}
+
+# Runs the test programs (all, or those of the areas named) and adds up their closing lines. A program that
+# crashes, hangs or prints no closing line counts as one more failure.
+run_tests() {
+  [ $# -gt 0 ] || set -- $(ls tests | sed -n 's/\.Tests$//p')
+  passed=0 failed=0 skipped=0 status=0
+  log=$(mktemp) && trap 'rm -f "$log"' EXIT
+  for area in "$@"; do
+    echo "== $area"
+    { timeout 1200 dotnet "artifacts/bin/$area.Tests/release/DeepSeekGraph.$area.Tests.dll" 2>&1; echo "exit code $?"; } | tee "$log"
+    counts=$(sed -n 's/^\([0-9]*\) passed, \([0-9]*\) failed, \([0-9]*\) skipped$/\1 \2 \3/p' "$log" | tail -n 1)
+    set -- ${counts:-0 0 0}
+    passed=$((passed + $1)) failed=$((failed + $2)) skipped=$((skipped + $3))
+    if [ -z "$counts" ] || { [ "$2" -eq 0 ] && ! grep -qx 'exit code 0' "$log"; }; then
+      echo "$area: the test program broke off"
+      failed=$((failed + 1))
+    fi
+  done
+  printf '\n%d passed, %d failed, %d skipped\n' "$passed" "$failed" "$skipped"
+  [ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]
+}
+
+check_style() {
+  ! grep -n '://' paket.lock || { echo 'paket.lock names a source: run build/paket.sh install'; return 1; }
+  dotnet tool restore >/dev/null && dotnet fantomas --check src tests || return 1
+  for folder in $csharp; do
+    dotnet format whitespace "$folder" --folder --verify-no-changes || return 1
+  done
+}
+
+fix_style() {
+  dotnet tool restore >/dev/null && dotnet fantomas src tests || return 1
+  for folder in $csharp; do
+    dotnet format whitespace "$folder" --folder || return 1
+  done
+  build/architecture.sh
+}
+
+command=${1:-test}
+[ $# -eq 0 ] || shift
+case "$command" in
+  build) build ;;
+  test) build && run_tests "$@" ;;
+  check) check_style && build && run_tests ;;
+  fix) fix_style ;;
+  # A folder that runs without dotnet; LibTorch is found through DSG_LIBTORCH (docs/adr/0008).
+  publish) dotnet publish src/Cli -nologo -v quiet --self-contained -o "${1:-artifacts/publish/dsg}" ;;
+  *) echo 'usage: ./build.sh [build | test [AREA...] | check | fix | publish [FOLDER]]' >&2; exit 2 ;;
+esac
