@@ -24,6 +24,30 @@ module Codes =
     [<Literal>]
     let NotDifferentiable = "DSG0201"
 
+    /// A model's settings contradict each other or are out of range.
+    [<Literal>]
+    let ConfigIllegal = "DSG0701"
+
+    /// config.json is missing or no JSON object, or a field has the wrong type.
+    [<Literal>]
+    let ConfigUnreadable = "DSG0702"
+
+    /// config.json asks for something that DeepSeek-V3 as declared here does not have.
+    [<Literal>]
+    let ConfigUnsupported = "DSG0703"
+
+    /// A checkpoint lacks a tensor of the model, or has it in another shape.
+    [<Literal>]
+    let WeightsMismatch = "DSG0704"
+
+    /// Microbatch or sequence length is not positive.
+    [<Literal>]
+    let BatchIllegal = "DSG0705"
+
+    /// No model or recipe has this name.
+    [<Literal>]
+    let UnknownModel = "DSG0706"
+
     /// LibTorch is not where it is expected.
     [<Literal>]
     let LibTorchMissing = "DSG0801"
