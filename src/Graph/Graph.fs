@@ -42,7 +42,7 @@ type Node = {
 }
 
 /// A computation. Value v is made by node Producer[v] and has type Types[v].
-[<Sealed; AllowNullLiteral>]
+[<Sealed>]
 type Graph(nodes: Node[], types: TensorType[], outputs: (string * int)[], primals: int[]) =
     let producer =
         let p = Array.create types.Length -1

@@ -5,12 +5,29 @@ open System
 open System.Collections.Generic
 
 /// What a declaration in progress shares: the graph under construction, where it stands, and the mistakes found so far.
-[<Sealed; AllowNullLiteral>]
+[<Sealed>]
 type Declaration() =
     let builder = Builder()
     let diagnostics = List<Diagnostic>()
     let mutable origin = { Path = ""; Unit = ModelUnit.Shared; Pass = Pass.Forward }
+    let units = Dictionary<int, ModelUnit>()
+
+    let unitOf (value: int) =
+        match units.TryGetValue value with
+        | true, part -> part
+        | false, _ -> ModelUnit.Shared
+
+    /// Outside any unit, a node belongs where the latest of its operands is; parameters are no earlier than the embedding.
+    let placed (inputs: int list) =
+        match origin.Unit with
+        | ModelUnit.Shared -> { origin with Unit = inputs |> List.fold (fun part v -> max part (unitOf v)) ModelUnit.Shared }
+        | _unit -> origin
+
     member _.Builder: Builder = builder
+
+    /// Standard deviation of the weights declared from here on.
+    member val InitStd = 0.02 with get, set
+
     /// Mistakes found so far; a mistake yields a placeholder tensor, so that all of them are found.
     member _.Diagnostics = diagnostics :> IReadOnlyList<Diagnostic>
 
@@ -28,12 +45,27 @@ type Declaration() =
         if List.contains -1 inputs then
             Array.create 3 -1
         else
-            match builder.TryAdd(op, inputs, origin) with
-            | Ok values -> values
+            let at = placed inputs
+
+            match builder.TryAdd(op, inputs, at) with
+            | Ok values ->
+                for v in values do
+                    units.TryAdd(v, at.Unit) |> ignore
+
+                values
             | Error text ->
                 let code = if text.Contains "fp32 but" || text.Contains "bf16 but" then Codes.TypeClash else Codes.AxisClash
                 this.Report(code, text, "")
                 Array.create 3 -1
+
+    /// Adds an op without operands; it belongs to no unit, whoever reads it holds it.
+    member internal _.Source(op: Op, name: string) : int =
+        let value = builder.Add(op, [], { Path = name; Unit = ModelUnit.Shared; Pass = Pass.Forward })[0]
+
+        if op.IsParameter then
+            units.TryAdd(value, ModelUnit.Embed) |> ignore
+
+        value
 
     /// The declared graph. Raises DiagnosticException when there were mistakes.
     member _.ToGraph() =
@@ -47,6 +79,9 @@ type Declaration() =
 [<Sealed>]
 type Tensor(declaration: Declaration, value: int) =
     let apply op = Tensor(declaration, declaration.Apply(op, [ value ])[0])
+
+    let applyTo op (others: Tensor[]) =
+        Tensor(declaration, declaration.Apply(op, [ value; yield! others |> Array.map _.Value ])[0])
 
     static let binary op (a: Tensor) (b: Tensor) =
         Tensor(a.Declaration, a.Declaration.Apply(op, [ a.Value; b.Value ])[0])
@@ -73,10 +108,10 @@ type Tensor(declaration: Declaration, value: int) =
     static member (*)(a: Tensor, k: float) : Tensor = a.Apply(Op.Scale k)
     static member (*)(k: float, a: Tensor) : Tensor = a.Apply(Op.Scale k)
     static member (+)(a: Tensor, k: float) : Tensor = a.Apply(Op.Offset k)
-    static member (~-)(a: Tensor) : Tensor = a.Apply Op.Neg
+    static member (~-)(a: Tensor) : Tensor = a.Apply(Op.Neg)
 
-    /// Any one-result op on this tensor.
-    member _.Apply(op: Op) : Tensor = apply op
+    /// Any op on this tensor and others; its first result.
+    member _.Apply(op: Op, [<ParamArray>] others: Tensor[]) : Tensor = applyTo op others
     member _.Exp() = apply Op.Exp
     member _.Log() = apply Op.Log
     member _.Sigmoid() = apply Op.Sigmoid
@@ -109,7 +144,7 @@ type Tensor(declaration: Declaration, value: int) =
         binary (Op.Contract $"%s{term a}, %s{term b} -> %s{result}") this weight
 
 /// Where declarations happen: a module path and a model unit. Scopes nest; names of parameters are their paths.
-[<Sealed; AllowNullLiteral>]
+[<Sealed>]
 type ModelScope private (declaration: Declaration, path: string, part: ModelUnit) =
     let join (name: string) = if path = "" then name else $"%s{path}.%s{name}"
 
@@ -140,9 +175,7 @@ type ModelScope private (declaration: Declaration, path: string, part: ModelUnit
         declaration.Apply(op, [ for x in inputs -> x.Value ]) |> Array.map (fun v -> Tensor(declaration, v))
 
     member private _.Source(op: Op, name: string) : Tensor =
-        // sources belong to no unit: whoever reads them holds them
-        let origin = { Path = name; Unit = ModelUnit.Shared; Pass = Pass.Forward }
-        Tensor(declaration, declaration.Builder.Add(op, [], origin)[0])
+        Tensor(declaration, declaration.Source(op, name))
 
     /// Declares a parameter named by the path, fp32 as declared (the precision pass decides what it computes in).
     member this.Parameter
