@@ -1,0 +1,85 @@
+// DeepSeek-V3 (arXiv 2412.19437): embedding, decoder layers, multi-token prediction, head and loss.
+// B batch, S seq, H hidden, V vocab, T tokens (the sequence, its labels, and one more for each depth of MTP).
+
+namespace DeepSeekGraph.Models;
+
+/// The whole model. Parameters have the names of the published checkpoint.
+public sealed record DeepSeekV3(DeepSeekV3Config Config) : Model
+{
+    /// Also names logits and hidden states as outputs, to compare with other implementations.
+    public bool Observe { get; init; }
+
+    public override int ExtraTokens => 1 + Config.NumNextnPredictLayers;
+
+    public override double InitializerRange => Config.InitializerRange;
+
+    public override IReadOnlyList<Diagnostic> Check() => ConfigCheck.Check(Config);
+
+    public override Tensor Forward(ModelScope m, Tensor ids_BS)
+        => Head(m, Decode(m, ids_BS, Table(m)), HeadWeight(m));
+
+    /// The main loss, and one for each further token that is predicted.
+    public override void Train(ModelScope m, Tensor tokens_BT, int seqLength)
+    {
+        var batch = tokens_BT.Extent("batch");
+        var depths = Config.NumNextnPredictLayers;
+        var (table_VH, head_VH) = (Table(m), HeadWeight(m));
+
+        // depth 0 predicts the next token; depth k the one k further, from the state of depth k - 1
+        var h_BSH = Decode(m, Window(tokens_BT, 0, seqLength), table_VH);
+        var loss = Loss(m, "", h_BSH, depth: 0);
+        m.Output("metric:loss", loss);
+        for (var k = 1; k <= depths; k++)
+        {
+            var (h, ids_BS) = (h_BSH, Window(tokens_BT, k, seqLength));
+            h_BSH = m.Scope(
+                $"model.layers.{Config.NumHiddenLayers + k - 1}",
+                ModelUnit.NewMtp(k - 1),
+                s => MultiToken.Depth(s, h, ids_BS, table_VH, Config));
+            var extra = Loss(m, k == 1 ? "mtp" : $"mtp{k}", h_BSH, k);
+            m.Output(k == 1 ? "metric:mtp_loss" : $"metric:mtp{k}_loss", extra);
+            loss = m.Scope("loss", ModelUnit.Head, _ => loss + (Config.MtpLossScalingFactor / depths * extra));
+        }
+
+        m.Output("loss", loss);
+
+        Tensor Loss(ModelScope m, string objective, Tensor h_BSH, int depth)
+        {
+            var labels_BS = Window(tokens_BT, depth + 1, seqLength);
+            var (mask_BS, scale) = Weights(m, objective, batch, seqLength);
+            var z_BSV = Head(m, h_BSH, head_VH);
+            if (Observe)
+                m.Output(depth == 0 ? "logits" : $"{objective}_logits", z_BSV);
+
+            return m.Scope(
+                "loss", ModelUnit.Head, s => Objective.CrossEntropy(s, z_BSV, labels_BS, mask_BS, scale));
+        }
+    }
+
+    /// Embedding and all decoder layers; the last one ends with the final norm, which head and MTP both read.
+    private Tensor Decode(ModelScope m, Tensor ids_BS, Tensor table_VH)
+    {
+        var c = Config;
+        var x_BSH = m.Scope("model.embed_tokens", ModelUnit.Embed, s => s.Embed(ids_BS, table_VH).Residual());
+        for (var i = 0; i < c.NumHiddenLayers; i++)
+        {
+            var (index, x) = (i, x_BSH);
+            x_BSH = m.Layer(index, $"model.layers.{index}", s => Block.Decoder(s, x, c, c.IsSparse(index)));
+            if (Observe)
+                m.Output($"hidden_{index + 1}", x_BSH);
+        }
+
+        return m.Layer(c.NumHiddenLayers - 1, "model", s => s.RmsNorm("norm", x_BSH, c.RmsNormEps));
+    }
+
+    /// Logits; multi-token prediction shares the head.
+    private static Tensor Head(ModelScope m, Tensor h_BSH, Tensor head_VH)
+        => m.Scope("lm_head", ModelUnit.Head, _ => h_BSH.MatMul(head_VH).Anchor("logits"));
+
+    private Tensor Table(ModelScope m)
+        => m.Weight(
+            "model.embed_tokens.weight", m.Normal(), ("vocab", Config.VocabSize), ("hidden", Config.HiddenSize));
+
+    private Tensor HeadWeight(ModelScope m)
+        => m.Weight("lm_head.weight", m.Normal(), ("vocab", Config.VocabSize), ("hidden", Config.HiddenSize));
+}

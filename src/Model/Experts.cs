@@ -1,0 +1,70 @@
+// DeepSeekMoE (arXiv 2412.19437, section 2.1.2): shared experts see every token, routed ones those that chose them.
+// B batch, S seq, H hidden, E experts, F expert_ffn; rows: one for each token and each expert that it chose.
+
+namespace DeepSeekGraph.Models;
+
+/// Mixtures of experts.
+public static class Experts
+{
+    /// Routed and shared experts; names the router's counts as an output, for the bias update.
+    public static Tensor Moe(ModelScope m, Tensor x_BSH, DeepSeekV3Config c)
+    {
+        var (probs_BSE, mask_BSE) = m.Scope("gate", s => Route(s, x_BSH, c));
+        var routed_BSH = m.Scope("experts", s => Routed(s, x_BSH, probs_BSE, mask_BSE, c));
+        return c.NSharedExperts == 0
+            ? routed_BSH
+            : routed_BSH + m.Scope("shared_experts", s => s.SwiGlu(x_BSH, c.NSharedExperts * c.MoeIntermediateSize));
+    }
+
+    /// The same with the sizes that matter: one group, no shared expert; the hidden size is x's.
+    public static Tensor Moe(ModelScope m, Tensor x_BSH, int experts, int topK, int ffn, int shared = 0)
+        => Moe(m, x_BSH, new DeepSeekV3Config
+        {
+            NRoutedExperts = experts,
+            NumExpertsPerTok = topK,
+            MoeIntermediateSize = ffn,
+            NSharedExperts = shared,
+            NGroup = 1,
+            TopkGroup = 1,
+            RoutedScalingFactor = 1,
+        });
+
+    /// Sigmoid scores; the bias, free of gradients, decides who is chosen and never how much it counts.
+    private static (Tensor Probs, Tensor Mask) Route(ModelScope m, Tensor x_BSH, DeepSeekV3Config c)
+    {
+        var weight_EH = m.Parameter(
+            "weight", m.Normal(), Update.NewAdamW(decay: true), keepFloat32: true,
+            ("experts", c.NRoutedExperts), ("hidden", x_BSH.Extent("hidden")));
+        var bias_E = m.Parameter(
+            "e_score_correction_bias", Init.Zeros, Update.NewRouterBias(c.BiasUpdateSpeed), keepFloat32: true,
+            ("experts", c.NRoutedExperts));
+
+        var scores_BSE = x_BSH.Cast(DType.Float32).MatMul(weight_EH).Sigmoid();
+        var mask_BSE = (scores_BSE + bias_E).Apply(Op.NewGroupTopK(c.TopK));
+        m.Output($"count:{m.Path}.e_score_correction_bias", mask_BSE.Cast(DType.Int64).Sum("batch", "seq"));
+
+        var probs_BSE = scores_BSE * mask_BSE.Cast(DType.Float32);
+        if (c.NormTopkProb)
+            probs_BSE /= probs_BSE.Sum("experts") + 1e-20;
+
+        return (probs_BSE * c.RoutedScalingFactor, mask_BSE);
+    }
+
+    /// Each expert's SwiGLU on the rows of its tokens; the probability is applied inside, so combining is a plain sum.
+    private static Tensor Routed(ModelScope m, Tensor x_BSH, Tensor probs_BSE, Tensor mask_BSE, DeepSeekV3Config c)
+    {
+        (string, int) experts = ("experts", c.NRoutedExperts);
+        (string, int) ffn = ("expert_ffn", c.MoeIntermediateSize);
+        (string, int) hidden = ("hidden", x_BSH.Extent("hidden"));
+        var gateUp_E2FH = m.Weight("gate_up_proj.weight", m.Normal(), experts, ("gate_up", 2), ffn, hidden);
+        var down_EHF = m.Weight("down_proj.weight", m.Normal(), experts, hidden, ffn);
+
+        var route = mask_BSE.Apply(Op.NewRoute(c.NumExpertsPerTok));
+        var rows_BSEH = x_BSH.Apply(Op.NewPermute(fused: false), route);
+        var p_BSE = probs_BSE.Apply(Op.RouteProbs, route);
+        var h_BSE2F = rows_BSEH.Apply(Op.NewGroupedMatMul(transposed: false), gateUp_E2FH, route);
+        var a_BSEF = h_BSE2F.Apply(Op.SwiGluProbs, p_BSE);
+        var y_BSEH = a_BSEF.Apply(Op.NewGroupedMatMul(transposed: false), down_EHF, route);
+        return y_BSEH.Apply(Op.NewUnpermute(fused: false), route);
+    }
+}

@@ -1,0 +1,71 @@
+// What users derive from: a model declares its forward pass, and Declare makes the graph of one training step.
+// B batch, S seq, V vocab, T tokens (the sequence and what lies behind it).
+
+namespace DeepSeekGraph.Models;
+
+/// A model as an immutable value. Override Forward; override Train for another objective.
+public abstract record Model
+{
+    /// Tokens behind the sequence that the objective reads as labels.
+    public virtual int ExtraTokens => 1;
+
+    /// Standard deviation of new weights.
+    public virtual double InitializerRange => 0.02;
+
+    /// Logits [batch, seq, vocab] of token ids [batch, seq].
+    public abstract Tensor Forward(ModelScope m, Tensor ids_BS);
+
+    /// Declares the objective: outputs `loss`, and metrics as `metric:name`. By default the mean next-token loss.
+    public virtual void Train(ModelScope m, Tensor tokens_BT, int seqLength)
+    {
+        var ids_BS = Window(tokens_BT, 0, seqLength);
+        var labels_BS = Window(tokens_BT, 1, seqLength);
+        var (mask_BS, scale) = Weights(m, "", tokens_BT.Extent("batch"), seqLength);
+        var z_BSV = Forward(m, ids_BS).Anchor("logits");
+        m.Scope("loss", ModelUnit.Head, s =>
+        {
+            var loss = Objective.CrossEntropy(s, z_BSV, labels_BS, mask_BS, scale);
+            s.Output("loss", loss);
+            s.Output("metric:loss", loss);
+            return loss;
+        });
+    }
+
+    /// Mistakes of the model's own settings.
+    public virtual IReadOnlyList<Diagnostic> Check() => [];
+
+    /// The forward graph of one microbatch; mistakes are thrown together as a DiagnosticException.
+    public Graph Declare(int microBatch, int seqLength)
+    {
+        var mistakes = Check().ToList();
+        if (microBatch < 1 || seqLength < 1)
+        {
+            mistakes.Add(new Diagnostic(
+                Codes.BatchIllegal,
+                "batch",
+                $"the microbatch has {microBatch} sequences of {seqLength} tokens",
+                "give 1 or more of both"));
+        }
+
+        if (mistakes.Count > 0)
+            throw new DiagnosticException(mistakes);
+
+        var declaration = new Declaration { InitStd = InitializerRange };
+        var m = new ModelScope(declaration);
+        Train(m, m.Input("tokens", DType.Int64, ("batch", microBatch), ("tokens", seqLength + ExtraTokens)), seqLength);
+        return declaration.ToGraph();
+    }
+
+    /// `seqLength` tokens from `start` on, as a sequence; cut while the input is whole, so it moves nothing.
+    protected static Tensor Window(Tensor tokens_BT, int start, int seqLength)
+        => tokens_BT.Slice("tokens", start, seqLength).Rename("tokens", "seq");
+
+    /// What each position counts (1, or 0 for padding), and one over the number that count in the global batch.
+    protected static (Tensor Mask, Tensor Scale) Weights(ModelScope m, string objective, int batch, int seqLength)
+    {
+        var mask_BS = m.Input(
+            objective == "" ? "loss_mask" : $"{objective}_mask", DType.Float32, ("batch", batch), ("seq", seqLength));
+        var scale = m.Input(objective == "" ? "inv_tokens" : $"inv_{objective}_tokens", DType.Float32);
+        return (mask_BS, scale);
+    }
+}

@@ -1,2 +1,0 @@
-// DeepSeek-V3 as declarations.
-namespace DeepSeekGraph.Models;
