@@ -56,6 +56,9 @@ public abstract record Model
         return declaration.ToGraph();
     }
 
+    /// A model from its forward pass alone.
+    public static Model Of(Func<ModelScope, Tensor, Tensor> forward) => new Lambda(forward);
+
     /// `seqLength` tokens from `start` on, as a sequence; cut while the input is whole, so it moves nothing.
     protected static Tensor Window(Tensor tokens_BT, int start, int seqLength)
         => tokens_BT.Slice("tokens", start, seqLength).Rename("tokens", "seq");
@@ -67,5 +70,10 @@ public abstract record Model
             objective == "" ? "loss_mask" : $"{objective}_mask", DType.Float32, ("batch", batch), ("seq", seqLength));
         var scale = m.Input(objective == "" ? "inv_tokens" : $"inv_{objective}_tokens", DType.Float32);
         return (mask_BS, scale);
+    }
+
+    private sealed record Lambda(Func<ModelScope, Tensor, Tensor> Body) : Model
+    {
+        public override Tensor Forward(ModelScope m, Tensor ids_BS) => Body(m, ids_BS);
     }
 }
