@@ -1,9 +1,9 @@
 /// The tests of Model.
-module DeepSeekGraph.Model.Tests.Main
+module DeepSeekGraph.Models.Tests.Main
 
 open Expecto
 open DeepSeekGraph.Testing
 
 [<EntryPoint>]
 let main argv =
-    TestMain.run argv (testList "Model" [ testCase "builds" ignore ])
+    TestMain.run argv (testList "Model" [ ModelTests.tests ])
