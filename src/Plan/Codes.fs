@@ -24,6 +24,58 @@ module Codes =
     [<Literal>]
     let NotDifferentiable = "DSG0201"
 
+    /// A degree of parallelism is out of range.
+    [<Literal>]
+    let MeshDegree = "DSG0301"
+
+    /// The dense and the expert grid of ranks do not nest.
+    [<Literal>]
+    let MeshNesting = "DSG0302"
+
+    /// A layout string does not parse.
+    [<Literal>]
+    let LayoutSyntax = "DSG0501"
+
+    /// A layout string does not hold the model's units, or not in a legal order.
+    [<Literal>]
+    let LayoutUnits = "DSG0502"
+
+    /// A recipe names a schedule that does not exist.
+    [<Literal>]
+    let ScheduleName = "DSG0503"
+
+    /// A plan does not parse.
+    [<Literal>]
+    let PlanText = "DSG0601"
+
+    /// A plan has a schema version that this program does not know.
+    [<Literal>]
+    let PlanVersion = "DSG0602"
+
+    /// A plan file cannot be read, is too large, or its hash does not fit.
+    [<Literal>]
+    let PlanFile = "DSG0603"
+
+    /// A plan names something it does not have, or has it in an impossible shape.
+    [<Literal>]
+    let PlanShape = "DSG0604"
+
+    /// A plan reads, writes or frees a slot when it must not.
+    [<Literal>]
+    let PlanLifetime = "DSG0605"
+
+    /// The stages of a plan wait for each other, or their messages do not pair up.
+    [<Literal>]
+    let PlanDeadlock = "DSG0606"
+
+    /// A value of a plan does not lie across the mesh as its slot declares.
+    [<Literal>]
+    let PlanLayout = "DSG0607"
+
+    /// An update of a plan sees a gradient that is not complete.
+    [<Literal>]
+    let PlanUpdate = "DSG0608"
+
     /// A model's settings contradict each other or are out of range.
     [<Literal>]
     let ConfigIllegal = "DSG0701"

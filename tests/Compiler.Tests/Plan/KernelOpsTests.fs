@@ -1,0 +1,100 @@
+/// Ops and launches say the same.
+module DeepSeekGraph.Compiler.Tests.KernelOpsTests
+
+open System
+open Expecto
+open DeepSeekGraph
+open DeepSeekGraph.Compiler
+
+let private float32 axes = TensorType.create DType.Float32 axes
+let private x = float32 [ "batch", 2; "seq", 4; "hidden", 6 ]
+
+let private yarn = {
+    Dim = 8
+    Theta = 10000.0
+    Factor = 40.0
+    Original = 4096.0
+    BetaFast = 32.0
+    BetaSlow = 1.0
+    Mscale = 1.25
+}
+
+/// Ops with attributes, on operands that suit them.
+let private samples = [
+    Op.Constant(0.5, x), []
+    Op.Iota { Name = "seq"; Extent = 4 }, []
+    Op.Add, [ x; x; x ]
+    Op.Add, [ x; float32 [ "hidden", 6 ] ]
+    Op.Mul, [ x; float32 [ "seq", 4 ] ]
+    Op.Sub, [ x; x ]
+    Op.Div, [ x; float32 [ "seq", 4; "batch", 2 ] ]
+    Op.Scale 0.25, [ x ]
+    Op.Offset -1.0, [ x ]
+    Op.Cast DType.BFloat16, [ x ]
+    Op.Slice("hidden", 2, 3), [ x ]
+    Op.Pad("seq", 1, 7), [ x ]
+    Op.Concat "seq", [ x; x ]
+    Op.Transpose [ 1; 2; 0 ], [ x ]
+    Op.Contract "b s k+, n k+ -> b s n", [ x; float32 [ "ffn", 5; "hidden", 6 ] ]
+    Op.Sum [ "seq" ], [ x ]
+    Op.Max [ "hidden"; "batch" ], [ x ]
+    Op.RmsNorm 1e-6, [ x; float32 [ "hidden", 6 ] ]
+    Op.RmsNormGradX 1e-6, [ x; x; float32 [ "hidden", 6 ] ]
+    Op.RmsNormGradW 1e-6, [ x; x ]
+    Op.RotaryTable yarn, [ TensorType.create DType.Int64 [ "seq", 4 ] ]
+    Op.Rope true, [ x; float32 [ "seq", 4; "rope_table", 6 ] ]
+    Op.GroupTopK {
+        TopK = 2
+        Groups = 2
+        KeepGroups = 1
+        ZeroMasked = true
+    },
+    [ x ]
+    Op.Route 2, [ TensorType.create DType.Bool [ "batch", 2; "seq", 4; "experts", 8 ] ]
+    Op.Permute true, [ x; { float32 [ "batch", 2; "seq", 4; "experts", 8 ] with Routed = true; Density = 0.25 } ]
+]
+
+let tests =
+    testList "Plan.KernelOps" [
+        testCase "the launch of an op is the op" <| fun () ->
+            for op, inputs in samples do
+                let inputs = Array.ofList inputs
+
+                match OpDef.infer (Catalog.define op) inputs with
+                | Error text -> failtestf "%A: %s" op text
+                | Ok(_, outputs) ->
+                    let kernel, attributes = (KernelOps.ofOp op inputs outputs).Value
+                    Expect.equal (KernelOps.toOp kernel (Array.ofList attributes) inputs outputs) (Ok op) ""
+
+        testCase "a launch keeps its meaning when slots have other names" <| fun () ->
+            for op, inputs in samples do
+                let inputs = Array.ofList inputs
+
+                match OpDef.infer (Catalog.define op) inputs with
+                | Error text -> failtestf "%A: %s" op text
+                | Ok(_, outputs) ->
+                    let kernel, attributes = (KernelOps.ofOp op inputs outputs).Value
+                    let attributes = Array.ofList attributes
+
+                    let foreign =
+                        inputs
+                        |> Array.mapi (fun i t -> {
+                            t with
+                                Axes = t.Axes |> Array.mapi (fun d a -> { a with Name = $"other%i{i}_%i{d}" })
+                        })
+
+                    let operands = KernelOps.operands kernel attributes foreign
+
+                    match KernelOps.toOp kernel attributes operands outputs with
+                    | Error text -> failtestf "%A: %s" op text
+                    | Ok again ->
+                        match OpDef.infer (Catalog.define again) operands with
+                        | Error text -> failtestf "%A: %s" again text
+                        | Ok(_, results) ->
+                            Expect.equal (results |> Array.map _.Extents) (outputs |> Array.map _.Extents) $"%A{op}"
+
+        testCase "every kernel refuses foreign attributes" <| fun () ->
+            for kernel in Enum.GetValues<KernelId>() do
+                let nonsense = [| Attribute.Text "x"; Attribute.Int -1L; Attribute.Float nan |]
+                Expect.isError (KernelOps.toOp kernel nonsense [| x |] [| x |]) (string kernel)
+    ]
