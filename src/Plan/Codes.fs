@@ -143,3 +143,23 @@ module Codes =
     /// A tensor's element type cannot be read as what is asked for.
     [<Literal>]
     let SafeTensorsType = "DSG0823"
+
+    /// A recompute policy names something that cannot be recomputed.
+    [<Literal>]
+    let UnknownRecompute = "DSG0590"
+
+    /// The model names no units, so it cannot be cut into stages.
+    [<Literal>]
+    let NoUnits = "DSG0591"
+
+    /// An axis does not divide by the mesh axes that split it.
+    [<Literal>]
+    let NotDivisible = "DSG0391"
+
+    /// A degree of parallelism that is not compiled yet.
+    [<Literal>]
+    let DegreeUnsupported = "DSG0392"
+
+    /// The batch does not fall into microbatches.
+    [<Literal>]
+    let BatchSize = "DSG0393"

@@ -1,0 +1,72 @@
+/// Applies the fusion rules to a forward graph.
+/// before: primitive ops; after: fused ops where a rule matches. Law: every output keeps its value. Cost: one pass over nodes.
+[<RequireQualifiedAccess>]
+module DeepSeekGraph.Compiler.Fusion.Fuse
+
+open System.Collections.Generic
+open DeepSeekGraph
+
+/// A match, and the node after which the fused op stands: the last of those it replaces.
+type private Found = {
+    Rule: Rules.Rule
+    Op: Op
+    Operands: int list
+    Results: int list
+    At: int
+}
+
+/// Matches that do not claim the same value twice and whose results nobody reads before the fused op stands.
+let private find (graph: Graph) =
+    let consumers = Rewrite.consumers graph
+    let claimed = HashSet<int>()
+
+    [
+        for rule in Rules.all do
+            for node in graph.Nodes do
+                match rule.Match graph consumers node with
+                | Some(op, operands, results) when results |> List.forall (fun v -> not (claimed.Contains v)) ->
+                    let at = results |> List.map (fun v -> graph.Producer[v]) |> List.max
+                    let early = results |> List.exists (fun v -> consumers[v] |> Array.exists (fun c -> c <= at))
+                    let def = Catalog.define op
+                    let made = OpDef.infer def (operands |> List.map (fun v -> graph.Types[v]) |> Array.ofList)
+
+                    let same =
+                        match made with
+                        | Ok(_, types) -> types = (results |> List.map (fun v -> graph.Types[v]) |> Array.ofList)
+                        | Error _ -> false
+
+                    if same && not early then
+                        for v in results do
+                            claimed.Add v |> ignore
+
+                        {
+                            Rule = rule
+                            Op = op
+                            Operands = operands
+                            Results = results
+                            At = at
+                        }
+                | Some _
+                | None -> ()
+    ]
+
+/// The fused graph and how often each rule was applied.
+let run (graph: Graph) : Graph * (string * int) list =
+    let found = find graph
+    let byNode = found |> List.map (fun f -> f.At, f) |> dict
+    let claimed = HashSet(found |> Seq.collect _.Results)
+    let mutable n = -1
+
+    let step (rebuild: Rewrite.Rebuild) (node: Node) =
+        n <- n + 1
+
+        match byNode.TryGetValue n with
+        | true, f ->
+            let made = rebuild.Builder.Add(f.Op, [ for v in f.Operands -> rebuild[v] ], node.Origin)
+            List.iter2 (fun v m -> rebuild[v] <- m) f.Results (List.ofArray made)
+        | false, _ when claimed.Contains node.Outputs[0] -> ()
+        | false, _ -> rebuild.Copy node
+
+    let fused = graph |> Rewrite.fold step |> Rewrite.prune
+    let count rule = found |> List.filter (fun f -> f.Rule.Name = rule) |> List.length
+    fused, [ for r in Rules.all -> r.Name, count r.Name ]

@@ -1,0 +1,235 @@
+/// Moving a value to another layout: slice, reduce-scatter, all-to-all, all-reduce, all-gather, one collective per kind.
+/// before: a value in some layouts; after: the wanted one too. Law: the assembled value stays the same. Cost: what the layouts say.
+[<RequireQualifiedAccess>]
+module DeepSeekGraph.Compiler.Partition.Reshard
+
+open DeepSeekGraph
+
+/// What one mesh axis asks for.
+[<RequireQualifiedAccess; Struct>]
+type private Move =
+    | Stay
+    | Slice of Into: int
+    | Scatter of To: int
+    | Exchange of From: int * Dest: int
+    | Reduce
+    | ReduceMax
+    | Gather of Dim: int
+
+let private move (from: AxisState) (into: AxisState) =
+    match from, into with
+    | AxisState.Replicated, AxisState.Split d -> Move.Slice d
+    | AxisState.PartialSum, AxisState.Split d -> Move.Scatter d
+    | AxisState.PartialSum, AxisState.Replicated -> Move.Reduce
+    | AxisState.PartialMax, (AxisState.Replicated | AxisState.Split _) -> Move.ReduceMax
+    | AxisState.Split d, AxisState.Replicated -> Move.Gather d
+    | AxisState.Split d, AxisState.Split e when d <> e -> Move.Exchange(d, e)
+    | AxisState.Split _, AxisState.Split _
+    | AxisState.Replicated, AxisState.Replicated
+    | AxisState.PartialSum, AxisState.PartialSum
+    | AxisState.PartialMax, AxisState.PartialMax -> Move.Stay
+    | _from, (AxisState.PartialSum | AxisState.PartialMax) -> invalidOp "a whole value never becomes partial"
+
+/// Collectives that a way from one layout to another needs (slices are free).
+let private distance (from: Layout) (into: Layout) =
+    Array.map2 move from into
+    |> Array.filter (fun m -> not (m.IsStay || m.IsSlice))
+    |> Array.length
+
+/// A dim is cut or joined along mesh axes that are faster than all that keep splitting it; else blocks would not be contiguous.
+let private contiguous (layout: Layout) (dim: int) (axes: int list) =
+    let others = Layout.axesOn layout dim |> List.except axes
+    others.IsEmpty || axes.IsEmpty || List.max axes < List.min others
+
+let private withState (layout: Layout) (axes: int list) state =
+    layout |> Array.mapi (fun m s -> if List.contains m axes then state else s)
+
+let private groupBy (moves: (int * Move) list) (pick: Move -> 'k option) =
+    moves
+    |> List.choose (fun (m, move) -> pick move |> Option.map (fun k -> k, m))
+    |> List.groupBy fst
+    |> List.map (fun (k, pairs) -> k, List.map snd pairs)
+
+/// The next step towards `into`: collective (none: a local slice), mesh axes, dim, layout afterwards.
+let private step (from: Layout) (into: Layout) : (Collective option * int list * int * Layout) option =
+    let moves = [
+        for m in 0 .. from.Length - 1 do
+            match move from[m] into[m] with
+            | Move.Stay -> ()
+            | other -> m, other
+    ]
+
+    let slices =
+        groupBy moves (fun m -> match m with Move.Slice d -> Some d | _other -> None)
+        |> List.filter (fun (d, axes) -> contiguous from d axes)
+
+    let scatters =
+        groupBy moves (fun m -> match m with Move.Scatter d -> Some d | _other -> None)
+        |> List.filter (fun (d, axes) -> contiguous from d axes)
+
+    let exchanges =
+        groupBy moves (fun m -> match m with Move.Exchange(d, e) -> Some(d, e) | _other -> None)
+        |> List.filter (fun ((d, e), axes) -> contiguous from d axes && contiguous from e axes)
+
+    let reduces = groupBy moves (fun m -> match m with Move.Reduce -> Some() | _other -> None)
+    let maxima = groupBy moves (fun m -> match m with Move.ReduceMax -> Some() | _other -> None)
+
+    let gathers =
+        groupBy moves (fun m -> match m with Move.Gather d -> Some d | _other -> None)
+        |> List.filter (fun (d, axes) -> contiguous from d axes)
+
+    match slices, scatters, exchanges, reduces, maxima, gathers with
+    | (d, axes) :: _, _, _, _, _, _ -> Some(None, axes, d, withState from axes (AxisState.Split d))
+    | [], (d, axes) :: _, _, _, _, _ ->
+        Some(Some(Collective.ReduceScatter d), axes, d, withState from axes (AxisState.Split d))
+    | [], [], ((d, e), axes) :: _, _, _, _ ->
+        Some(Some(Collective.AllToAll(e, d)), axes, e, withState from axes (AxisState.Split e))
+    | [], [], [], ((), axes) :: _, _, _ ->
+        Some(Some Collective.AllReduceSum, axes, -1, withState from axes AxisState.Replicated)
+    | [], [], [], [], ((), axes) :: _, _ ->
+        Some(Some Collective.AllReduceMax, axes, -1, withState from axes AxisState.Replicated)
+    | [], [], [], [], [], (d, axes) :: _ ->
+        Some(Some(Collective.AllGather d), axes, d, withState from axes AxisState.Replicated)
+    | [], [], [], [], [], [] -> None
+
+/// Where blocks would not be contiguous: give up one split dim (gather it whole), then go on.
+let private detour (from: Layout) (into: Layout) =
+    let blocked =
+        [ 0 .. from.Length - 1 ]
+        |> List.tryPick (fun m ->
+            match move from[m] into[m] with
+            | Move.Slice d
+            | Move.Scatter d
+            | Move.Gather d
+            | Move.Exchange(_, d) -> Some(d, m)
+            | Move.Stay
+            | Move.Reduce
+            | Move.ReduceMax -> None)
+
+    match blocked with
+    | None -> invalidOp "no way between two layouts (a bug in dsg)"
+    | Some(d, m) ->
+        match Layout.axesOn from d, from[m] with
+        | [], AxisState.Split e ->
+            let axes = Layout.axesOn from e
+            Collective.AllGather e, axes, withState from axes AxisState.Replicated
+        | [], (AxisState.Replicated | AxisState.PartialSum | AxisState.PartialMax) ->
+            invalidOp "an unsplit dim is always contiguous"
+        | axes, _state -> Collective.AllGather d, axes, withState from axes AxisState.Replicated
+
+/// May this copy serve a reader in `origin`?
+let private usable (shards: Shards) value (origin: Origin) (copy: Copy) =
+    let home = shards.Home value
+    let t = shards.Builder.Type
+
+    obj.ReferenceEquals(copy, home)
+    || (copy.Unit = origin.Unit && copy.Pass = origin.Pass)
+    // row sets are exchanged once a block, forward and backward
+    || (copy.Unit = origin.Unit && shards.RouteOf value = value)
+    // a later pass starts from a resolved copy that is no larger than the value itself
+    || (copy.Unit = origin.Unit
+        && copy.Pass.IsForward
+        && (t copy.Value).Bytes <= (t home.Value).Bytes)
+
+let private isRows (shards: Shards) value = shards.Source.Types[value].Routed
+
+/// A local value id of `value` laid out as `want`, for a reader in `origin`; moves it if no copy lies so.
+let rec toLayout (shards: Shards) (value: int) (want: Layout) (origin: Origin) : int =
+    let candidates = shards.Copies value |> Seq.filter (usable shards value origin) |> List.ofSeq
+
+    match candidates |> List.tryFind (fun c -> c.Layout = want) with
+    | Some copy -> copy.Value
+    | None ->
+        let source = shards.Source.NodeOf value
+
+        match source.Op with
+        | Op.Constant(number, t) ->
+            let op = Op.Constant(number, Layout.local shards.Mesh want t)
+            remember shards value want origin (shards.Emit(op, [], origin, [| want |])[0])
+        | _other ->
+            let size copy = (shards.Builder.Type copy.Value).Bytes
+            let start = candidates |> List.minBy (fun c -> distance c.Layout want, size c)
+
+            if isRows shards value then
+                moveRows shards value start want origin
+            else
+                walk shards value start want origin
+
+and private remember (shards: Shards) value layout (origin: Origin) local : int =
+    shards.Remember(
+        value,
+        {
+            Layout = layout
+            Value = local
+            Pass = origin.Pass
+            Unit = origin.Unit
+        }
+    )
+
+    local
+
+/// Dense values: one step after the other; each intermediate is a copy as well.
+and private walk (shards: Shards) value (from: Copy) (want: Layout) (origin: Origin) : int =
+    let t = shards.Source.Types[value]
+
+    let emit (collective: Collective option) axes dim (next: Layout) =
+        let local = Layout.local shards.Mesh next t
+
+        let op =
+            match collective with
+            | Some kind -> Op.Collective(kind, axes, local)
+            | None -> Op.LocalSlice(dim, axes, local)
+
+        let moved = shards.Emit(op, [ from.Value ], origin, [| next |])[0]
+        remember shards value next origin moved |> ignore
+
+        walk
+            shards
+            value
+            {
+                Layout = next
+                Value = moved
+                Pass = origin.Pass
+                Unit = origin.Unit
+            }
+            want
+            origin
+
+    if from.Layout = want then
+        from.Value
+    else
+        match step from.Layout want with
+        | Some(collective, axes, dim, next) -> emit collective axes dim next
+        | None ->
+            let collective, axes, next = detour from.Layout want
+            emit (Some collective) axes -1 next
+
+/// Rows move between tokens and experts by their row set; the set itself moves by exchanging counts.
+and private moveRows (shards: Shards) value (from: Copy) (want: Layout) (origin: Origin) : int =
+    let moved =
+        [ 0 .. want.Length - 1 ] |> List.filter (fun m -> from.Layout[m] <> want[m])
+
+    let isSplitOn dims (state: AxisState) =
+        match state with
+        | AxisState.Split d -> List.contains d dims
+        | AxisState.Replicated
+        | AxisState.PartialSum
+        | AxisState.PartialMax -> false
+
+    let toExperts = moved |> List.forall (fun m -> isSplitOn [ 0; 1 ] from.Layout[m] && isSplitOn [ 2 ] want[m])
+    let toTokens = moved |> List.forall (fun m -> isSplitOn [ 2 ] from.Layout[m] && isSplitOn [ 0; 1 ] want[m])
+    let route = shards.RouteOf value
+    let local = Layout.local shards.Mesh want shards.Source.Types[value]
+    let op kind = Op.Collective(kind, moved, local)
+
+    let emit kind inputs =
+        remember shards value want origin (shards.Emit(op kind, inputs, origin, [| want |])[0])
+
+    if route = value && toExperts then
+        emit Collective.RouteToExperts [ from.Value ]
+    elif route <> value && (toExperts || toTokens) then
+        let here = toLayout shards route from.Layout origin
+        let there = toLayout shards route want origin
+        emit (if toExperts then Collective.RowsToExperts else Collective.RowsToTokens) [ from.Value; here; there ]
+    else
+        invalidOp $"%s{origin.Path}: rows cannot move from %A{from.Layout} to %A{want} (a bug in dsg)"

@@ -1,0 +1,95 @@
+/// Which stage computes what: nodes and transfers of each stage, demand-driven from outputs.
+/// before: one rank's graph with units; after: per stage its nodes, what it receives and what it sends.
+module DeepSeekGraph.Compiler.Lowering.Edges
+
+open System.Collections.Generic
+open DeepSeekGraph
+
+/// One value that goes from the stage that makes it to a stage that reads it.
+[<Struct>]
+type Transfer = { Value: int; From: int; Into: int }
+
+/// Work of the stages.
+type StageWork = {
+    /// Node indices of each stage, ascending; sources included.
+    Nodes: int[][]
+    /// Ordered by value.
+    Transfers: Transfer[]
+}
+
+/// The value whose memory `v` shares: renames, anchors and detached values are names, not computations.
+let rec root (graph: Graph) (v: int) : int =
+    let node = graph.NodeOf v
+
+    match node.Op with
+    | Op.Rename _
+    | Op.Anchor _
+    | Op.Detach -> root graph node.Inputs[0]
+    | _other -> v
+
+/// The stage of a node, or -1: computed wherever it is read (sources and what inputs alone determine).
+let private home (stageOf: ModelUnit -> int) (node: Node) =
+    match node.Origin.Unit with
+    | ModelUnit.Shared -> -1
+    | part -> stageOf part
+
+/// Assigns nodes to stages. `outputStage`: where outputs made anywhere go.
+let assign (graph: Graph) (stages: int) (stageOf: ModelUnit -> int) (outputStage: int) : StageWork =
+    let members = Array.init stages (fun _ -> HashSet<int>())
+    let transfers = HashSet<Transfer>()
+    let work = Stack<struct (int * int)>()
+
+    let demand stage value =
+        let v = root graph value
+        let n = graph.Producer[v]
+
+        match home stageOf graph.Nodes[n] with
+        | -1 -> work.Push(struct (stage, n))
+        | maker ->
+            if maker <> stage then
+                transfers.Add { Value = v; From = maker; Into = stage } |> ignore
+
+            work.Push(struct (maker, n))
+
+    for _, v in graph.Outputs do
+        let maker = home stageOf (graph.NodeOf(root graph v))
+        demand (if maker < 0 then outputStage else maker) v
+
+    while work.Count > 0 do
+        let struct (stage, n) = work.Pop()
+
+        if members[stage].Add n then
+            for v in graph.Nodes[n].Inputs do
+                demand stage v
+
+    {
+        Nodes = members |> Array.map (Seq.sort >> Array.ofSeq)
+        Transfers = transfers |> Seq.sortBy (fun t -> t.Value, t.From, t.Into) |> Array.ofSeq
+    }
+
+/// The program of each node of a stage: forward work is F; backward work that a cotangent leaving the stage needs is I; the rest is W.
+let phases (graph: Graph) (work: StageWork) (stage: int) : IReadOnlyDictionary<int, Phase> =
+    let mine = HashSet work.Nodes[stage]
+    let needed = HashSet<int>()
+    let stack = Stack<int>()
+
+    for t in work.Transfers do
+        if t.From = stage && graph.NodeOf(t.Value).Origin.Pass.IsBackward then
+            stack.Push graph.Producer[t.Value]
+
+    while stack.Count > 0 do
+        let n = stack.Pop()
+
+        if mine.Contains n && graph.Nodes[n].Origin.Pass.IsBackward && needed.Add n then
+            for v in graph.Nodes[n].Inputs do
+                stack.Push graph.Producer[root graph v]
+
+    let phases = Dictionary<int, Phase>()
+
+    for n in work.Nodes[stage] do
+        phases[n] <-
+            if graph.Nodes[n].Origin.Pass.IsForward then Phase.F
+            elif needed.Contains n then Phase.I
+            else Phase.W
+
+    phases :> IReadOnlyDictionary<int, Phase>

@@ -1,0 +1,261 @@
+/// Scheduled graph -> plan: slots, programs, timetables, groups, memory; one program per stage, not per rank.
+/// before: one rank's graph, a cut into stages; after: a PlanSet. Law: running it gives the graph's outputs. Cost: linear in steps.
+[<RequireQualifiedAccess>]
+module DeepSeekGraph.Compiler.Lowering.Lower
+
+open System.Collections.Generic
+open DeepSeekGraph
+open DeepSeekGraph.Compiler
+open DeepSeekGraph.Compiler.Partition
+open DeepSeekGraph.Compiler.Lowering.Edges
+open DeepSeekGraph.Compiler.Lowering.Slots
+
+/// What lowering needs to know beside the graph.
+type Job = {
+    Recipe: Recipe
+    Mesh: MeshInfo
+    /// Units of each stage.
+    Stages: LayoutUnit list list
+    Microbatches: int
+}
+
+/// Stage of each model unit; layers and MTP depths are numbered in layout order.
+let stageOf (stages: LayoutUnit list list) : ModelUnit -> int =
+    let where = Dictionary<ModelUnit, int>()
+    let mutable layer = 0
+    let mutable mtp = 0
+
+    stages
+    |> List.iteri (fun s units ->
+        for u in units do
+            match u with
+            | LayoutUnit.Embedding -> where[ModelUnit.Embed] <- s
+            | LayoutUnit.Layer ->
+                where[ModelUnit.Layer layer] <- s
+                layer <- layer + 1
+            | LayoutUnit.Mtp ->
+                where[ModelUnit.Mtp mtp] <- s
+                mtp <- mtp + 1
+            | LayoutUnit.Loss -> where[ModelUnit.Head] <- s)
+
+    fun part ->
+        match where.TryGetValue part with
+        | true, s -> s
+        | false, _ -> if part = ModelUnit.Head then stages.Length - 1 else 0
+
+let private globalType (mesh: MeshInfo) (layout: Layout) (local: TensorType) : TensorType = {
+    local with
+        Axes =
+            local.Axes
+            |> Array.mapi (fun d a -> { a with Extent = a.Extent * Layout.size mesh (Layout.axesOn layout d) })
+}
+
+/// Parameters in order of first appearance, with the stages that read them.
+let private parameters (job: Job) (p: Partitioned) (work: StageWork) : ParameterInfo[] =
+    p.Graph.Nodes
+    |> Array.indexed
+    |> Array.choose (fun (n, node) ->
+        match node.Op with
+        | Op.Parameter(spec, local) ->
+            let layout = p.Layouts[node.Outputs[0]]
+            let t = globalType job.Mesh layout local
+
+            Some {
+                Name = spec.Name
+                DType = t.DType
+                Axes = t.Names
+                Extents = t.Extents
+                Layout = layout
+                Init = spec.Init
+                Update = spec.Update
+                Stages =
+                    work.Nodes
+                    |> Array.indexed
+                    |> Array.filter (fun (_, nodes) -> System.Array.BinarySearch(nodes, n) >= 0)
+                    |> Array.map fst
+            }
+        | _other -> None)
+    |> Array.filter (fun info -> info.Stages.Count > 0)
+
+let private inputs (job: Job) (p: Partitioned) : InputInfo[] =
+    p.Graph.Nodes
+    |> Array.choose (fun node ->
+        match node.Op with
+        | Op.Input(name, local) when local.Rank > 0 ->
+            let layout = p.Layouts[node.Outputs[0]]
+            let t = globalType job.Mesh layout local
+
+            Some {
+                Name = name
+                DType = t.DType
+                Axes = t.Names
+                Extents = t.Extents
+                Layout = layout
+            }
+        | _other -> None)
+
+/// What becomes of a named output of the graph.
+[<RequireQualifiedAccess>]
+type private Role =
+    | Gradient of Parameter: string
+    | Count of Parameter: string
+    | Metric of Name: string
+    /// Kept for whoever looks: summed over microbatches like a counter.
+    | Observed of Name: string
+    | Nothing
+
+let private roleOf (name: string) =
+    if name.StartsWith "grad:" then Role.Gradient(name.Substring 5)
+    elif name.StartsWith "count:" then Role.Count(name.Substring 6)
+    elif name.StartsWith "metric:" then Role.Metric name
+    elif name = "loss" then Role.Nothing
+    else Role.Observed name
+
+/// Accumulators of one stage: value -> slot, and what the epilogue does with them.
+let private accumulators (job: Job) (p: Partitioned) (parameters: ParameterInfo[]) (slots: SlotTable) (stage: int) (maker: int -> int) =
+    let graph = p.Graph
+    let find name = parameters |> Array.tryFind (fun i -> i.Name = name)
+    let added = List<int * int>()
+    let gradients = Dictionary<string, Epilogue.Accumulated>()
+    let counts = List<Epilogue.Accumulated>()
+    let metrics = List<Epilogue.Metric>()
+
+    let slot kind (name: string) (t: TensorType) layout =
+        let t = if t.DType.IsFloat then { t with DType = DType.Float32 } else t
+        slots.Get(name, kind, t, layout)
+
+    for name, v in graph.Outputs do
+        let here = maker v = stage
+        let t, layout = graph.Types[v], p.Layouts[v]
+
+        match roleOf name with
+        | Role.Gradient parameter ->
+            match find parameter with
+            | Some info when Seq.contains stage info.Stages ->
+                // a tied parameter's gradient parts agree in layout; every holder has an accumulator
+                let id = slot SlotKind.Gradient $"grad:%s{parameter}" t layout
+                gradients[parameter] <- { Parameter = info; Slot = id }
+
+                if here then
+                    added.Add((v, id))
+            | Some _
+            | None -> ()
+        | Role.Count parameter ->
+            match find parameter with
+            | Some info when here ->
+                let id = slot SlotKind.Counter name t layout
+                counts.Add { Parameter = info; Slot = id }
+                added.Add((v, id))
+            | Some _
+            | None -> ()
+        | Role.Metric name ->
+            let id = slot SlotKind.Counter $"acc:%s{name}" t layout
+            metrics.Add { Name = name; Slot = id }
+
+            if here then
+                added.Add((v, id))
+        | Role.Observed name ->
+            if here then
+                added.Add((v, slot SlotKind.Counter $"observe:%s{name}" t layout))
+        | Role.Nothing -> ()
+
+    let input groups : Epilogue.Input = {
+        Stage = stage
+        Stages = job.Stages.Length
+        Optimizer = job.Recipe.Optimizer
+        Slots = slots
+        Groups = groups
+        Mesh = job.Mesh
+        Gradients = [
+            for info in parameters do
+                match gradients.TryGetValue info.Name with
+                | true, g -> g
+                | false, _ -> ()
+        ]
+        Counts = List.ofSeq counts
+        Metrics = List.ofSeq metrics
+    }
+
+    let observed = [
+        for name, v in graph.Outputs do
+            match roleOf name with
+            | Role.Observed _ when maker v = stage -> snd (added |> Seq.find (fun (w, s) -> w = v && slots[s].Name = $"observe:%s{name}"))
+            | Role.Observed _
+            | Role.Gradient _
+            | Role.Count _
+            | Role.Metric _
+            | Role.Nothing -> ()
+    ]
+
+    List.ofSeq added, input, observed
+
+let private letters (units: LayoutUnit list) =
+    units |> List.map (fun u -> string u.Letter) |> String.concat ""
+
+/// The plan of a partitioned graph.
+let run (job: Job) (p: Partitioned) : PlanSet =
+    let graph = p.Graph
+    let count = job.Stages.Length
+    let stageOf = stageOf job.Stages
+    let work = Edges.assign graph count stageOf (count - 1)
+    let parameters = parameters job p work
+    let groups = GroupTable job.Mesh
+    let timetables = Timetable.build job.Recipe.Schedule count job.Microbatches
+
+    let maker v =
+        match graph.NodeOf(root graph v).Origin.Unit with
+        | ModelUnit.Shared -> count - 1
+        | part -> stageOf part
+
+    let stages =
+        timetables
+        |> List.mapi (fun s timetable ->
+            let slots = SlotTable()
+            let added, epilogue, observed = accumulators job p parameters slots s maker
+            let input = epilogue groups
+
+            let programs =
+                Programs.build {
+                    Stage = s
+                    Partitioned = p
+                    Work = work
+                    Phases = Edges.phases graph work s
+                    Slots = slots
+                    Groups = groups
+                    Accumulators = added
+                }
+
+            let zeros = observed |> List.map (fun slot -> Step.Launch(KernelId.Zero, [||], [||], [| slot |], "step"))
+            let once = Lifetimes.insert slots [| Epilogue.prologue input @ zeros; Epilogue.epilogue input |]
+            let each = Lifetimes.insert slots programs
+
+            {
+                Stage = s
+                Units = letters job.Stages[s]
+                Slots = slots.ToArray()
+                Programs = [|
+                    { Phase = Phase.Prologue; Steps = once[0] }
+                    { Phase = Phase.F; Steps = each[0] }
+                    { Phase = Phase.I; Steps = each[1] }
+                    { Phase = Phase.W; Steps = each[2] }
+                    { Phase = Phase.Epilogue; Steps = once[1] }
+                |]
+                Timetable = Array.ofList timetable
+            })
+        |> Array.ofList
+
+    {
+        Version = 1
+        Recipe = job.Recipe.Lines
+        Mesh = job.Mesh
+        Layout = LayoutString.print job.Stages
+        Schedule = job.Recipe.Schedule.Name
+        Microbatches = job.Microbatches
+        MicroBatch = job.Recipe.MicroBatch * job.Mesh.Data
+        SeqLength = job.Recipe.SeqLength
+        Groups = groups.ToArray()
+        Parameters = parameters
+        Inputs = inputs job p
+        Stages = stages
+        Memory = stages |> Array.map Memory.row
+    }

@@ -1,0 +1,174 @@
+/// Programs of a stage for one microbatch: launches, collectives with Start and Wait, receives first, sends as soon as made.
+/// before: the stage's nodes; after: steps of F, I and W over slots, without Free.
+module DeepSeekGraph.Compiler.Lowering.Programs
+
+open System.Collections.Generic
+open DeepSeekGraph
+open DeepSeekGraph.Compiler
+open DeepSeekGraph.Compiler.Partition
+open DeepSeekGraph.Compiler.Lowering.Edges
+open DeepSeekGraph.Compiler.Lowering.Slots
+
+/// What the programs of one stage are made from.
+type StageContext = {
+    Stage: int
+    Partitioned: Partitioned
+    Work: StageWork
+    Phases: IReadOnlyDictionary<int, Phase>
+    Slots: SlotTable
+    Groups: GroupTable
+    /// Accumulators that an output value is added to: value -> slot.
+    Accumulators: (int * int) list
+}
+
+let private slotOf (c: StageContext) (value: int) : int =
+    let graph = c.Partitioned.Graph
+    let v = root graph value
+    let t, layout = graph.Types[v], c.Partitioned.Layouts[v]
+
+    match (graph.NodeOf v).Op with
+    | Op.Parameter(spec, _) -> c.Slots.Get(spec.Name, SlotKind.Parameter, t, layout)
+    | Op.Input(name, _) -> c.Slots.Get(name, (if t.Rank = 0 then SlotKind.Scalar else SlotKind.Input), t, layout)
+    | _other -> c.Slots.Get($"%%%i{v}", SlotKind.Temporary, t, layout)
+
+/// Is this op a name, or fed from outside: nothing to run?
+let private silent (op: Op) =
+    match op with
+    | Op.Parameter _
+    | Op.Input _
+    | Op.Rename _
+    | Op.Anchor _
+    | Op.Detach -> true
+    | _other -> false
+
+/// The earliest of F, I, W in which the stage reads a received value.
+let private firstRead (c: StageContext) (value: int) =
+    let graph = c.Partitioned.Graph
+
+    c.Work.Nodes[c.Stage]
+    |> Array.filter (fun n ->
+        not (silent graph.Nodes[n].Op)
+        && graph.Nodes[n].Inputs |> Array.exists (fun v -> root graph v = value))
+    |> Array.map (fun n -> c.Phases[n])
+    |> fun phases -> [ Phase.F; Phase.I; Phase.W ] |> List.find (fun p -> Array.contains p phases)
+
+/// Steps of one program under construction: starts remember which slots they fill, so that the first reader waits.
+[<Sealed>]
+type private Writer(nextToken: unit -> int) =
+    let steps = List<Step>()
+    let pending = Dictionary<int, int>()
+
+    member _.Steps = List.ofSeq steps
+
+    member _.Start(collective, group, inputs: int list, outputs: int list, path) : int =
+        let token = nextToken ()
+        steps.Add(Step.Start(token, collective, group, Array.ofList inputs, Array.ofList outputs, path))
+
+        for slot in outputs do
+            pending[slot] <- token
+
+        token
+
+    member _.Wait(token: int) = steps.Add(Step.Wait token)
+
+    /// Waits for whatever fills these slots.
+    member this.Need(slots: int seq) =
+        for slot in slots do
+            match pending.TryGetValue slot with
+            | true, token ->
+                pending.Remove slot |> ignore
+                this.Wait token
+            | false, _ -> ()
+
+    member _.Launch(kernel, attributes: Attribute list, inputs: int list, outputs: int list, path) =
+        steps.Add(Step.Launch(kernel, Array.ofList attributes, Array.ofList inputs, Array.ofList outputs, path))
+
+    /// Nothing that fills a slot stays open behind the program's end.
+    member this.Close() = this.Need(pending.Keys |> Seq.sort |> Array.ofSeq)
+
+let private compute (c: StageContext) (writer: Writer) (node: Node) =
+    let graph = c.Partitioned.Graph
+    let inputs = [ for v in node.Inputs -> slotOf c v ]
+    let outputs = [ for v in node.Outputs -> slotOf c v ]
+    writer.Need inputs
+
+    match node.Op with
+    | Op.Collective(kind, axes, _) ->
+        writer.Start(kind, c.Groups.Along axes, inputs, outputs, node.Origin.Path) |> ignore
+    | op ->
+        let types = node.Inputs |> Array.map (fun v -> graph.Types[v])
+
+        match KernelOps.ofOp op types (node.Outputs |> Array.map (fun v -> graph.Types[v])) with
+        | Some(kernel, attributes) -> writer.Launch(kernel, attributes, inputs, outputs, node.Origin.Path)
+        | None -> invalidOp $"%s{node.Origin.Path}: no kernel for %s{(Catalog.define op).Name} (a bug in dsg)"
+
+/// Accumulators that take this node's results.
+let private accumulate (c: StageContext) (writer: Writer) (value: int) path =
+    for v, slot in c.Accumulators do
+        if v = value then
+            let source = slotOf c v
+            writer.Need [ source ]
+            writer.Launch(KernelId.Accumulate, [], [ source ], [ slot ], path)
+
+/// F, I and W of the stage.
+let build (c: StageContext) : Step list[] =
+    let graph = c.Partitioned.Graph
+    let mutable token = -1
+
+    let next () =
+        token <- token + 1
+        token
+
+    let received = c.Work.Transfers |> Array.filter (fun t -> t.Into = c.Stage)
+    let sent = c.Work.Transfers |> Array.filter (fun t -> t.From = c.Stage)
+    // forward sends have arrived when the gradient comes back; cotangents may take until the end of W
+    let open' = List<int>()
+
+    [| Phase.F; Phase.I; Phase.W |]
+    |> Array.map (fun phase ->
+        let writer = Writer next
+
+        if phase = Phase.W then
+            for t in open' do
+                writer.Wait t
+
+            open'.Clear()
+
+        for t in received do
+            if firstRead c t.Value = phase then
+                let path = graph.NodeOf(t.Value).Origin.Path
+                writer.Start(Collective.Recv t.From, c.Groups.Across(List.sort [ t.From; t.Into ]), [], [ slotOf c t.Value ], path)
+                |> ignore
+
+        for n in c.Work.Nodes[c.Stage] do
+            let node = graph.Nodes[n]
+
+            if c.Phases[n] = phase && not (silent node.Op) then
+                compute c writer node
+
+                for v in node.Outputs do
+                    for t in sent do
+                        if t.Value = v then
+                            let slot = slotOf c v
+                            writer.Need [ slot ]
+
+                            open'.Add(
+                                writer.Start(
+                                    Collective.Send t.Into,
+                                    c.Groups.Across(List.sort [ t.From; t.Into ]),
+                                    [ slot ],
+                                    [],
+                                    node.Origin.Path
+                                )
+                            )
+
+            if c.Phases[n] = phase then
+                for v in node.Outputs do
+                    accumulate c writer v node.Origin.Path
+
+        if phase = Phase.W then
+            for t in open' do
+                writer.Wait t
+
+        writer.Close()
+        writer.Steps)

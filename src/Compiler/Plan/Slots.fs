@@ -1,0 +1,77 @@
+/// The slots of a stage and the groups of a job, numbered as they are first named.
+module DeepSeekGraph.Compiler.Lowering.Slots
+
+open System.Collections.Generic
+open DeepSeekGraph
+open DeepSeekGraph.Compiler.Partition
+
+/// Slots of one stage.
+[<Sealed>]
+type SlotTable() =
+    let slots = List<SlotInfo>()
+    let byName = Dictionary<string, int>()
+
+    /// The slot of that name, made if need be.
+    member _.Get(name: string, kind: SlotKind, t: TensorType, layout: Layout) : int =
+        match byName.TryGetValue name with
+        | true, id -> id
+        | false, _ ->
+            let id = slots.Count
+            byName[name] <- id
+
+            slots.Add {
+                Id = id
+                Name = name
+                Kind = kind
+                DType = t.DType
+                Axes = t.Names
+                Extents = t.Extents
+                Routed = t.Routed
+                Density = t.Density
+                Layout = layout
+            }
+
+            id
+
+    member _.TryFind(name: string) =
+        match byName.TryGetValue name with
+        | true, id -> ValueSome id
+        | false, _ -> ValueNone
+
+    member _.Item
+        with get (id: int) = slots[id]
+
+    member _.Count = slots.Count
+    /// A slot whose kind turned out otherwise (saved for a later program).
+    member _.SetKind(id: int, kind: SlotKind) = slots[id] <- { slots[id] with Kind = kind }
+    member _.ToArray() = slots.ToArray()
+
+/// Groups of the whole job; equal ones are one.
+[<Sealed>]
+type GroupTable(mesh: MeshInfo) =
+    let groups = List<Group>()
+
+    let get name (axes: int list) (stages: int list) =
+        match groups |> Seq.tryFind (fun g -> List.ofSeq g.MeshAxes = axes && List.ofSeq g.Stages = stages) with
+        | Some g -> g.Id
+        | None ->
+            groups.Add {
+                Id = groups.Count
+                Name = name
+                MeshAxes = Array.ofList axes
+                Stages = Array.ofList stages
+            }
+
+            groups.Count - 1
+
+    /// All coordinates along mesh axes.
+    member _.Along(axes: int list) : int =
+        let axes = List.sort axes
+        get (axes |> List.map (fun m -> mesh.Axes[m].Name) |> String.concat "+") axes []
+
+    /// The same coordinates on several stages.
+    member _.Across(stages: int list) : int =
+        let names = stages |> List.map string |> String.concat "-"
+        get $"pp.%s{names}" [] stages
+
+    member _.ToArray() = groups.ToArray()
