@@ -108,6 +108,22 @@ module Codes =
     [<Literal>]
     let LibTorchBroken = "DSG0802"
 
+    /// A kernel failed on a rank.
+    [<Literal>]
+    let KernelFailed = "DSG0803"
+
+    /// A collective failed on a rank.
+    [<Literal>]
+    let CollectiveFailed = "DSG0804"
+
+    /// A step ended with slots or collectives left over: a bug of the plan.
+    [<Literal>]
+    let StepIncomplete = "DSG0805"
+
+    /// A weight has another shape than the parameter.
+    [<Literal>]
+    let WeightMismatch = "DSG0806"
+
     /// Training data is missing, cannot be read, or is of an unknown kind.
     [<Literal>]
     let DataUnavailable = "DSG0810"

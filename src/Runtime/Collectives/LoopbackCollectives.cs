@@ -1,0 +1,210 @@
+// One rank's end of the loopback: a collective is a meeting at which copies are handed over.
+using System.Diagnostics;
+using DeepSeekGraph.Runtime.Kernels;
+using DeepSeekGraph.Runtime.Memory;
+using static TorchSharp.torch;
+
+namespace DeepSeekGraph.Runtime.Collectives;
+
+/// <summary>Collectives between threads of this process; an instance belongs to one thread.</summary>
+internal sealed class LoopbackCollectives(LoopbackWorld world, RankContext rank) : ICollectives
+{
+    private readonly Dictionary<(Lane Lane, bool Reads), long> _next = [];
+    private readonly Dictionary<int, (Lane Lane, int Me, int Members)> _groups = [];
+
+    public IPending Start(CollectiveCall call)
+    {
+        switch (call.Kind)
+        {
+            case Collective.Send { Stage: var to }:
+            {
+                var lane = world.Lane(call.Group.Id, rank.Stage, Place(rank.Coordinates), to);
+                lane.Open(Number(lane, false), 1).Put(0, Parcel.Of(call.Inputs));
+                return Sent.Instance;
+            }
+
+            case Collective.Recv { Stage: var from }:
+            {
+                var lane = world.Lane(call.Group.Id, from, Place(rank.Coordinates), rank.Stage);
+                var number = Number(lane, true);
+                return new Meeting(world, call, lane, number, lane.Open(number, 1), 0);
+            }
+
+            default:
+            {
+                if (!_groups.TryGetValue(call.Group.Id, out var group))
+                    _groups[call.Group.Id] = group = Find(call.Group);
+                var number = Number(group.Lane, false);
+                var exchange = group.Lane.Open(number, group.Members);
+                exchange.Put(group.Me, Parcel.Of(call.Inputs));
+                return new Meeting(world, call, group.Lane, number, exchange, group.Me);
+            }
+        }
+    }
+
+    private long Number(Lane lane, bool reads)
+    {
+        var number = _next.GetValueOrDefault((lane, reads));
+        _next[(lane, reads)] = number + 1;
+        return number;
+    }
+
+    private (Lane Lane, int Me, int Members) Find(Group group)
+    {
+        if (group.Stages.Count > 0)
+        {
+            var me = group.Stages.ToList().IndexOf(rank.Stage);
+            return me < 0
+                ? throw new InvalidOperationException($"stage {rank.Stage} is not in group {group.Name}")
+                : (world.Lane(group.Id, -1, Place(rank.Coordinates), -1), me, group.Stages.Count);
+        }
+
+        long[] axes = [.. group.MeshAxes.Order()];
+        var others = (int[])[.. rank.Coordinates];
+        var members = 1;
+        foreach (var axis in axes)
+        {
+            others[axis] = 0;
+            members *= rank.Axes[(int)axis].Size;
+        }
+
+        return (world.Lane(group.Id, rank.Stage, Place(others), -1), rank.BlockOf(axes), members);
+    }
+
+    private int Place(IReadOnlyList<int> coordinates)
+    {
+        var place = 0;
+        for (var i = coordinates.Count - 1; i >= 0; i--)
+            place = (place * rank.Axes[i].Size) + coordinates[i];
+        return place;
+    }
+
+    /// <summary>Sends are buffered: nothing to wait for.</summary>
+    private sealed class Sent : IPending
+    {
+        public static readonly Sent Instance = new();
+
+        public void Wait()
+        {
+        }
+    }
+
+    /// <summary>Everything else waits for the other members, then writes its own outputs.</summary>
+    private sealed class Meeting(
+        LoopbackWorld world, CollectiveCall call, Lane lane, long number, Exchange exchange, int me) : IPending
+    {
+        public void Wait()
+        {
+            try
+            {
+                exchange.Wait(world.Stop);
+            }
+            catch (OperationCanceledException)
+            {
+                throw new StoppedException("another rank stopped the job");
+            }
+
+            FinishAll();
+            if (exchange.Leave())
+                lane.Close(number);
+        }
+
+        private void FinishAll()
+        {
+            var (inputs, output) = (call.Inputs, call.Outputs[0]);
+            switch (call.Kind)
+            {
+                case var kind when kind.IsRouteToExperts:
+                    output.Adopt(RowExchange.ToExperts(Routes(0), me));
+                    break;
+                case var kind when kind.IsRowsToExperts:
+                    RowExchange.Collect(Values(0), Routes(1), me * inputs[2].Rows.Experts, inputs[2].Rows, output);
+                    break;
+                case var kind when kind.IsRowsToTokens:
+                    RowExchange.Return(Values(0), Routes(1), me, inputs[2].Rows, output);
+                    break;
+                case Collective.AllGather when exchange[0].Rows[0] is not null:
+                    output.Adopt(RowExchange.Joined(Routes(0)));
+                    break;
+                case Collective.AllGather { Dim: < 3 } when output.Info.Routed:
+                    RowExchange.Collect(Values(0), Routes(1), 0, inputs[2].Rows, output);
+                    break;
+                case Collective.ReduceScatter { Dim: < 3 } when output.Info.Routed:
+                    RowExchange.ReduceScatter(exchange, inputs[1].Rows, me, output);
+                    break;
+                default:
+                    for (var i = 0; i < call.Outputs.Count; i++)
+                        Finish(i, call.Outputs[i]);
+                    break;
+            }
+        }
+
+        private void Finish(int i, SlotValue output)
+        {
+            switch (call.Kind)
+            {
+                case var kind when kind.IsAllReduceSum || kind.IsAllReduceMax:
+                    output.AdoptCopy(exchange.Reduced(i, kind.IsAllReduceMax));
+                    break;
+                case Collective.AllGather { Dim: var dim }:
+                    Join(output, output.StorageDim(dim), Values(i), static (tensor, _, _) => tensor.alias(), 0);
+                    break;
+                case Collective.ReduceScatter { Dim: var dim }:
+                {
+                    var storage = output.StorageDim(dim);
+                    output.Adopt(Reduction.OfBlock(exchange, i, storage, me, Block(i, storage)));
+                    break;
+                }
+
+                case Collective.AllToAll { SplitDim: var split, JoinDim: var join }:
+                {
+                    var storage = output.StorageDim(split);
+                    var length = Block(i, storage);
+                    Join(output, output.StorageDim(join), Values(i), (tensor, s, mine) => tensor.narrow(s, mine * length, length), storage);
+                    break;
+                }
+
+                case Collective.Recv when exchange[0].Rows[i] is { } rows:
+                    output.Adopt(rows);
+                    break;
+                case Collective.Recv:
+                    output.AdoptCopy(exchange[0].Tensors[i]!);
+                    break;
+                default:
+                    throw new UnreachableException($"no handler for {call.Kind}");
+            }
+        }
+
+        private long Block(int i, int dim)
+        {
+            var (length, rest) = Math.DivRem(exchange[me].Tensors[i]!.shape[dim], exchange.Members);
+            return rest == 0 ? length : throw new InvalidOperationException($"{exchange[me].Tensors[i]!.shape[dim]} elements do not split over {exchange.Members} ranks");
+        }
+
+        private void Join(SlotValue output, int dim, List<Tensor> values, Func<Tensor, int, int, Tensor> part, int split)
+        {
+            long total = 0, at = 0;
+            foreach (var value in values)
+            {
+                using var block = part(value, split, me);
+                total += block.shape[dim];
+            }
+
+            using var first = part(values[0], split, me);
+            var target = output.FillLike(first);
+            if (target.shape[dim] != total)
+                throw new InvalidOperationException($"{total} elements arrived for {target.shape[dim]} places of {output.Info.Name}");
+            foreach (var value in values)
+            {
+                using var block = part(value, split, me);
+                using var place = target.narrow(dim, at, block.shape[dim]);
+                place.copy_(block).On(place);
+                at += block.shape[dim];
+            }
+        }
+
+        private List<Tensor> Values(int i) => [.. Enumerable.Range(0, exchange.Members).Select(m => exchange[m].Tensors[i]!)];
+
+        private List<RowSet> Routes(int i) => [.. Enumerable.Range(0, exchange.Members).Select(m => exchange[m].Rows[i]!)];
+    }
+}

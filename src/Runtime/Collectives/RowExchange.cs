@@ -1,0 +1,92 @@
+// Moves routed rows between ranks: row ranges are copied as they lie, expert by expert.
+using DeepSeekGraph.Runtime.Memory;
+using static TorchSharp.torch;
+
+namespace DeepSeekGraph.Runtime.Collectives;
+
+internal static unsafe class RowExchange
+{
+    /// <summary>Everybody's counts of my experts: rows ordered by expert, member, and then as they lay there.</summary>
+    public static RowSet ToExperts(IReadOnlyList<RowSet> routes, int me)
+    {
+        var experts = routes[me].Experts / routes.Count;
+        if (experts * routes.Count != routes[me].Experts)
+            throw new InvalidOperationException($"{routes[me].Experts} experts do not split over {routes.Count} ranks");
+        var first = me * experts;
+        return RowSet.FromMembers([.. routes.Select(r => r.Counts[first..(first + experts)])]);
+    }
+
+    /// <summary>Everybody's rows of all experts.</summary>
+    public static RowSet Joined(IReadOnlyList<RowSet> routes) => RowSet.FromMembers([.. routes.Select(r => r.Counts)]);
+
+    /// <summary>Copies the rows of `mine` out of everybody's; `firstExpert` is my first one in their numbering.</summary>
+    public static void Collect(
+        IReadOnlyList<Tensor> rows, IReadOnlyList<RowSet> routes, int firstExpert, RowSet mine, SlotValue result)
+    {
+        var target = result.Fill(mine.Rows);
+        var width = Width(rows[0]);
+        var to = (byte*)target.Pointer();
+        for (var e = 0; e < mine.Experts; e++)
+        {
+            for (var member = 0; member < rows.Count; member++)
+            {
+                var bytes = routes[member].Counts[firstExpert + e] * width;
+                var from = (byte*)rows[member].Pointer() + (routes[member].Offsets[firstExpert + e] * width);
+                Buffer.MemoryCopy(from, to, bytes, bytes);
+                to += bytes;
+            }
+        }
+    }
+
+    /// <summary>Copies my rows back from the ranks that hold their experts; `routes` say what those received.</summary>
+    public static void Return(IReadOnlyList<Tensor> rows, IReadOnlyList<RowSet> routes, int me, RowSet mine, SlotValue result)
+    {
+        var target = result.Fill(mine.Rows);
+        var width = Width(rows[0]);
+        var to = (byte*)target.Pointer();
+        var expert = 0;
+        for (var member = 0; member < rows.Count; member++)
+        {
+            for (var e = 0; e < routes[member].Experts; e++, expert++)
+            {
+                var bytes = mine.Counts[expert] * width;
+                var from = (byte*)rows[member].Pointer() + (Start(routes[member], me, e) * width);
+                Buffer.MemoryCopy(from, to, bytes, bytes);
+                to += bytes;
+            }
+        }
+    }
+
+    /// <summary>Sums everybody's results for my rows; all members hold the same joined row set.</summary>
+    public static void ReduceScatter(Exchange exchange, RowSet joined, int me, SlotValue result)
+    {
+        using var sum = Reduction.Of(exchange, 0, false);
+        using var typed = sum.to_type(result.ScalarType);
+        var mine = joined.MemberCounts[me];
+        var target = result.Fill(mine.Sum());
+        var width = Width(typed);
+        byte* from = (byte*)typed.Pointer(), to = (byte*)target.Pointer();
+        for (var e = 0; e < joined.Experts; e++)
+        {
+            var bytes = mine[e] * width;
+            Buffer.MemoryCopy(from + (Start(joined, me, e) * width), to, bytes, bytes);
+            to += bytes;
+        }
+    }
+
+    private static long Start(RowSet route, int member, int expert)
+    {
+        long start = route.Offsets[expert];
+        for (var i = 0; i < member; i++)
+            start += route.MemberCounts[i][expert];
+        return start;
+    }
+
+    private static long Width(Tensor rows)
+    {
+        long width = TensorMemory.Width(rows.dtype);
+        foreach (var extent in rows.shape.AsSpan(1))
+            width *= extent;
+        return width;
+    }
+}

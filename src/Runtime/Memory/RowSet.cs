@@ -1,0 +1,131 @@
+// Which rows of routed tokens a rank holds: the value of a `route` slot.
+namespace DeepSeekGraph.Runtime.Memory;
+
+/// <summary>Rows ordered by local expert, then by source member, then by token. Immutable; shared between slots.</summary>
+public sealed class RowSet
+{
+    private RowSet(int[] counts, int tokens, int[] tokenIndex, int[] tokenStart, int[] tokenRows, int[][] memberCounts)
+    {
+        Counts = counts;
+        Tokens = tokens;
+        TokenIndex = tokenIndex;
+        TokenStart = tokenStart;
+        TokenRows = tokenRows;
+        MemberCounts = memberCounts;
+        Offsets = new int[counts.Length + 1];
+        for (var e = 0; e < counts.Length; e++)
+            Offsets[e + 1] = checked(Offsets[e] + counts[e]);
+    }
+
+    /// <summary>Rows of each local expert.</summary>
+    public int[] Counts { get; }
+
+    /// <summary>First row of each local expert, then the number of rows.</summary>
+    public int[] Offsets { get; }
+
+    /// <summary>Local experts.</summary>
+    public int Experts => Counts.Length;
+
+    /// <summary>All rows.</summary>
+    public int Rows => Offsets[^1];
+
+    /// <summary>Local tokens (batch x seq); 0 when the rows came from other ranks.</summary>
+    public int Tokens { get; }
+
+    /// <summary>True while the rows are those of the rank's own tokens.</summary>
+    public bool ByToken => MemberCounts.Length == 0;
+
+    /// <summary>The token (b * seq + s) of each row; by token only.</summary>
+    public int[] TokenIndex { get; }
+
+    /// <summary>Where each token's rows begin in TokenRows, [Tokens + 1]; by token only.</summary>
+    public int[] TokenStart { get; }
+
+    /// <summary>The rows of each token, experts ascending; by token only.</summary>
+    public int[] TokenRows { get; }
+
+    /// <summary>Rows received from each member, per local expert: [member][expert]; by expert only.</summary>
+    public int[][] MemberCounts { get; }
+
+    /// <summary>Bytes of the index arrays.</summary>
+    public long Bytes
+        => 4L * (Counts.Length + Offsets.Length + TokenIndex.Length + TokenStart.Length + TokenRows.Length
+            + MemberCounts.Sum(m => m.Length));
+
+    /// <summary>From a mask [tokens, experts] of bytes, non-zero where routed.</summary>
+    public static RowSet FromMask(ReadOnlySpan<byte> mask, int tokens, int experts)
+    {
+        var counts = new int[experts];
+        var chosen = new List<int>(tokens * 8);
+        var start = new int[tokens + 1];
+        for (var t = 0; t < tokens; t++)
+        {
+            var row = mask.Slice(t * experts, experts);
+            for (var e = row.IndexOfAnyExcept((byte)0); e >= 0; e = Next(row, e))
+            {
+                counts[e]++;
+                chosen.Add(e);
+            }
+
+            start[t + 1] = chosen.Count;
+        }
+
+        var next = new int[experts];
+        for (var e = 1; e < experts; e++)
+            next[e] = next[e - 1] + counts[e - 1];
+        var index = new int[chosen.Count];
+        var rows = new int[chosen.Count];
+        for (var t = 0; t < tokens; t++)
+        {
+            for (var i = start[t]; i < start[t + 1]; i++)
+            {
+                var row = next[chosen[i]]++;
+                rows[i] = row;
+                index[row] = t;
+            }
+        }
+
+        return new RowSet(counts, tokens, index, start, rows, []);
+    }
+
+    /// <summary>Rows that came from several members: memberCounts[member][local expert].</summary>
+    public static RowSet FromMembers(int[][] memberCounts)
+    {
+        var counts = new int[memberCounts[0].Length];
+        foreach (var member in memberCounts)
+        {
+            for (var e = 0; e < counts.Length; e++)
+                counts[e] += member[e];
+        }
+
+        return new RowSet(counts, 0, [], [], [], memberCounts);
+    }
+
+    /// <summary>The rows of experts [first, first + count) of a by-token set; a range of the rows, renumbered from 0.</summary>
+    public RowSet SliceExperts(int first, int count)
+    {
+        if (!ByToken)
+            return FromMembers([.. MemberCounts.Select(m => m[first..(first + count)])]);
+        int from = Offsets[first], to = Offsets[first + count];
+        var start = new int[Tokens + 1];
+        var rows = new List<int>(to - from);
+        for (var t = 0; t < Tokens; t++)
+        {
+            for (var i = TokenStart[t]; i < TokenStart[t + 1]; i++)
+            {
+                if (TokenRows[i] >= from && TokenRows[i] < to)
+                    rows.Add(TokenRows[i] - from);
+            }
+
+            start[t + 1] = rows.Count;
+        }
+
+        return new RowSet(Counts[first..(first + count)], Tokens, TokenIndex[from..to], start, [.. rows], []);
+    }
+
+    private static int Next(ReadOnlySpan<byte> row, int e)
+    {
+        var step = row[(e + 1)..].IndexOfAnyExcept((byte)0);
+        return step < 0 ? -1 : e + 1 + step;
+    }
+}

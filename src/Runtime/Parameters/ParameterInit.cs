@@ -1,0 +1,82 @@
+// Initial values: a counter-based function of (seed, parameter name, global element), so that every layout starts alike.
+using DeepSeekGraph.Runtime.Kernels;
+using DeepSeekGraph.Runtime.Memory;
+using static TorchSharp.torch;
+
+namespace DeepSeekGraph.Runtime.Parameters;
+
+/// <summary>Fills a rank's shard without looking at any other rank.</summary>
+public static unsafe class ParameterInit
+{
+    /// <summary>Fills an fp32 or bf16 tensor that holds the box `shard` of a parameter.</summary>
+    public static void Fill(Tensor local, Shard shard, Init init, string name, ulong seed)
+    {
+        if (init is not Init.Normal { Std: var std })
+        {
+            using var value = (TorchSharp.Scalar)(init.IsOnes ? 1f : 0f);
+            local.fill_(value).On(local);
+            return;
+        }
+
+        var key = Key(name, seed);
+        var p = local.Pointer();
+        if (Simd.IsBFloat16(local.dtype))
+            shard.ForEachRun((g, l, n) => Normals<BF16>(key, std, g, p, l, n));
+        else
+            shard.ForEachRun((g, l, n) => Normals<F32>(key, std, g, p, l, n));
+    }
+
+    /// <summary>Element `index` of a parameter drawn from Normal(0, std).</summary>
+    public static float Normal(string name, ulong seed, double std, long index)
+    {
+        var (even, odd) = Pair(Key(name, seed), index >> 1);
+        return (float)(std * ((index & 1) == 0 ? even : odd));
+    }
+
+    private static void Normals<T>(ulong key, double std, long global, void* p, long local, long n)
+        where T : struct, IElement
+    {
+        long i = 0;
+        while (i < n)
+        {
+            var (even, odd) = Pair(key, (global + i) >> 1);
+            if (((global + i) & 1) == 0)
+            {
+                T.Store(p, local + i++, (float)(std * even));
+                if (i == n)
+                    return;
+            }
+
+            T.Store(p, local + i++, (float)(std * odd));
+        }
+    }
+
+    /// <summary>Two independent normal values by Box and Muller.</summary>
+    private static (double Even, double Odd) Pair(ulong key, long pair)
+    {
+        var first = Mix(key + (0x9E3779B97F4A7C15UL * ((2 * (ulong)pair) + 1)));
+        var second = Mix(key + (0x9E3779B97F4A7C15UL * ((2 * (ulong)pair) + 2)));
+        var radius = Math.Sqrt(-2 * Math.Log(((first >> 11) + 1) * Unit));
+        var (sin, cos) = Math.SinCos(2 * Math.PI * ((second >> 11) * Unit));
+        return (radius * cos, radius * sin);
+    }
+
+    private const double Unit = 1.0 / (1L << 53);
+
+    /// <summary>FNV-1a of the name, mixed with the seed.</summary>
+    private static ulong Key(string name, ulong seed)
+    {
+        var hash = 0xCBF29CE484222325UL;
+        foreach (var b in System.Text.Encoding.UTF8.GetBytes(name))
+            hash = (hash ^ b) * 0x100000001B3UL;
+        return Mix(hash ^ Mix(seed + 0x9E3779B97F4A7C15UL));
+    }
+
+    /// <summary>The finaliser of SplitMix64 (Steele, Lea and Flood 2014).</summary>
+    private static ulong Mix(ulong z)
+    {
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9UL;
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EBUL;
+        return z ^ (z >> 31);
+    }
+}

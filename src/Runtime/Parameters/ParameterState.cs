@@ -1,0 +1,55 @@
+// Initial values of a rank's parameters and of the optimizer's copies of them.
+using DeepSeekGraph.Runtime.Execution;
+using DeepSeekGraph.Runtime.Memory;
+using static TorchSharp.torch;
+
+namespace DeepSeekGraph.Runtime.Parameters;
+
+/// <summary>Fills parameter and `master:` slots, each by its own layout; moments and the rest start at zero.</summary>
+public static class ParameterState
+{
+    /// <summary>Draws each parameter from (seed, name, global element), or takes it from `weights`; DSG0806 when a shape differs.</summary>
+    public static void Initialize(RankRunner runner, ulong seed, Func<string, Tensor?>? weights = null)
+    {
+        foreach (var parameter in runner.Plan.Parameters)
+        {
+            if (runner.Find(parameter.Name) is not { } slot)
+                continue;
+            var given = weights?.Invoke(parameter.Name);
+            Fill(slot, given);
+            if (runner.Find("master:" + parameter.Name) is { } master)
+                Fill(master, given);
+
+            void Fill(SlotValue value, Tensor? whole)
+            {
+                var shard = ShardOf(value, parameter, runner);
+                if (whole is null)
+                {
+                    ParameterInit.Fill(value.Tensor, shard, parameter.Init, parameter.Name, seed);
+                    return;
+                }
+
+                if (!whole.shape.AsSpan().SequenceEqual(parameter.Extents.Select(e => (long)e).ToArray()))
+                {
+                    throw DiagnosticException.Of(
+                        Codes.WeightMismatch,
+                        parameter.Name,
+                        $"the weight is [{string.Join(", ", whole.shape)}], the parameter [{string.Join(", ", parameter.Extents)}]",
+                        "give weights of the model that the plan was compiled for");
+                }
+
+                using var part = shard.View(whole);
+                value.Tensor.copy_(part).On(value.Tensor);
+            }
+        }
+    }
+
+    private static Shard ShardOf(SlotValue value, ParameterInfo parameter, RankRunner runner)
+    {
+        var shard = Shard.Of(parameter.Extents, value.Info.Layout, runner.Rank);
+        if (!shard.Extents.SequenceEqual(value.Info.Extents))
+            throw new InvalidOperationException(
+                $"slot {value.Info.Name} is [{string.Join(", ", value.Info.Extents)}], its layout says [{string.Join(", ", shard.Extents)}]");
+        return shard;
+    }
+}

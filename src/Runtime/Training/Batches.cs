@@ -1,0 +1,125 @@
+// Where the rows of a step's global batch come from, and how a rank gets its part of a microbatch.
+using System.Runtime.InteropServices;
+using DeepSeekGraph.Runtime.Data;
+using DeepSeekGraph.Runtime.Execution;
+using DeepSeekGraph.Runtime.Kernels;
+using DeepSeekGraph.Runtime.Memory;
+using DeepSeekGraph.Runtime.Parameters;
+using static TorchSharp.torch;
+
+namespace DeepSeekGraph.Runtime.Training;
+
+/// <summary>A global batch: tokens [Rows, Columns]; masks [Rows, sequence length], null where every position counts.</summary>
+public sealed record TrainingBatch(int Rows, int Columns, long[] Tokens, float[]? LossMask = null, float[]? MtpMask = null);
+
+/// <summary>Global batches by step, from 0; equal calls give equal batches.</summary>
+public interface IBatchSource
+{
+    TrainingBatch Get(long step);
+}
+
+/// <summary>The batches of a corpus.</summary>
+public sealed class SampledBatches(BatchSampler sampler) : IBatchSource
+{
+    public TrainingBatch Get(long step)
+    {
+        var batch = sampler.Get(step);
+        return new TrainingBatch(batch.Rows, batch.Columns, batch.Tokens);
+    }
+}
+
+/// <summary>Cuts a global batch: rows by microbatch first, then over the ranks as the input's layout says.</summary>
+internal sealed class BatchInputs : IInputSource
+{
+    private readonly PlanSet _plan;
+    private readonly TrainingBatch _batch;
+    private readonly Dictionary<string, InputInfo> _inputs;
+
+    public BatchInputs(PlanSet plan, TrainingBatch batch)
+    {
+        _plan = plan;
+        _batch = batch;
+        _inputs = plan.Inputs.ToDictionary(i => i.Name);
+        if (batch.Rows != plan.Microbatches * plan.MicroBatch)
+            throw new ArgumentException($"a batch of {batch.Rows} rows, the plan trains on {plan.Microbatches} x {plan.MicroBatch}", nameof(batch));
+        Tokens = Count(batch.LossMask);
+        MtpTokens = Count(batch.MtpMask);
+    }
+
+    /// <summary>Valid positions of the global batch, for the main loss and for multi-token prediction.</summary>
+    public long Tokens { get; }
+
+    public long MtpTokens { get; }
+
+    public void Fill(SlotInfo slot, RankContext rank, int microbatch, Tensor target)
+    {
+        var input = _inputs[slot.Name];
+        var shard = Shard.Of(input.Extents, input.Layout, rank);
+        var rows = input.Extents[0];
+        var columns = input.Extents[1];
+        switch (slot.Name)
+        {
+            case "tokens":
+            {
+                var tokens = new long[rows * columns];
+                for (var row = 0; row < rows; row++)
+                    _batch.Tokens.AsSpan(((microbatch * rows) + row) * _batch.Columns, columns).CopyTo(tokens.AsSpan(row * columns));
+                shard.CopyFrom<long>(tokens, target);
+                break;
+            }
+
+            case "loss_mask":
+                FillMask(_batch.LossMask);
+                break;
+            case "mtp_mask":
+                FillMask(_batch.MtpMask);
+                break;
+            default:
+                throw new InvalidOperationException($"the plan wants an input '{slot.Name}', the data has tokens, loss_mask and mtp_mask");
+        }
+
+        void FillMask(float[]? mask)
+        {
+            if (mask is not null)
+                shard.CopyFrom<float>(mask.AsSpan(microbatch * rows * columns, rows * columns), target);
+            else
+            {
+                using var one = (TorchSharp.Scalar)1f;
+                target.fill_(one).On(target);
+            }
+        }
+    }
+
+    private long Count(float[]? mask)
+        => mask is null ? (long)_batch.Rows * _plan.SeqLength : mask.LongCount(m => m != 0);
+}
+
+/// <summary>Inputs given as whole tensors, one dictionary a microbatch.</summary>
+internal sealed class TensorInputs(PlanSet plan, IReadOnlyList<IReadOnlyDictionary<string, Tensor>> microbatches) : IInputSource
+{
+    private readonly Dictionary<string, InputInfo> _inputs = plan.Inputs.ToDictionary(i => i.Name);
+
+    public void Fill(SlotInfo slot, RankContext rank, int microbatch, Tensor target)
+    {
+        var input = _inputs[slot.Name];
+        using var part = Shard.Of(input.Extents, input.Layout, rank).View(microbatches[microbatch][slot.Name]);
+        target.copy_(part).On(target);
+    }
+
+    /// <summary>Non-zero elements of a mask over all microbatches; 0 when it is not given.</summary>
+    public unsafe long Count(string mask)
+    {
+        long count = 0;
+        foreach (var inputs in microbatches)
+        {
+            if (!inputs.TryGetValue(mask, out var tensor))
+                continue;
+            using var floats = tensor.to_type(ScalarType.Float32);
+            using var whole = floats.contiguous();
+            foreach (var value in MemoryMarshal.CreateReadOnlySpan(ref *(float*)whole.Pointer(), (int)whole.numel()))
+                count += value != 0 ? 1 : 0;
+        }
+
+        return count;
+    }
+}

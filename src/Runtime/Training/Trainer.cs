@@ -1,0 +1,192 @@
+// Trains: all ranks of a plan as threads of this process, one step after the other.
+using System.Diagnostics;
+using System.Runtime.CompilerServices;
+using System.Runtime.ExceptionServices;
+using DeepSeekGraph.Runtime.Collectives;
+using DeepSeekGraph.Runtime.Execution;
+using DeepSeekGraph.Runtime.Kernels;
+using DeepSeekGraph.Runtime.Memory;
+using DeepSeekGraph.Runtime.Native;
+using DeepSeekGraph.Runtime.Parameters;
+using DeepSeekGraph.Runtime.Telemetry;
+using static TorchSharp.torch;
+
+namespace DeepSeekGraph.Runtime.Training;
+
+/// <summary>Runs a plan. Once a rank failed or a step was cancelled, only Dispose is left to do.</summary>
+public sealed class Trainer : IAsyncDisposable
+{
+    private readonly LoopbackWorld _world = new();
+    private readonly RankThread[] _ranks;
+
+    private Trainer(PlanSet plan, TrainerOptions options)
+    {
+        Plan = plan;
+        Options = options;
+        var perStage = RankContext.RanksPerStage(plan.Mesh);
+        _ranks = new RankThread[plan.Stages.Count * perStage];
+        for (var i = 0; i < _ranks.Length; i++)
+        {
+            var rank = RankContext.At(plan.Mesh, i / perStage, i % perStage);
+            var stage = plan.Stages[i / perStage];
+            _ranks[i] = new RankThread(_world, () => Create(stage, rank), i, options.ThreadsPerRank);
+        }
+    }
+
+    public PlanSet Plan { get; }
+
+    public TrainerOptions Options { get; }
+
+    /// <summary>Steps completed; set it when a run is resumed.</summary>
+    public long Step { get; set; }
+
+    /// <summary>The ranks, by number; touch their slots between steps only.</summary>
+    public IReadOnlyList<RankRunner> Ranks => [.. _ranks.Select(r => r.Runner!)];
+
+    /// <summary>Bytes held at most, measured: by stage, the largest of its ranks.</summary>
+    public IReadOnlyList<MemoryRow> PeakBytes => [.. Ranks.GroupBy(r => r.Rank.Stage).Select(Measured)];
+
+    /// <summary>Allocates and initialises all ranks.</summary>
+    public static async Task<Trainer> StartAsync(PlanSet plan, TrainerOptions options, CancellationToken cancellationToken = default)
+    {
+        LibTorch.Load();
+        var trainer = new Trainer(plan, options);
+        try
+        {
+            await trainer.OnAllAsync(runner => ParameterState.Initialize(runner, options.Seed, options.Weights), cancellationToken).ConfigureAwait(false);
+            return trainer;
+        }
+        catch
+        {
+            await trainer.DisposeAsync().ConfigureAwait(false);
+            throw;
+        }
+    }
+
+    /// <summary>Trains for `steps` more steps and yields what each measured. Cancellation stops within a kernel's time.</summary>
+    public async IAsyncEnumerable<StepMetrics> RunAsync(long steps, [EnumeratorCancellation] CancellationToken cancellationToken = default)
+    {
+        var batches = Options.Batches ?? throw new InvalidOperationException("training needs TrainerOptions.Batches");
+        for (var i = 0L; i < steps; i++)
+        {
+            cancellationToken.ThrowIfCancellationRequested();
+            var begin = Stopwatch.GetTimestamp();
+            var step = Step + 1;
+            var rate = Options.LearningRate.At(step);
+            var inputs = new BatchInputs(Plan, batches.Get(step - 1));
+            await OnAllAsync(
+                runner =>
+                {
+                    SetScalars(runner, step, rate, inputs.Tokens, inputs.MtpTokens);
+                    runner.RunStep(step, inputs);
+                },
+                cancellationToken).ConfigureAwait(false);
+            Step = step;
+            var seconds = Stopwatch.GetElapsedTime(begin).TotalSeconds;
+            yield return new StepMetrics
+            {
+                Step = step,
+                Loss = Metric("metric:loss") ?? double.NaN,
+                MtpLoss = Metric("metric:mtp_loss"),
+                Lr = rate,
+                GradNorm = Metric("metric:grad_norm") ?? double.NaN,
+                Tokens = inputs.Tokens,
+                TokensPerS = inputs.Tokens / seconds,
+                Seconds = seconds,
+            };
+        }
+    }
+
+    /// <summary>One step without its epilogue on given microbatches (input name -> whole tensor): gradients and metrics stay in their slots, unreduced.</summary>
+    public async Task ForwardBackwardAsync(
+        IReadOnlyList<IReadOnlyDictionary<string, Tensor>> microbatches,
+        System.Action<RankRunner, SlotValue, int>? observe = null,
+        CancellationToken cancellationToken = default)
+    {
+        var inputs = new TensorInputs(Plan, microbatches);
+        long tokens = inputs.Count("loss_mask"), mtpTokens = inputs.Count("mtp_mask");
+        await OnAllAsync(
+            runner =>
+            {
+                SetScalars(runner, Step + 1, Options.LearningRate.At(Step + 1), tokens, mtpTokens);
+                runner.RunStep(Step + 1, inputs, false, observe is null ? null : (value, microbatch) => observe(runner, value, microbatch));
+            },
+            cancellationToken).ConfigureAwait(false);
+    }
+
+    /// <summary>A metric of the last step; null when the plan has none of that name.</summary>
+    public double? Metric(string name)
+        => Ranks.Reverse().Where(r => r.Rank.Coordinates.All(c => c == 0)).Select(r => r.Find(name)).FirstOrDefault(v => v is not null) is { } slot
+            ? StepKernels.Number(slot.Tensor)
+            : null;
+
+    /// <summary>Whole parameters by name, in their compute type; the caller disposes them.</summary>
+    public IReadOnlyDictionary<string, Tensor> GatherParameters()
+        => Plan.Parameters.ToDictionary(p => p.Name, p => Gathering.Slot(Ranks, p.Stages[0], p.Name));
+
+    /// <summary>Whole gradients by parameter name, summed over what is still partial; the caller disposes them.</summary>
+    public IReadOnlyDictionary<string, Tensor> GatherGradients()
+        => Plan.Parameters.Where(p => Ranks.Any(r => r.Find("grad:" + p.Name) is not null))
+            .ToDictionary(p => p.Name, p => Gathering.Sum(Ranks, p.Stages, "grad:" + p.Name));
+
+    /// <summary>Runs work on every rank's own thread, as a checkpoint does; the first error is thrown.</summary>
+    public async Task OnAllAsync(System.Action<RankRunner> work, CancellationToken cancellationToken = default)
+    {
+        ThrowIfStopped();
+        using (cancellationToken.Register(() => _world.Abort(new OperationCanceledException(cancellationToken))))
+            await Task.WhenAll(_ranks.Select(r => r.RunAsync(work))).ContinueWith(static _ => { }, CancellationToken.None, TaskContinuationOptions.None, TaskScheduler.Default).ConfigureAwait(false);
+        ThrowIfStopped();
+    }
+
+    public async ValueTask DisposeAsync()
+    {
+        await Task.Run(() =>
+        {
+            foreach (var rank in _ranks)
+                rank.Dispose();
+        }).ConfigureAwait(false);
+        _world.Dispose();
+    }
+
+    private RankRunner Create(StagePlan stage, RankContext rank)
+        => new(Plan, stage, rank, _world.For(rank), _world.Stop)
+        {
+            Trace = Options.Trace,
+            Profile = Options.Profile ? new StepProfile() : null,
+        };
+
+    private void ThrowIfStopped()
+    {
+        if (_world.FirstError is { } error)
+            ExceptionDispatchInfo.Throw(error);
+    }
+
+    private static void SetScalars(RankRunner runner, long step, double rate, long tokens, long mtpTokens)
+    {
+        Set("step", step);
+        Set("lr", rate);
+        Set("inv_tokens", tokens == 0 ? 0 : 1.0 / tokens);
+        Set("inv_mtp_tokens", mtpTokens == 0 ? 0 : 1.0 / mtpTokens);
+
+        void Set(string name, double value)
+        {
+            if (runner.Find(name) is not { } slot)
+                return;
+            using var scalar = (TorchSharp.Scalar)value;
+            slot.Tensor.fill_(scalar).On(slot.Tensor);
+        }
+    }
+
+    private static MemoryRow Measured(IGrouping<int, RankRunner> stage)
+    {
+        long Most(Func<MemoryMeter, long> of) => stage.Max(r => of(r.Memory));
+        return new MemoryRow(
+            stage.Key,
+            Most(m => m.PeakOf(SlotKind.Parameter)),
+            Most(m => m.PeakOf(SlotKind.Optimizer)),
+            Most(m => m.PeakOf(SlotKind.Gradient)),
+            Most(m => m.Peak - m.LiveOf(SlotKind.Parameter) - m.LiveOf(SlotKind.Optimizer) - m.LiveOf(SlotKind.Gradient)
+                - m.LiveOf(SlotKind.Counter) - m.LiveOf(SlotKind.Scalar)),
+            Most(m => m.Peak));
+    }
+}

@@ -1,0 +1,45 @@
+// What a training run needs besides its plan.
+using DeepSeekGraph.Runtime.Execution;
+using static TorchSharp.torch;
+
+namespace DeepSeekGraph.Runtime.Training;
+
+/// <summary>Seed, learning rate and data of a run. Parallelism, precision and optimizer constants are the plan's.</summary>
+public sealed record TrainerOptions
+{
+    /// <summary>Global batches; null where only single steps with given inputs are run.</summary>
+    public IBatchSource? Batches { get; init; }
+
+    /// <summary>Seed of the initial values.</summary>
+    public ulong Seed { get; init; } = 1234;
+
+    /// <summary>Learning rate and its schedule.</summary>
+    public LearningRate LearningRate { get; init; } = new();
+
+    /// <summary>Initial values by parameter name, whole; null keeps the plan's own initial value.</summary>
+    public Func<string, Tensor?>? Weights { get; init; }
+
+    /// <summary>LibTorch threads of each rank; results are the same bits for the same number.</summary>
+    public int ThreadsPerRank { get; init; } = 1;
+
+    /// <summary>Counts time by kernel.</summary>
+    public bool Profile { get; init; }
+
+    /// <summary>Records or replays expert choices.</summary>
+    public RoutingTrace? Trace { get; init; }
+}
+
+/// <summary>Linear warm-up to Peak, then a cosine down to Minimum at TotalSteps, constant after; 0 total steps: constant.</summary>
+public sealed record LearningRate(double Peak = 3e-4, double Minimum = 3e-5, long WarmupSteps = 0, long TotalSteps = 0)
+{
+    /// <summary>The rate of step 1, 2, ...</summary>
+    public double At(long step)
+    {
+        if (step <= WarmupSteps)
+            return Peak * step / WarmupSteps;
+        if (TotalSteps <= WarmupSteps)
+            return Peak;
+        var progress = Math.Min(1, (double)(step - WarmupSteps) / (TotalSteps - WarmupSteps));
+        return Minimum + ((Peak - Minimum) * 0.5 * (1 + Math.Cos(Math.PI * progress)));
+    }
+}
