@@ -1,4 +1,6 @@
 // The runtime's kernels by id; complete, by test.
+using DeepSeekGraph.Runtime.Memory;
+
 namespace DeepSeekGraph.Runtime.Kernels;
 
 /// <summary>What the table knows of a kernel: how to run it, and whether its result replaces the slot's storage.</summary>
@@ -73,6 +75,11 @@ public static class KernelTable
 
     /// <summary>The kernels for one CPU core per rank.</summary>
     public static IReadOnlyDictionary<KernelId, KernelEntry> Cpu => Entries;
+
+    /// <summary>Runs one kernel outside a plan.</summary>
+    public static void Run(
+        KernelId id, IReadOnlyList<Attribute> attributes, SlotValue[] inputs, SlotValue[] outputs, RankContext rank)
+        => Entries[id].Run(new KernelCall(attributes, inputs, outputs, rank));
 
     private static KernelEntry Fills(Kernel run) => new(run, false);
 
