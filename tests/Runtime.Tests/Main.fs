@@ -13,4 +13,6 @@ let main argv =
             DataTests.tests
             SafeTensorsTests.tests
             MetricsTests.tests
+            KernelTests.tests
+            RowKernelTests.tests
         ])
