@@ -77,10 +77,10 @@ module OpDef =
             | AxisRule.Named text -> Axes.bind true (Axes.parse text) types
             | AxisRule.Custom infer -> infer types
 
-        match rule, def.Result types with
-        | Error text, _
-        | _, Error text -> Error text
-        | Ok rule, Ok dtypes ->
+        // types only once the axes fit: they may count on arity and rank
+        match rule |> Result.bind (fun rule -> def.Result types |> Result.map (fun dtypes -> rule, dtypes)) with
+        | Error text -> Error text
+        | Ok(rule, dtypes) ->
             let results =
                 Array.map3
                     (fun axes dtype density -> {
@@ -119,6 +119,29 @@ module OpDef =
             Error
                 $"input %i{which.Head} is %s{first.Name} but input %i{i} is %s{types[i].DType.Name}; both must be one floating type"
         | None -> Ok(Array.create n first)
+
+    /// A custom axis rule for exactly `count` operands.
+    let taking (count: int) (infer: TensorType[] -> Result<Rule, string>) =
+        AxisRule.Custom(fun types ->
+            if types.Length = count then infer types else Error $"takes %i{count} inputs, not %i{types.Length}")
+
+    /// A custom axis rule for any number of operands but none.
+    let takingSome (infer: TensorType[] -> Result<Rule, string>) =
+        AxisRule.Custom(fun types -> if types.Length > 0 then infer types else Error "takes at least one input")
+
+    /// The operands `which` must be rows, all others dense.
+    let wantRows (which: int list) (types: TensorType[]) : Result<unit, string> =
+        match types |> Array.indexed |> Array.tryFind (fun (i, t) -> t.Routed <> List.contains i which) with
+        | Some(i, t) when t.Routed -> Error $"input %i{i} is rows, %O{t}, but must be dense"
+        | Some(i, t) -> Error $"input %i{i} is dense, %O{t}, but must be rows"
+        | None -> Ok()
+
+    /// Axis `name` is none of the three that rows are sparse in.
+    let denseAxis (name: string) (t: TensorType) : Result<unit, string> =
+        if t.Routed && t.IndexOf name < 3 then
+            Error $"axis '%s{name}' of %O{t} is sparse: route its rows instead"
+        else
+            Ok()
 
     // rows rules
 

@@ -22,6 +22,12 @@ let private check (text: string) (types: TensorType[]) : Result<Rule, string> =
         else
             let result = letters signature.Results[0]
 
+            let made = Array.except (Array.append (term 0) (term 1)) result
+
+            let twice =
+                [ term 0; term 1; result ]
+                |> List.tryPick (fun t -> t |> Array.countBy id |> Array.tryPick (fun (l, n) -> if n > 1 then Some l else None))
+
             let lonely =
                 Array.append (Array.except (term 1) (term 0)) (Array.except (term 0) (term 1))
                 |> Array.filter (fun l -> not (Array.contains l result))
@@ -30,12 +36,17 @@ let private check (text: string) (types: TensorType[]) : Result<Rule, string> =
                 Array.concat signature.Operands
                 |> Array.filter (fun l -> (l.Mark = Mark.Sum) = Array.contains l.Name result)
 
-            if lonely.Length > 0 then
+            if made.Length > 0 then
+                Error $"letter '%s{made[0]}' of '%s{text}' is in the result only"
+            elif twice.IsSome then
+                Error $"letter '%s{twice.Value}' of '%s{text}' is twice in one term"
+            elif lonely.Length > 0 then
                 Error $"letter '%s{lonely[0]}' of '%s{text}' is in one operand only and not in the result"
             elif unmarked.Length > 0 then
                 Error $"letter '%s{unmarked[0].Name}' of '%s{text}': exactly the summed letters carry '+'"
             else
-                Axes.bind true signature types
+                // rows go through the grouped products
+                OpDef.wantRows [] types |> Result.bind (fun () -> Axes.bind true signature types)
     with :? System.ArgumentException as e ->
         Error e.Message
 
@@ -59,10 +70,10 @@ let contract (text: string) = {
     Fusion = Fusion.Contraction
 }
 
-let private grouped name axes routed vjp = {
+let private grouped name axes rows routed vjp = {
     Name = name
     Axes = AxisRule.Axes axes
-    Result = OpDef.sameOf [ 0; 1 ] 1
+    Result = fun types -> OpDef.wantRows rows types |> Result.bind (fun () -> OpDef.sameOf [ 0; 1 ] 1 types)
     Rows = fun types -> if routed then OpDef.follows 1 types else OpDef.dense 1 types
     Linear = Linearity.InEach [ 0; 1 ]
     Vjp = vjp
@@ -80,6 +91,7 @@ let groupedMatMul transposed =
     grouped
         "grouped_matmul"
         axes
+        [ 0; 2 ]
         true
         (Vjp.Rule(fun a ->
             let x, w, route = a.Inputs[0], a.Inputs[1], a.Inputs[2]
@@ -92,5 +104,6 @@ let groupedWeightGrad =
     grouped
         "grouped_weight_grad"
         "b+ s+ e ..., b+ s+ e k, b+ s+ e -> e ... k"
+        [ 0; 1; 2 ]
         false
         (Vjp.Missing "second derivatives of grouped products are not needed")

@@ -3,18 +3,33 @@ module DeepSeekGraph.Ops.Elementwise
 
 open DeepSeekGraph
 
-/// Sums a cotangent over the axes that the operand lacks.
+/// Sums a cotangent over the axes that the operand lacks, and puts the others in the operand's order.
 let private reduceTo (a: Adjoint) (operand: int) (dy: int) =
     let want, have = a.Type operand, a.Type dy
 
-    match have.Names |> Array.filter (fun n -> want.IndexOf n < 0) |> List.ofArray with
-    | [] -> dy
-    | missing -> a.One (Op.Sum missing) [ dy ]
+    let summed =
+        match have.Names |> Array.filter (fun n -> want.IndexOf n < 0) |> List.ofArray with
+        | [] -> dy
+        | missing -> a.One (Op.Sum missing) [ dy ]
 
-let private named name linear vjp = {
+    let names = (a.Type summed).Names
+
+    if names = want.Names then
+        summed
+    else
+        a.One (Op.Transpose [ for n in want.Names -> System.Array.IndexOf(names, n) ]) [ summed ]
+
+/// Rows meet rows, dense values dense ones.
+let private byName (types: TensorType[]) : Result<Rule, string> =
+    match types |> Array.tryFindIndex (fun t -> t.Routed <> types[0].Routed) with
+    | Some i -> Error $"input 0 is %O{types[0]} but input %i{i} is %O{types[i]}: rows and dense values do not mix"
+    | None -> Axes.byName types
+
+/// `axes` says how many operands the op takes.
+let private named name axes linear vjp = {
     Name = name
     // by axis name: the second operand may lack axes of the first
-    Axes = AxisRule.Custom Axes.byName
+    Axes = axes byName
     Result = OpDef.same 1
     Rows = OpDef.follows 1
     Linear = linear
@@ -26,12 +41,14 @@ let private named name linear vjp = {
 let add =
     named
         "add"
+        OpDef.takingSome
         Linearity.Jointly
         (Vjp.Rule(fun a -> a.Inputs |> Array.map (fun x -> ValueSome(reduceTo a x a.Dy))))
 
 let sub =
     named
         "sub"
+        (OpDef.taking 2)
         Linearity.Jointly
         (Vjp.Rule(fun a -> [|
             ValueSome a.Dy
@@ -41,6 +58,7 @@ let sub =
 let mul =
     named
         "mul"
+        (OpDef.taking 2)
         (Linearity.InEach [ 0; 1 ])
         (Vjp.Rule(fun a -> [|
             ValueSome(a.One Op.Mul [ a.Dy; a.Inputs[1] ])
@@ -50,6 +68,7 @@ let mul =
 let div =
     named
         "div"
+        (OpDef.taking 2)
         (Linearity.InEach [ 0 ])
         (Vjp.Rule(fun a ->
             let y = a.Outputs[0]

@@ -8,7 +8,11 @@ let private missing = Vjp.Missing "second derivatives are not needed"
 /// Axis names of the halves: x is [..., gate_up 2, f].
 let private halves (types: TensorType[]) (x: int) result =
     let g = types[x].Axes[types[x].Rank - 2]
-    if g.Extent = 2 then result else Error $"axis '%s{g.Name}' is %i{g.Extent}; gate and up make 2"
+
+    match types |> Array.tryFindIndex (fun t -> t.Routed <> types[0].Routed) with
+    | _ when g.Extent <> 2 -> Error $"axis '%s{g.Name}' is %i{g.Extent}; gate and up make 2"
+    | Some i -> Error $"input 0 is %O{types[0]} but input %i{i} is %O{types[i]}: rows and dense values do not mix"
+    | None -> result
 
 let swiGlu = {
     OpDef.opaque

@@ -5,7 +5,7 @@ open DeepSeekGraph
 
 let private movement name infer vjp = {
     Name = name
-    Axes = AxisRule.Custom infer
+    Axes = OpDef.taking 1 infer
     Result = OpDef.same 1
     Rows = OpDef.follows 1
     Linear = Linearity.InEach [ 0 ]
@@ -22,7 +22,8 @@ let private resize (name: string) (length: int -> Result<int, string>) (types: T
     match types[0].IndexOf name with
     | -1 -> Error $"%O{types[0]} has no axis '%s{name}'"
     | d ->
-        length types[0].Axes[d].Extent
+        OpDef.denseAxis name types[0]
+        |> Result.bind (fun () -> length types[0].Axes[d].Extent)
         |> Result.map (fun extent ->
             Axes.carry types[0] (fun a -> if a.Name = name then Mark.Whole else Mark.Plain) (fun a ->
                 if a.Name = name then { a with Extent = extent } else a))
@@ -56,7 +57,11 @@ let private inferConcat (axis: string) (types: TensorType[]) : Result<Rule, stri
     let d = first.IndexOf axis
     let others (t: TensorType) = t.Axes |> Array.filter (fun a -> a.Name <> axis)
 
-    match types |> Array.tryFindIndex (fun t -> t.IndexOf axis <> d || others t <> others first) with
+    match
+        types
+        |> Array.tryFindIndex (fun t -> t.IndexOf axis <> d || t.Routed <> first.Routed || others t <> others first)
+    with
+    | _ when first.Routed && d >= 0 && d < 3 -> Error $"axis '%s{axis}' of %O{first} is sparse: route its rows instead"
     | _ when d < 0 -> Error $"%O{first} has no axis '%s{axis}'"
     | Some i -> Error $"input %i{i} is %O{types[i]}; all axes but '%s{axis}' must be those of input 0, %O{first}"
     | None ->
@@ -87,6 +92,7 @@ let concat (axis: string) = {
 
             let starts = Array.scan (+) 0 extents
             Array.mapi (fun i n -> ValueSome(a.One (Op.Slice(axis, starts[i], n)) [ a.Dy ])) extents)) with
+        Axes = OpDef.takingSome (inferConcat axis)
         Linear = Linearity.Jointly
 }
 
@@ -96,8 +102,8 @@ let broadcast (axis: Axis) dim =
         (fun types ->
             let t = types[0]
 
-            if dim < 0 || dim > t.Rank then
-                Error $"a new axis at %i{dim} does not fit %O{t}"
+            if dim < (if t.Routed then 3 else 0) || dim > t.Rank || axis.Extent < 1 then
+                Error $"a new axis '%s{axis.Name}' of %i{axis.Extent} at %i{dim} does not fit %O{t}"
             else
                 let carried = Axes.carry t plain id
                 let shift (f: Factor) = { f with Results = f.Results |> Array.map (fun d -> if d >= dim then d + 1 else d) }
@@ -135,6 +141,8 @@ let transpose (permutation: int list) =
 
             if List.sort permutation <> [ 0 .. t.Rank - 1 ] then
                 Error $"%A{permutation} is no permutation of the %i{t.Rank} axes of %O{t}"
+            elif t.Routed && List.truncate 3 permutation <> [ 0; 1; 2 ] then
+                Error $"the first three axes of %O{t} are sparse and stay where they are"
             else
                 Ok {
                     Factors =

@@ -7,11 +7,12 @@ let private reduction name mark (axes: string list) vjp = {
     Name = name
     // by axis name: which dims go depends on the operand's names
     Axes =
-        AxisRule.Custom(fun types ->
+        OpDef.taking 1 (fun types ->
             let t = types[0]
 
-            match axes |> List.tryFind (fun n -> t.IndexOf n < 0) with
-            | Some missing -> Error $"%O{t} has no axis '%s{missing}'"
+            match axes |> List.tryFind (fun n -> t.IndexOf n < 0 || (t.Routed && t.IndexOf n < 3)) with
+            | Some name when t.IndexOf name < 0 -> Error $"%O{t} has no axis '%s{name}'"
+            | Some name -> Error $"axis '%s{name}' of %O{t} is sparse: unpermute its rows instead"
             | None ->
                 let kept = t.Axes |> Array.filter (fun a -> not (List.contains a.Name axes))
 
@@ -31,10 +32,7 @@ let private reduction name mark (axes: string list) vjp = {
                     ResultAxes = [| kept |]
                 })
     Result = OpDef.same 1
-    Rows =
-        fun types ->
-            let kept = types[0].Routed && types[0].Axes[..2] |> Array.forall (fun a -> not (List.contains a.Name axes))
-            [| if kept then types[0].Density else 0.0 |]
+    Rows = OpDef.follows 1
     Linear = if mark = Mark.Sum then Linearity.InEach [ 0 ] else Linearity.No
     Vjp = vjp
     Flops = OpDef.perElement 1.0

@@ -6,7 +6,7 @@ open DeepSeekGraph
 let private source name (t: TensorType) = {
     Name = name
     Axes =
-        AxisRule.Custom(fun _ ->
+        OpDef.taking 0 (fun _ ->
             Ok {
                 Factors =
                     t.Axes
@@ -20,7 +20,7 @@ let private source name (t: TensorType) = {
                 ResultAxes = [| t.Axes |]
             })
     Result = fun _ -> Ok [| t.DType |]
-    Rows = OpDef.dense 1
+    Rows = fun _ -> [| OpDef.density t |]
     Linear = Linearity.No
     Vjp = Vjp.Stop
     Flops = OpDef.free
