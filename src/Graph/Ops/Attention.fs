@@ -14,7 +14,13 @@ let attention scale = {
     OpDef.opaque
         "attention"
         "b s^ n d^, b t^ n d^, b t^ n e^ -> b s n e, b n s"
-        (fun types -> OpDef.sameOf [ 0; 1; 2 ] 1 types |> Result.map (fun t -> [| t[0]; DType.Float32 |]))
+        (fun types ->
+            let queries, keys = types[0].Axes[1].Extent, types[1].Axes[1].Extent
+
+            if queries <> keys then
+                Error $"%i{queries} queries but %i{keys} keys; the causal mask pairs them"
+            else
+                OpDef.sameOf [ 0; 1; 2 ] 1 types |> Result.map (fun t -> [| t[0]; DType.Float32 |]))
         (Vjp.Rule(fun a ->
             match a.Cotangents with
             | [| ValueSome dout; ValueNone |] ->

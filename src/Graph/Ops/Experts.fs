@@ -26,13 +26,29 @@ let route (topK: int) = {
     OpDef.opaque
         "route"
         "b s e^ -> b s e"
-        (fun types -> if types[0].DType = DType.Bool then Ok [| DType.Bool |] else Error "a mask is bool")
+        (fun types ->
+            let experts = types[0].Axes[2].Extent
+
+            if types[0].DType <> DType.Bool || types[0].Routed then
+                Error $"the mask is %O{types[0]}; a dense bool one is needed"
+            elif topK < 1 || topK > experts then
+                Error $"%i{topK} rows a token, but there are %i{experts} experts"
+            else
+                Ok [| DType.Bool |])
         Vjp.Stop with
         Rows = fun types -> [| float topK / float types[0].Axes[2].Extent |]
 }
 
-let private rows name axes (density: TensorType[] -> float[]) vjp = {
-    OpDef.opaque name axes (OpDef.sameOf [ 0 ] 1) vjp with
+/// Operands `rows` are rows; the last one is the row set.
+let private typed (rows: int list) (result: TensorType[] -> Result<DType[], string>) (types: TensorType[]) =
+    let route = Array.last types
+
+    OpDef.wantRows rows types
+    |> Result.bind (fun () ->
+        if route.DType = DType.Bool then result types else Error $"the row set is %O{route}; it comes from route")
+
+let private rows name axes (which: int list) (density: TensorType[] -> float[]) vjp = {
+    OpDef.opaque name axes (typed which (OpDef.sameOf [ 0 ] 1)) vjp with
         Rows = density
         Linear = Linearity.InEach [ 0 ]
         Flops = OpDef.free
@@ -42,19 +58,25 @@ let private rows name axes (density: TensorType[] -> float[]) vjp = {
 let private inverse (op: Op) =
     Vjp.Rule(fun a -> [| ValueSome(a.One op [ a.Dy; a.Inputs[1] ]); ValueNone |])
 
-let permute fused = rows "permute" "b s h, b s e -> b s e h" (OpDef.followsOf 1 1) (inverse (Op.Unpermute fused))
-let unpermute fused = rows "unpermute" "b s e+ h, b s e+ -> b s h" (OpDef.dense 1) (inverse (Op.Permute fused))
-let routeProbs = rows "route_probs" "b s e, b s e -> b s e" (OpDef.followsOf 1 1) (inverse Op.UnrouteProbs)
-let unrouteProbs = rows "unroute_probs" "b s e, b s e -> b s e" (OpDef.dense 1) (inverse Op.RouteProbs)
+let permute fused = rows "permute" "b s h, b s e -> b s e h" [ 1 ] (OpDef.followsOf 1 1) (inverse (Op.Unpermute fused))
+let unpermute fused = rows "unpermute" "b s e+ h, b s e+ -> b s h" [ 0; 1 ] (OpDef.dense 1) (inverse (Op.Permute fused))
+let routeProbs = rows "route_probs" "b s e, b s e -> b s e" [ 1 ] (OpDef.followsOf 1 1) (inverse Op.UnrouteProbs)
+let unrouteProbs = rows "unroute_probs" "b s e, b s e -> b s e" [ 0; 1 ] (OpDef.dense 1) (inverse Op.RouteProbs)
 
-let private pair (a: Adjoint) (op: Op) =
-    let zeros i =
-        match a.Cotangents[i] with
-        | ValueSome dy -> dy
-        | ValueNone -> a.One (Op.Constant(0.0, a.Type a.Outputs[i])) []
+/// Both cotangents through the fused inverse, one alone through its own.
+let private pair (both: Op) (first: Op) (second: Op) =
+    Vjp.Rule(fun a ->
+        let route = a.Inputs[2]
 
-    let grads = a.Emit op [ zeros 0; zeros 1; a.Inputs[2] ]
-    [| ValueSome grads[0]; ValueSome grads[1]; ValueNone |]
+        match a.Cotangents[0], a.Cotangents[1] with
+        | ValueSome x, ValueSome p ->
+            let grads = a.Emit both [ x; p; route ]
+            [| ValueSome grads[0]; ValueSome grads[1]; ValueNone |]
+        | x, p -> [|
+            ValueOption.map (fun dy -> a.One first [ dy; route ]) x
+            ValueOption.map (fun dy -> a.One second [ dy; route ]) p
+            ValueNone
+          |])
 
 let private both types =
     match OpDef.sameOf [ 0 ] 1 types, OpDef.sameOf [ 1 ] 1 types with
@@ -66,8 +88,8 @@ let permuteWithProbs = {
     OpDef.opaque
         "permute_with_probs"
         "b s h, b s e, b s e -> b s e h, b s e"
-        both
-        (Vjp.Rule(fun a -> pair a Op.UnpermuteWithProbs)) with
+        (typed [ 2 ] both)
+        (pair Op.UnpermuteWithProbs (Op.Unpermute true) Op.UnrouteProbs) with
         Rows = OpDef.followsOf 2 2
         Flops = OpDef.free
 }
@@ -76,8 +98,8 @@ let unpermuteWithProbs = {
     OpDef.opaque
         "unpermute_with_probs"
         "b s e+ h, b s e+, b s e+ -> b s h, b s e"
-        both
-        (Vjp.Rule(fun a -> pair a Op.PermuteWithProbs)) with
+        (typed [ 0; 1; 2 ] both)
+        (pair Op.PermuteWithProbs (Op.Permute true) Op.RouteProbs) with
         Rows = OpDef.dense 2
         Flops = OpDef.free
 }

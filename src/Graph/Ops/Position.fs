@@ -13,9 +13,11 @@ let rotaryTable (spec: RotarySpec) = {
     OpDef.opaque "rotary_table" "s -> s" (fun _ -> Ok [| DType.Float32 |]) Vjp.Stop with
         // the table's second axis is not an operand's
         Axes =
-            AxisRule.Custom(fun types ->
+            OpDef.taking 1 (fun types ->
                 if types[0].Rank <> 1 then
                     Error $"positions are %O{types[0]}, not a list"
+                elif spec.Dim < 2 || spec.Dim % 2 <> 0 then
+                    Error $"rotates %i{spec.Dim} features; an even number is needed"
                 else
                     let carried = Axes.carry types[0] (fun _ -> Mark.Plain) id
 
@@ -30,8 +32,12 @@ let private inferRope (types: TensorType[]) : Result<Rule, string> =
     let x, table = types[0], types[1]
     let last = x.Rank - 1
 
-    if table.Rank <> 2 || x.IndexOf table.Axes[0].Name < 0 then
-        Error $"table %O{table} has no axis of %O{x}"
+    let seq = if table.Rank = 2 then x.IndexOf table.Axes[0].Name else -1
+
+    if seq < 0 || seq = last then
+        Error $"table %O{table} has no leading axis of %O{x}"
+    elif x.Axes[seq].Extent <> table.Axes[0].Extent then
+        Error $"axis '%s{x.Axes[seq].Name}' is %i{x.Axes[seq].Extent} but the table has %i{table.Axes[0].Extent}"
     elif x.Axes[last].Extent <> table.Axes[1].Extent then
         Error $"axis '%s{x.Axes[last].Name}' is %i{x.Axes[last].Extent} but the table has %i{table.Axes[1].Extent}"
     else
@@ -61,7 +67,7 @@ let rope inverse = {
         ""
         (firstType 1)
         (Vjp.Rule(fun a -> [| ValueSome(a.One (Op.Rope(not inverse)) [ a.Dy; a.Inputs[1] ]); ValueNone |])) with
-        Axes = AxisRule.Custom inferRope
+        Axes = OpDef.taking 2 inferRope
         Linear = Linearity.InEach [ 0 ]
 }
 
@@ -69,19 +75,23 @@ let ropeQ inverse = {
     OpDef.opaque
         "rope_q"
         "b s n d^, s r^ -> b s n d"
-        (firstType 1)
+        (fun types ->
+            if types[1].Axes[1].Extent > types[0].Axes[3].Extent then
+                Error $"head of %i{types[0].Axes[3].Extent} features; the table rotates %i{types[1].Axes[1].Extent}"
+            else
+                firstType 1 types)
         (Vjp.Rule(fun a -> [| ValueSome(a.One (Op.RopeQ(not inverse)) [ a.Dy; a.Inputs[1] ]); ValueNone |])) with
         Linear = Linearity.InEach [ 0 ]
 }
 
 /// Binds letters, then gives the results the axes that letters cannot say (sums and differences of extents).
-let private resized text (results: TensorType[] -> Axis[][]) =
+let private resized text nope (results: TensorType[] -> Axis[][]) =
     AxisRule.Custom(fun types ->
         Axes.bind false (Axes.parse text) types
         |> Result.bind (fun rule ->
             let axes = results types
 
-            if axes |> Array.exists (Array.exists (fun a -> a.Extent < 1)) then
+            if nope < 1 || axes |> Array.exists (Array.exists (fun a -> a.Extent < 1)) then
                 Error $"head sizes do not add up: %O{types[0]}, %O{types[1]}"
             else
                 Ok { rule with ResultAxes = axes }))
@@ -103,7 +113,7 @@ let ropeKv nope = {
             let grads = a.Emit (Op.RopeKvGrad nope) [ zeros 0; zeros 1; a.Inputs[2] ]
             [| ValueSome grads[0]; ValueSome grads[1]; ValueNone |])) with
         Axes =
-            resized "b s n w^, b s r^, s t^ -> b s n w, b s n w" (fun t -> [|
+            resized "b s n w^, b s r^, s r^ -> b s n w, b s n w" nope (fun t -> [|
                 withLast t[0].Axes qkDim (nope + last t[1])
                 withLast t[0].Axes vDim (last t[0] - nope)
             |])
@@ -111,9 +121,17 @@ let ropeKv nope = {
 }
 
 let ropeKvGrad nope = {
-    OpDef.opaque "rope_kv_grad" "" (OpDef.sameOf [ 0; 1 ] 2) (Vjp.Missing "second derivatives are not needed") with
+    OpDef.opaque
+        "rope_kv_grad"
+        ""
+        (fun types ->
+            if last types[0] - nope <> last types[2] then
+                Error $"%i{last types[0]} key features, %i{nope} of them plain; the table rotates %i{last types[2]}"
+            else
+                OpDef.sameOf [ 0; 1 ] 2 types)
+        (Vjp.Missing "second derivatives are not needed") with
         Axes =
-            resized "b s n+ w^, b s n+ v^, s t^ -> b s n w, b s w" (fun t -> [|
+            resized "b s n+ w^, b s n+ v^, s t^ -> b s n w, b s w" nope (fun t -> [|
                 withLast t[0].Axes kvDim (nope + last t[1])
                 [| t[0].Axes[0]; t[0].Axes[1]; { Name = ropeDim; Extent = last t[0] - nope } |]
             |])

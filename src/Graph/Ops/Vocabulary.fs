@@ -3,8 +3,16 @@ module DeepSeekGraph.Ops.Vocabulary
 
 open DeepSeekGraph
 
+/// Operand `float` decides the type; the others are ids.
 let private op name axes float linear vjp = {
-    OpDef.opaque name axes (OpDef.sameOf [ float ] 1) vjp with
+    OpDef.opaque
+        name
+        axes
+        (fun types ->
+            match types |> Array.indexed |> Array.tryFind (fun (i, t) -> i <> float && (t.DType.IsFloat || t.DType.IsBool)) with
+            | Some(i, t) -> Error $"input %i{i} is %O{t}; ids are integers"
+            | None -> OpDef.sameOf [ float ] 1 types)
+        vjp with
         Linear = Linearity.InEach [ linear ]
         Flops = OpDef.free
 }
