@@ -31,7 +31,7 @@ let private missing (node: Node) reason = {
     Help = "detach its operand, or keep trained parameters out of it"
 }
 
-let differentiate (loss: string) (graph: Graph) : Result<Graph, Diagnostic list> =
+let private reverse (lossValue: int) (graph: Graph) : Result<Graph, Diagnostic list> =
     let rebuild = Rewrite.Rebuild graph
 
     for node in graph.Nodes do
@@ -41,10 +41,30 @@ let differentiate (loss: string) (graph: Graph) : Result<Graph, Diagnostic list>
     let active = activity graph
     let pending = Dictionary<int, List<struct (ModelUnit * int)>>()
     let errors = List<Diagnostic>()
-    let lossValue = graph.Output loss
     let lossNode = graph.NodeOf lossValue
 
-    let contribute (value: int) (part: ModelUnit) (cotangent: int) =
+    let origin path part = { Path = path; Unit = part; Pass = Pass.Backward }
+
+    /// The cotangent with its primal's axis names: rules bind by position, so names may come from another operand.
+    let rec named (value: int) (cotangent: int) =
+        let want, have = graph.Types[value].Names, (builder.Type cotangent).Names
+
+        if want = have || want.Length <> have.Length then
+            cotangent
+        else
+            let differs = Array.findIndex id (Array.map2 (<>) want have)
+            // a name still in use elsewhere moves out of the way first
+            let from, into =
+                match System.Array.IndexOf(have, want[differs]) with
+                | -1 -> have[differs], want[differs]
+                | taken -> have[taken], have[taken] + "'"
+
+            let node = graph.NodeOf value
+            named value (builder.Add(Op.Rename(from, into), [ cotangent ], origin node.Origin.Path node.Origin.Unit)[0])
+
+    let contribute (value: int) (part: ModelUnit) (unnamed: int) =
+        let cotangent = named value unnamed
+
         if graph.Types[value] <> builder.Type cotangent then
             invalidOp
                 $"%s{(graph.NodeOf value).Origin.Path}: cotangent is %O{builder.Type cotangent}, its primal %O{graph.Types[value]} (a bug in dsg)"
@@ -52,8 +72,6 @@ let differentiate (loss: string) (graph: Graph) : Result<Graph, Diagnostic list>
         match pending.TryGetValue value with
         | true, list -> list.Add(struct (part, cotangent))
         | false, _ -> pending[value] <- List [ struct (part, cotangent) ]
-
-    let origin path part = { Path = path; Unit = part; Pass = Pass.Backward }
 
     /// Contributions summed within each unit first, so that one value crosses a stage boundary, not one per use.
     let perUnit (value: int) (path: string) : (ModelUnit * int) list =
@@ -118,3 +136,19 @@ let differentiate (loss: string) (graph: Graph) : Result<Graph, Diagnostic list>
         Error(List.ofSeq errors)
     else
         Ok(rebuild.Finish() |> Rewrite.prune)
+
+let differentiate (loss: string) (graph: Graph) : Result<Graph, Diagnostic list> =
+    let refuse at message help =
+        Error [ { Code = Codes.NotDifferentiable; At = at; Message = message; Help = help } ]
+
+    match graph.TryOutput loss with
+    | ValueNone ->
+        let names = graph.Outputs |> Array.map fst |> String.concat ", "
+        refuse loss $"the graph has no output '%s{loss}'" $"name one of its outputs: %s{names}"
+    | ValueSome value ->
+        let t = graph.Types[value]
+
+        if t.Rank > 0 || not t.DType.IsFloat then
+            refuse loss $"output '%s{loss}' is %O{t}, not one number" "sum it over all its axes"
+        else
+            reverse value graph
