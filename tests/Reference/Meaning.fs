@@ -1,0 +1,137 @@
+/// What each op computes, written for obviousness and without regard to speed.
+[<RequireQualifiedAccess>]
+module DeepSeekGraph.Reference.Meaning
+
+open DeepSeekGraph
+
+/// 1 where an id of operand `ids` equals the id `vocab` lists at v.
+let private same (ids: DenseTensor) (vocab: DenseTensor) (token: int[]) v =
+    if Dense.at ids token = vocab.Data[v] then 1.0 else 0.0
+
+let private embedding (ids: DenseTensor) (w: DenseTensor) vocab =
+    Dense.init [| yield! ids.Extents; w.Extents[1] |] (fun i ->
+        List.sum [ for v in 0 .. w.Extents[0] - 1 -> same ids vocab i[..1] v * Dense.at w [| v; i[2] |] ])
+
+let private embeddingGrad (ids: DenseTensor) (dy: DenseTensor) (vocab: DenseTensor) =
+    let out = Dense.zeros [| vocab.Data.Length; dy.Extents[2] |]
+
+    Dense.each dy.Extents (fun i ->
+        for v in 0 .. vocab.Data.Length - 1 do
+            Dense.accumulate out [| v; i[2] |] (same ids vocab i[..1] v * Dense.at dy i))
+
+    out
+
+let private pick (z: DenseTensor) (labels: DenseTensor) (vocab: DenseTensor) =
+    Dense.init labels.Extents (fun i ->
+        List.sum [
+            for v in 0 .. vocab.Data.Length - 1 ->
+                if same labels vocab i v = 1.0 then Dense.at z [| i[0]; i[1]; v |] else 0.0
+        ])
+
+let private pickGrad (dy: DenseTensor) (labels: DenseTensor) (vocab: DenseTensor) =
+    Dense.init [| yield! dy.Extents; vocab.Data.Length |] (fun i -> same labels vocab i[..1] i[2] * Dense.at dy i[..1])
+
+let private sum (rule: Rule) extents x = Dense.product rule 0 extents [| x |]
+
+let private max (rule: Rule) (extents: int[]) (x: DenseTensor) =
+    let out = Dense.full extents -infinity
+
+    Dense.each x.Extents (fun i ->
+        let kept = [| for f in rule.Factors do if f.Results[0] >= 0 then i[f.Operands[0]] |]
+        Dense.update out kept (fun best -> Operators.max best (Dense.at x i)))
+
+    out
+
+/// Results of one op from its operands; `types` are the operands' types, `rule` and `results` what inference says of them.
+/// Parameters and inputs are the caller's to supply, collectives are Spmd's.
+let apply (op: Op) (types: TensorType[]) (rule: Rule) (results: TensorType[]) (x: DenseTensor[]) : DenseTensor[] =
+    let extents = results |> Array.map _.Extents
+    let dim (name: string) = types[0].IndexOf name
+    let unary f = [| Dense.map f x[0] |]
+    let pointwise f = [| Dense.pointwise rule extents[0] f x |]
+    let product () = [| Dense.product rule 0 extents[0] x |]
+
+    match op with
+    | Op.Parameter _
+    | Op.Input _ -> invalidOp "parameters and inputs are given, not computed"
+    | Op.Collective _
+    | Op.LocalSlice _ -> invalidOp "a partitioned graph is evaluated by Spmd"
+    | Op.Constant(value, _) -> [| Dense.full extents[0] value |]
+    | Op.Iota axis -> [| Dense.init [| axis.Extent |] (fun i -> float i[0]) |]
+    | Op.Add -> pointwise Array.sum
+    | Op.Sub -> pointwise (fun v -> v[0] - v[1])
+    | Op.Mul -> pointwise (fun v -> v[0] * v[1])
+    | Op.Div -> pointwise (fun v -> v[0] / v[1])
+    | Op.Neg -> unary (~-)
+    | Op.Exp -> unary exp
+    | Op.Log -> unary log
+    | Op.Rsqrt -> unary (fun v -> 1.0 / sqrt v)
+    | Op.Sigmoid -> unary Formulas.sigmoid
+    | Op.Silu -> unary Formulas.silu
+    | Op.Scale factor -> unary ((*) factor)
+    | Op.Offset addend -> unary ((+) addend)
+    | Op.Cast dtype -> if dtype.IsFloat || not types[0].DType.IsFloat then x else unary truncate
+    | Op.Anchor _
+    | Op.Detach
+    | Op.Route _
+    | Op.Rename _ -> x
+    | Op.Slice(axis, start, length) -> [| Dense.slice (dim axis) start length x[0] |]
+    | Op.Pad(axis, before, total) ->
+        let d = dim axis
+        let zeros extent = Dense.zeros (Array.updateAt d extent x[0].Extents)
+        [| Dense.concat d [| zeros before; x[0]; zeros (total - before - x[0].Extents[d]) |] |]
+    | Op.Concat axis -> [| Dense.concat (dim axis) x |]
+    | Op.Broadcast(_, d) -> [| Dense.init extents[0] (fun i -> Dense.at x[0] (Array.removeAt d i)) |]
+    | Op.Transpose permutation ->
+        [|
+            Dense.init extents[0] (fun i ->
+                let index = Array.zeroCreate i.Length
+                permutation |> List.iteri (fun result d -> index[d] <- i[result])
+                Dense.at x[0] index)
+        |]
+    // a route is 1 where its rows are, so it is one more factor
+    | Op.Contract _
+    | Op.GroupedMatMul _
+    | Op.GroupedWeightGrad
+    | Op.Permute _
+    | Op.Unpermute _
+    | Op.RouteProbs
+    | Op.UnrouteProbs -> product ()
+    | Op.PermuteWithProbs -> [|
+        Dense.init extents[0] (fun i -> Dense.at x[0] [| i[0]; i[1]; i[3] |] * Dense.at x[2] i[..2])
+        Dense.map2 (*) x[1] x[2]
+      |]
+    | Op.UnpermuteWithProbs ->
+        let experts = x[0].Extents[2]
+
+        [|
+            Dense.init extents[0] (fun i ->
+                List.sum [
+                    for e in 0 .. experts - 1 ->
+                        Dense.at x[0] [| i[0]; i[1]; e; i[2] |] * Dense.at x[2] [| i[0]; i[1]; e |]
+                ])
+            Dense.map2 (*) x[1] x[2]
+        |]
+    | Op.Sum _ -> [| sum rule extents[0] x[0] |]
+    | Op.Max _ -> [| max rule extents[0] x[0] |]
+    | Op.RmsNorm eps -> [| Formulas.rmsNorm eps x[0] x[1] |]
+    | Op.RmsNormGradX eps -> [| Formulas.rmsNormGradX eps x[0] x[1] x[2] |]
+    | Op.RmsNormGradW eps -> [| Formulas.rmsNormGradW eps x[0] x[1] |]
+    | Op.RotaryTable spec -> [| Formulas.rotaryTable spec x[0] |]
+    | Op.Rope inverse -> [| Formulas.rope inverse (dim types[1].Axes[0].Name) x[0] x[1] |]
+    | Op.RopeQ inverse -> [| Formulas.rope inverse 1 x[0] x[1] |]
+    | Op.RopeKv nope -> Formulas.ropeKv nope x[0] x[1] x[2]
+    | Op.RopeKvGrad nope -> Formulas.ropeKvGrad nope x[0] x[1] x[2]
+    | Op.Attention scale -> Formulas.attention scale x[0] x[1] x[2]
+    | Op.AttentionGrad scale -> Formulas.attentionGrad scale x[0] x[1] x[2] x[3] x[4] x[5]
+    | Op.GroupTopK spec -> [| Formulas.groupTopK spec x[0] |]
+    | Op.SwiGlu -> [| Formulas.swiGlu x[0] None |]
+    | Op.SwiGluGrad -> [| fst (Formulas.swiGluGrad x[0] x[1] None) |]
+    | Op.SwiGluProbs -> [| Formulas.swiGlu x[0] (Some x[1]) |]
+    | Op.SwiGluProbsGrad ->
+        let dx, dp = Formulas.swiGluGrad x[0] x[1] (Some x[2])
+        [| dx; dp |]
+    | Op.Embedding -> [| embedding x[0] x[1] x[2] |]
+    | Op.EmbeddingGrad -> [| embeddingGrad x[0] x[1] x[2] |]
+    | Op.Pick -> [| pick x[0] x[1] x[2] |]
+    | Op.PickGrad -> [| pickGrad x[0] x[1] x[2] |]

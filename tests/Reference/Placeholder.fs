@@ -1,2 +1,0 @@
-/// The naive reference evaluator.
-namespace DeepSeekGraph.Reference
