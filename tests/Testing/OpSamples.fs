@@ -1,0 +1,394 @@
+/// Sample graphs of every op: a new op without samples does not compile.
+[<RequireQualifiedAccess>]
+module DeepSeekGraph.Testing.OpSamples
+
+open Microsoft.FSharp.Reflection
+open DeepSeekGraph
+
+/// A graph that uses the op and has the scalar output `loss`, which depends on parameters through the op.
+type Sample = { Name: string; Graph: Graph }
+
+let private sample name (build: Sketch -> Graph) = { Name = name; Graph = build (Sketch()) }
+let private bs = [ "batch", 2; "seq", 3 ]
+let private hidden = bs @ [ "hidden", 4 ]
+let private experts = bs @ [ "experts", 4 ]
+
+/// One operand, one result; `shift` moves the operand to where the op is smooth.
+let private unary op shift =
+    [ "wide", hidden; "scalar", []; "of one element", [ "a", 1; "b", 1 ] ]
+    |> List.map (fun (name, axes) ->
+        sample name (fun s ->
+            let x = s.On(Op.Offset shift, [ s.Param("x", axes) ])
+            s.Loss [ s.On(op, [ x ]) ]))
+
+let private rowsOf op =
+    sample "of rows" (fun s ->
+        let route = s.Route("scores", experts, 2)
+        let rows = s.On(Op.Permute false, [ s.Param("x", hidden); route ])
+        s.LossOfRows(route, [ s.On(op, [ rows ]) ]))
+
+/// Two operands: alike, the second narrower, the second in another axis order, rows.
+let private binary op shift =
+    let dense name second =
+        sample name (fun s ->
+            let x, y = s.Param("x", hidden), s.Param("y", second)
+            s.Loss [ s.On(op, [ x; s.On(Op.Offset shift, [ y ]) ]) ])
+
+    [
+        dense "alike" hidden
+        dense "second narrower" [ "hidden", 4 ]
+        dense "second a scalar" []
+        dense "second in another order" [ "hidden", 4; "batch", 2 ]
+        sample "one value twice" (fun s ->
+            let x = s.On(Op.Offset shift, [ s.Param("x", hidden) ])
+            s.Loss [ s.On(op, [ x; x ]) ])
+        sample "of rows" (fun s ->
+            let route = s.Route("scores", experts, 2)
+            let rows = s.On(Op.Permute false, [ s.Param("x", hidden); route ])
+            let probs = s.On(Op.RouteProbs, [ s.On(Op.Offset shift, [ s.Param("p", experts) ]); route ])
+            s.LossOfRows(route, [ s.On(op, [ rows; probs ]) ]))
+    ]
+
+let private onHidden name op =
+    sample name (fun s -> s.Loss [ s.On(op, [ s.Param("x", hidden) ]) ])
+
+let private contract name spec a b =
+    sample name (fun s -> s.Loss [ s.On(Op.Contract spec, [ s.Param("a", a); s.Param("b", b) ]) ])
+
+let private table (s: Sketch) axis extent dim factor =
+    let spec = {
+        Dim = dim
+        Theta = 100.0
+        Factor = factor
+        Original = 8.0
+        BetaFast = 4.0
+        BetaSlow = 0.5
+        Mscale = 1.1
+    }
+
+    s.On(Op.RotaryTable spec, [ s.Iota(axis, extent) ])
+
+let private heads = bs @ [ "heads", 2 ]
+
+let private rope name inverse factor =
+    sample name (fun s ->
+        s.Loss [ s.On(Op.Rope inverse, [ s.Param("x", bs @ [ "rope", 4 ]); table s "seq" 3 4 factor ]) ])
+
+let private ropeQ inverse =
+    sample $"inverse %b{inverse}" (fun s ->
+        s.Loss [ s.On(Op.RopeQ inverse, [ s.Param("q", heads @ [ "qk_dim", 7 ]); table s "seq" 3 4 1.0 ]) ])
+
+let private ropeKv (used: int list) =
+    sample $"results %A{used} used" (fun s ->
+        let kv, pe = s.Param("kv", heads @ [ "kv_dim", 5 ]), s.Param("pe", bs @ [ "rope", 4 ])
+        let results = s.All(Op.RopeKv 3, [ kv; pe; table s "seq" 3 4 1.0 ])
+        s.Loss [ for i in used -> results[i] ])
+
+let private queries = heads @ [ "qk_dim", 4 ]
+
+let private attention name keyAxes =
+    sample name (fun s ->
+        let q, k, v = s.Param("q", queries), s.Param("k", keyAxes), s.Param("v", heads @ [ "v_dim", 3 ])
+        s.Loss [ s.On(Op.Attention 0.5, [ q; k; v ]) ])
+
+let private topK name spec =
+    sample name (fun s ->
+        let p, scores = s.Param("p", bs @ [ "experts", 6 ]), s.Param("scores", bs @ [ "experts", 6 ])
+        let mask = s.On(Op.GroupTopK spec, [ scores ])
+        s.Loss [ s.On(Op.Mul, [ p; s.On(Op.Cast DType.Float32, [ mask ]) ]) ])
+
+let private grouped transposed (bank: (string * int) list) width =
+    sample $"bank of rank %i{bank.Length}, transposed %b{transposed}" (fun s ->
+        let route = s.Route("scores", experts, 2)
+        let x = s.On(Op.Permute false, [ s.Param("x", bs @ [ "hidden", width ]); route ])
+        s.LossOfRows(route, [ s.On(Op.GroupedMatMul transposed, [ x; s.Param("w", bank); route ]) ]))
+
+/// Rows with two trailing axes: x[... gate_up, ffn].
+let private gateUp (s: Sketch) route =
+    let x = s.On(Op.Permute false, [ s.Param("x", hidden); route ])
+    let bank = s.Param("w", [ "experts", 4; "gate_up", 2; "ffn", 3; "hidden", 4 ])
+    s.On(Op.GroupedMatMul false, [ x; bank; route ])
+
+let private withProbs (used: int list) =
+    sample $"results %A{used} used" (fun s ->
+        let route = s.Route("scores", experts, 2)
+        let x, p = s.Param("x", hidden), s.Param("p", experts)
+        let rows = s.All(Op.PermuteWithProbs, [ x; p; route ])
+        s.LossOfRows(route, [ for i in used -> rows[i] ]))
+
+let private backAgain (used: int list) =
+    sample $"results %A{used} used" (fun s ->
+        let route = s.Route("scores", experts, 2)
+        let rows = s.On(Op.Permute false, [ s.Param("x", hidden); route ])
+        let probs = s.On(Op.RouteProbs, [ s.Param("p", experts); route ])
+        let results = s.All(Op.UnpermuteWithProbs, [ s.On(Op.Silu, [ rows ]); probs; route ])
+        s.Loss [ for i in used -> results[i] ])
+
+let private ids (s: Sketch) name = s.In(name, DType.Int64, bs)
+
+/// Ops that only backward passes and partitions hold: a loss through them has no gradient.
+let private through op (operands: Sketch -> int list) =
+    sample "no gradient" (fun s -> s.Loss [ s.On(op, operands s) ])
+
+let private moved kind =
+    let op = Op.Collective(kind, [ 0 ], TensorType.create DType.Float32 hidden)
+    { through op (fun s -> [ s.Param("x", hidden) ]) with Name = $"%A{kind}" }
+
+let samples (op: Op) : Sample list =
+    match op with
+    | Op.Parameter _ -> [
+        sample "trained" (fun s -> s.Loss [ s.Param("x", hidden) ])
+        sample "frozen" (fun s ->
+            let spec = { Name = "f"; Init = Init.Ones; Update = Update.Frozen; KeepFloat32 = true }
+            let f = s.Source(Op.Parameter(spec, TensorType.create DType.Float32 hidden))
+            s.Loss [ s.On(Op.Mul, [ s.Param("x", hidden); f ]) ])
+        sample "used in two units" (fun s ->
+            let x = s.Param("x", hidden)
+            let y = s.On(Op.Silu, [ x ])
+            s.Origin <- { s.Origin with Unit = ModelUnit.Layer 1 }
+            s.Loss [ s.On(Op.Mul, [ x; y ]) ])
+      ]
+    | Op.Input _ -> [
+        sample "float" (fun s -> s.Loss [ s.On(Op.Mul, [ s.Param("x", hidden); s.In("i", DType.Float32, hidden) ]) ])
+      ]
+    | Op.Constant _ -> [
+        sample "float" (fun s ->
+            let c = s.Source(Op.Constant(0.75, TensorType.create DType.Float32 [ "hidden", 4 ]))
+            s.Loss [ s.On(Op.Mul, [ s.Param("x", hidden); c ]) ])
+      ]
+    | Op.Iota _ -> [
+        sample "cast" (fun s ->
+            let i = s.On(Op.Cast DType.Float32, [ s.Iota("hidden", 4) ])
+            s.Loss [ s.On(Op.Mul, [ s.Param("x", hidden); i ]) ])
+      ]
+    | Op.Add ->
+        sample "of three" (fun s ->
+            let x = s.Param("x", hidden)
+            s.Loss [ s.On(Op.Add, [ x; s.Param("y", [ "seq", 3 ]); x ]) ])
+        :: binary Op.Add 0.0
+    | Op.Sub -> binary Op.Sub 0.0
+    | Op.Mul -> binary Op.Mul 0.0
+    | Op.Div -> binary Op.Div 2.5
+    | Op.Neg -> rowsOf Op.Neg :: unary Op.Neg 0.0
+    | Op.Exp -> rowsOf Op.Exp :: unary Op.Exp 0.0
+    | Op.Log -> unary Op.Log 2.0
+    | Op.Rsqrt -> unary Op.Rsqrt 2.0
+    | Op.Sigmoid -> rowsOf Op.Sigmoid :: unary Op.Sigmoid 0.0
+    | Op.Silu -> rowsOf Op.Silu :: unary Op.Silu 0.0
+    | Op.Scale _ -> unary (Op.Scale -1.5) 0.0
+    | Op.Offset _ -> rowsOf (Op.Offset 0.5) :: unary (Op.Offset 0.5) 0.0
+    | Op.Cast _ -> rowsOf (Op.Cast DType.BFloat16) :: unary (Op.Cast DType.BFloat16) 0.0
+    | Op.Slice _ -> [
+        onHidden "inner" (Op.Slice("seq", 1, 1))
+        onHidden "whole" (Op.Slice("hidden", 0, 4))
+        rowsOf (Op.Slice("hidden", 1, 2))
+      ]
+    | Op.Pad _ -> [
+        onHidden "both sides" (Op.Pad("seq", 1, 6))
+        onHidden "neither side" (Op.Pad("hidden", 0, 4))
+        rowsOf (Op.Pad("hidden", 2, 7))
+      ]
+    | Op.Concat _ -> [
+        sample "of three" (fun s ->
+            let x, y = s.Param("x", hidden), s.Param("y", bs @ [ "hidden", 1 ])
+            s.Loss [ s.On(Op.Concat "hidden", [ x; y; x ]) ])
+        onHidden "of one" (Op.Concat "seq")
+      ]
+    | Op.Broadcast _ -> [
+        for d in 0..3 do
+            onHidden $"at %i{d}" (Op.Broadcast({ Name = "n"; Extent = 3 }, d))
+        rowsOf (Op.Broadcast({ Name = "n"; Extent = 2 }, 3))
+      ]
+    | Op.Rename _ -> [ onHidden "one axis" (Op.Rename("seq", "t")); rowsOf (Op.Rename("hidden", "ffn")) ]
+    | Op.Transpose _ -> [
+        onHidden "a cycle" (Op.Transpose [ 1; 2; 0 ])
+        onHidden "a swap" (Op.Transpose [ 0; 2; 1 ])
+        sample "rows stay in front" (fun s ->
+            let route = s.Route("scores", experts, 2)
+            s.LossOfRows(route, [ s.On(Op.Transpose [ 0; 1; 2; 4; 3 ], [ gateUp s route ]) ]))
+      ]
+    | Op.Anchor _ -> [ onHidden "identity" (Op.Anchor "residual"); rowsOf (Op.Anchor "rows") ]
+    | Op.Detach -> [
+        sample "half of a product" (fun s ->
+            let x = s.Param("x", hidden)
+            s.Loss [ s.On(Op.Mul, [ x; s.On(Op.Detach, [ s.On(Op.Exp, [ x ]) ]) ]) ])
+      ]
+    | Op.Contract _ -> [
+        contract "linear" "b s k+, n k+ -> b s n" hidden [ "ffn", 3; "hidden", 4 ]
+        contract "inner product" "k+, k+ -> " [ "k", 4 ] [ "k", 4 ]
+        contract "outer product" "a, b -> b a" [ "a", 2 ] [ "b", 3 ]
+        contract "batched" "b h d+, b h d+ t -> t b h" [ "b", 2; "h", 2; "d", 3 ] [ "b", 2; "h", 2; "d", 3; "t", 2 ]
+        contract "over two axes" "b s+ k+, b s+ k+ n -> n b" [ "b", 2; "s", 2; "k", 3 ] [ "b", 2; "s", 2; "k", 3; "n", 2 ]
+        contract "leading dims" "... k+, n k+ -> ... n" hidden [ "ffn", 2; "hidden", 4 ]
+        sample "with itself" (fun s ->
+            let x = s.Param("x", hidden)
+            s.Loss [ s.On(Op.Contract "b s+ h, b s+ h -> b h", [ x; x ]) ])
+      ]
+    | Op.GroupedMatMul _ -> [
+        grouped false [ "experts", 4; "ffn", 3; "hidden", 4 ] 4
+        grouped false [ "experts", 4; "gate_up", 2; "ffn", 3; "hidden", 4 ] 4
+        grouped true [ "experts", 4; "hidden", 3; "ffn", 2 ] 3
+        sample "transposed, two trailing axes" (fun s ->
+            let route = s.Route("scores", experts, 2)
+            let bank = s.Param("v", [ "experts", 4; "gate_up", 2; "ffn", 3; "out", 2 ])
+            s.LossOfRows(route, [ s.On(Op.GroupedMatMul true, [ gateUp s route; bank; route ]) ]))
+      ]
+    | Op.GroupedWeightGrad -> [
+        sample "no gradient" (fun s ->
+            let route = s.Route("scores", experts, 2)
+            let rows = s.On(Op.Permute false, [ s.Param("x", hidden); route ])
+            let narrow = s.On(Op.Slice("hidden", 0, 2), [ rows ])
+            let renamed = s.On(Op.Rename("hidden", "ffn"), [ narrow ])
+            s.Loss [ s.On(Op.GroupedWeightGrad, [ renamed; rows; route ]) ])
+      ]
+    | Op.Sum _ -> [
+        onHidden "of the middle" (Op.Sum [ "seq" ])
+        onHidden "of two" (Op.Sum [ "hidden"; "batch" ])
+        onHidden "of all" (Op.Sum [ "seq"; "batch"; "hidden" ])
+        onHidden "of none" (Op.Sum [])
+        rowsOf (Op.Sum [ "hidden" ])
+      ]
+    | Op.Max _ -> [ onHidden "no gradient" (Op.Max [ "hidden" ]) ]
+    | Op.RmsNorm _ -> [
+        sample "alike" (fun s -> s.Loss [ s.On(Op.RmsNorm 1e-2, [ s.Param("x", hidden); s.Param("w", [ "hidden", 4 ]) ]) ])
+        sample "weight of another name" (fun s ->
+            s.Loss [ s.On(Op.RmsNorm 1e-2, [ s.Param("x", hidden); s.Param("w", [ "norm", 4 ]) ]) ])
+        sample "of one feature" (fun s ->
+            s.Loss [ s.On(Op.RmsNorm 1e-1, [ s.Param("x", [ "seq", 3; "h", 1 ]); s.Param("w", [ "h", 1 ]) ]) ])
+      ]
+    | Op.RmsNormGradX _ -> [
+        through (Op.RmsNormGradX 1e-2) (fun s -> [ s.Param("dy", hidden); s.Param("x", hidden); s.Param("w", [ "hidden", 4 ]) ])
+      ]
+    | Op.RmsNormGradW _ -> [ through (Op.RmsNormGradW 1e-2) (fun s -> [ s.Param("dy", hidden); s.Param("x", hidden) ]) ]
+    | Op.RotaryTable _ -> [ rope "plain" false 1.0; rope "YaRN" false 4.0 ]
+    | Op.Rope _ -> [
+        rope "forward" false 4.0
+        rope "inverse" true 1.0
+        sample "position not second" (fun s ->
+            let x = s.Param("x", [ "seq", 3; "batch", 2; "heads", 2; "rope", 4 ])
+            s.Loss [ s.On(Op.Rope false, [ x; table s "seq" 3 4 1.0 ]) ])
+      ]
+    | Op.RopeQ _ -> [ ropeQ false; ropeQ true ]
+    | Op.RopeKv _ -> [ ropeKv [ 0; 1 ]; ropeKv [ 0 ]; ropeKv [ 1 ] ]
+    | Op.RopeKvGrad _ -> [
+        through (Op.RopeKvGrad 3) (fun s -> [
+            s.Param("dk", heads @ [ "qk_dim", 7 ])
+            s.Param("dv", heads @ [ "v_dim", 2 ])
+            table s "seq" 3 4 1.0
+        ])
+      ]
+    | Op.Attention _ -> [
+        attention "alike" queries
+        attention "keys of other names" [ "batch", 2; "key_seq", 3; "heads", 2; "key_dim", 4 ]
+        sample "one value thrice" (fun s ->
+            let x = s.Param("x", queries)
+            s.Loss [ s.On(Op.Attention 0.5, [ x; x; x ]) ])
+      ]
+    | Op.AttentionGrad _ -> [
+        through (Op.AttentionGrad 0.5) (fun s -> [
+            for name in [ "dout"; "q"; "k"; "v"; "out" ] do
+                s.Param(name, queries)
+            s.Param("lse", [ "batch", 2; "heads", 2; "seq", 3 ])
+        ])
+      ]
+    | Op.GroupTopK _ -> [
+        topK "one group" { TopK = 2; Groups = 1; KeepGroups = 1; ZeroMasked = false }
+        topK "two of three groups" { TopK = 2; Groups = 3; KeepGroups = 2; ZeroMasked = false }
+        topK "unselected groups score zero" { TopK = 2; Groups = 3; KeepGroups = 1; ZeroMasked = true }
+      ]
+    | Op.Route _
+    | Op.RouteProbs
+    | Op.UnrouteProbs -> [
+        sample "there and back" (fun s ->
+            let route = s.Route("scores", experts, 2)
+            let probs = s.On(Op.RouteProbs, [ s.Param("p", experts); route ])
+            s.Loss [ s.On(Op.UnrouteProbs, [ s.On(Op.Silu, [ probs ]); route ]) ])
+      ]
+    | Op.Permute _
+    | Op.Unpermute _ -> [
+        for fused in [ false; true ] do
+            for k in [ 1; 2; 4 ] do
+                sample $"top-%i{k}, fused %b{fused}" (fun s ->
+                    let route = s.Route("scores", experts, k)
+                    let rows = s.On(Op.Permute fused, [ s.Param("x", hidden); route ])
+                    s.Loss [ s.On(Op.Unpermute fused, [ s.On(Op.Exp, [ rows ]); route ]) ])
+      ]
+    | Op.PermuteWithProbs -> [ withProbs [ 0; 1 ]; withProbs [ 0 ]; withProbs [ 1 ] ]
+    | Op.UnpermuteWithProbs -> [ backAgain [ 0; 1 ]; backAgain [ 0 ]; backAgain [ 1 ] ]
+    | Op.SwiGlu -> [
+        sample "dense" (fun s -> s.Loss [ s.On(Op.SwiGlu, [ s.Param("x", bs @ [ "gate_up", 2; "ffn", 3 ]) ]) ])
+        sample "of rows" (fun s ->
+            let route = s.Route("scores", experts, 2)
+            s.LossOfRows(route, [ s.On(Op.SwiGlu, [ gateUp s route ]) ]))
+      ]
+    | Op.SwiGluGrad -> [
+        through Op.SwiGluGrad (fun s -> [ s.Param("dy", bs @ [ "ffn", 3 ]); s.Param("x", bs @ [ "gate_up", 2; "ffn", 3 ]) ])
+      ]
+    | Op.SwiGluProbs -> [
+        sample "dense" (fun s ->
+            s.Loss [ s.On(Op.SwiGluProbs, [ s.Param("x", bs @ [ "gate_up", 2; "ffn", 3 ]); s.Param("p", bs) ]) ])
+        sample "of rows" (fun s ->
+            let route = s.Route("scores", experts, 2)
+            let probs = s.On(Op.RouteProbs, [ s.Param("p", experts); route ])
+            s.LossOfRows(route, [ s.On(Op.SwiGluProbs, [ gateUp s route; probs ]) ]))
+      ]
+    | Op.SwiGluProbsGrad -> [
+        through Op.SwiGluProbsGrad (fun s -> [
+            s.Param("dy", bs @ [ "ffn", 3 ])
+            s.Param("x", bs @ [ "gate_up", 2; "ffn", 3 ])
+            s.Param("p", bs)
+        ])
+      ]
+    | Op.Embedding -> [
+        sample "all ids" (fun s ->
+            let w = s.Param("w", [ "vocab", 5; "hidden", 4 ])
+            s.Loss [ s.On(Op.Embedding, [ ids s "ids"; w; s.Iota("vocab", 5) ]) ])
+        sample "ids beyond the list" (fun s ->
+            let w, few = s.Param("w", [ "vocab", 2; "hidden", 4 ]), s.On(Op.Slice("vocab", 1, 2), [ s.Iota("vocab", 5) ])
+            s.Loss [ s.On(Op.Embedding, [ ids s "ids"; w; few ]) ])
+      ]
+    | Op.EmbeddingGrad -> [
+        through Op.EmbeddingGrad (fun s -> [ ids s "ids"; s.Param("dy", hidden); s.Iota("vocab", 5) ])
+      ]
+    | Op.Pick -> [
+        sample "all ids" (fun s ->
+            let z = s.Param("z", bs @ [ "vocab", 5 ])
+            s.Loss [ s.On(Op.Pick, [ z; ids s "labels"; s.Iota("vocab", 5) ]) ])
+      ]
+    | Op.PickGrad -> [
+        sample "all ids" (fun s ->
+            s.Loss [ s.On(Op.PickGrad, [ s.Param("dy", bs); ids s "labels"; s.Iota("vocab", 5) ]) ])
+      ]
+    | Op.Collective _ -> [
+        moved Collective.AllReduceSum
+        moved Collective.AllReduceMax
+        moved (Collective.AllGather 1)
+        moved (Collective.ReduceScatter 0)
+        moved (Collective.AllToAll(0, 1))
+        moved Collective.RouteToExperts
+        moved Collective.RowsToExperts
+        moved Collective.RowsToTokens
+        moved (Collective.Send 1)
+        moved (Collective.Recv 0)
+      ]
+    | Op.LocalSlice _ -> [
+        through (Op.LocalSlice(0, [ 0 ], TensorType.create DType.Float32 hidden)) (fun s -> [ s.Param("x", hidden) ])
+      ]
+
+/// Every case of Op with its samples; a case is made with blank attributes, at which `samples` does not look.
+let all: (string * Sample list)[] =
+    let blank (field: System.Reflection.PropertyInfo) : obj | null =
+        if field.PropertyType.IsValueType then
+            System.Activator.CreateInstance field.PropertyType
+        else
+            null
+
+    FSharpType.GetUnionCases typeof<Op>
+    |> Array.map (fun case ->
+        match FSharpValue.MakeUnion(case, case.GetFields() |> Array.map blank) with
+        | :? Op as op -> case.Name, samples op
+        | _ -> invalidOp $"%s{case.Name} is no case of Op")
+
+/// Case of an op, such as RmsNorm.
+let caseOf (op: Op) =
+    (fst (FSharpValue.GetUnionFields(op, typeof<Op>))).Name
