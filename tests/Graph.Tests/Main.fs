@@ -6,4 +6,4 @@ open DeepSeekGraph.Testing
 
 [<EntryPoint>]
 let main argv =
-    TestMain.run argv (testList "Graph" [ testCase "builds" ignore ])
+    TestMain.run argv (testList "Graph" [ OpTests.tests ])
