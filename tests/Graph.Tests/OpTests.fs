@@ -43,7 +43,9 @@ let tests =
         for case, samples in OpSamples.all do
             testList case [
                 testCase "has a sample that uses it" (fun () ->
-                    Expect.isTrue (samples |> List.exists (fun s -> uses case s.Graph)) "no sample uses the op")
+                    Expect.isTrue
+                        (samples |> List.exists (fun s -> uses case s.Graph))
+                        "no sample uses the op")
                 for sample in samples do
                     testCase $"%s{sample.Name}: legal" (fun () ->
                         Expect.isEmpty (Verify.check sample.Graph) "the sample is illegal")
@@ -51,7 +53,9 @@ let tests =
                     if withoutGradient.Contains case then
                         testCase $"%s{sample.Name}: refuses a gradient" (refuses sample.Graph)
                     else
-                        testCase $"%s{sample.Name}: gradient = central differences" (differentiates sample.Graph)
+                        testCase
+                            $"%s{sample.Name}: gradient = central differences"
+                            (differentiates sample.Graph)
 
                         testCase $"%s{sample.Name}: joint graph is legal" (fun () ->
                             match Autodiff.differentiate "loss" sample.Graph with

@@ -54,14 +54,22 @@ module Dense =
 
     let zeros extents = full extents 0.0
     let scalar (value: float) = full [||] value
-    let ofList (values: float list) = { Extents = [| values.Length |]; Data = Array.ofList values }
+
+    let ofList (values: float list) = {
+        Extents = [| values.Length |]
+        Data = Array.ofList values
+    }
+
     let map f (x: DenseTensor) = { x with Data = Array.map f x.Data }
 
     let map2 f (x: DenseTensor) (y: DenseTensor) =
         if x.Extents <> y.Extents then
             invalidOp $"%A{x.Extents} meets %A{y.Extents}"
 
-        { x with Data = Array.map2 f x.Data y.Data }
+        {
+            x with
+                Data = Array.map2 f x.Data y.Data
+        }
 
     let add x y = map2 (+) x y
 
@@ -80,7 +88,8 @@ module Dense =
     /// `index` with one more coordinate in front of dim `d`.
     let insert d (value: int) (index: int[]) = Array.insertAt d value index
 
-    let private withDim d value (a: int[]) = Array.mapi (fun i x -> if i = d then value else x) a
+    let private withDim d value (a: int[]) =
+        Array.mapi (fun i x -> if i = d then value else x) a
 
     /// Elements [start, start + length) of one dim.
     let slice d start length (x: DenseTensor) =
@@ -115,17 +124,26 @@ module Dense =
 
     /// f of the operands' elements, for each point of the result; operands lack some of its letters.
     let pointwise (rule: Rule) (extents: int[]) (f: float[] -> float) (operands: DenseTensor[]) =
-        let dims = Array.init operands.Length (fun k -> rule.Factors |> Array.map _.Operands[k])
+        let dims =
+            Array.init operands.Length (fun k -> rule.Factors |> Array.map _.Operands[k])
+
         let result = rule.Factors |> Array.map _.Results[0]
 
         init extents (fun index ->
             let point = result |> Array.map (fun d -> if d >= 0 then index[d] else 0)
-            f (operands |> Array.mapi (fun k x -> at x (project x.Extents.Length dims[k] point))))
+
+            f (
+                operands
+                |> Array.mapi (fun k x -> at x (project x.Extents.Length dims[k] point))
+            ))
 
     /// Product of the operands' elements, summed over every letter that the result lacks.
     let product (rule: Rule) (result: int) (extents: int[]) (operands: DenseTensor[]) =
         let out = zeros extents
-        let dims = Array.init operands.Length (fun k -> rule.Factors |> Array.map _.Operands[k])
+
+        let dims =
+            Array.init operands.Length (fun k -> rule.Factors |> Array.map _.Operands[k])
+
         let into = rule.Factors |> Array.map _.Results[result]
 
         each (rule.Factors |> Array.map _.Extent) (fun point ->
@@ -147,10 +165,14 @@ module Dense =
 
             Array.fold2
                 (fun m a b ->
-                    if a = b then m
-                    elif System.Double.IsNaN a && System.Double.IsNaN b then m
-                    elif System.Double.IsNaN a || System.Double.IsNaN b then infinity
-                    else max m (abs (a - b) / scale))
+                    if a = b then
+                        m
+                    elif System.Double.IsNaN a && System.Double.IsNaN b then
+                        m
+                    elif System.Double.IsNaN a || System.Double.IsNaN b then
+                        infinity
+                    else
+                        max m (abs (a - b) / scale))
                 0.0
                 x.Data
                 y.Data

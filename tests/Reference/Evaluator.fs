@@ -35,7 +35,8 @@ module Evaluator =
                         | Op.RouteProbs
                         | Op.PermuteWithProbs
                         | Op.GroupedMatMul _
-                        | Op.Collective((Collective.RowsToExperts | Collective.RowsToTokens), _, _) -> Array.last node.Inputs
+                        | Op.Collective((Collective.RowsToExperts | Collective.RowsToTokens), _, _) ->
+                            Array.last node.Inputs
                         | _elementwise ->
                             node.Inputs
                             |> Array.tryFind (fun x -> graph.Types[x].Routed)

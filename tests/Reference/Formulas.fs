@@ -40,7 +40,10 @@ let rotated inverse (table: DenseTensor) (s: int) (r: int) (read: int -> float) 
     let n = Dense.at table [| s; half + r / 2 |]
     let n = if inverse then -n else n
     // pairs (0, 1), (2, 3), ... stay in place
-    if r % 2 = 0 then read r * c - read (r + 1) * n else read (r - 1) * n + read r * c
+    if r % 2 = 0 then
+        read r * c - read (r + 1) * n
+    else
+        read (r - 1) * n + read r * c
 
 let private set (index: int[]) d value =
     let copy = Array.copy index
@@ -69,14 +72,20 @@ let ropeKv nope (kv: DenseTensor) (kPe: DenseTensor) (table: DenseTensor) =
             else
                 rotated false table i[1] (i[3] - nope) (fun r -> Dense.at kPe [| i[0]; i[1]; r |]))
 
-    let v = Dense.init (resized kv.Extents 3 (kv.Extents[3] - nope)) (fun i -> Dense.at kv (set i 3 (i[3] + nope)))
+    let v =
+        Dense.init (resized kv.Extents 3 (kv.Extents[3] - nope)) (fun i ->
+            Dense.at kv (set i 3 (i[3] + nope)))
+
     [| k; v |]
 
 /// dkv joins the nope part of dk with dv; the shared key's part is rotated back and summed over heads.
 let ropeKvGrad nope (dk: DenseTensor) (dv: DenseTensor) (table: DenseTensor) =
     let dkv =
         Dense.init (resized dk.Extents 3 (nope + dv.Extents[3])) (fun i ->
-            if i[3] < nope then Dense.at dk i else Dense.at dv (set i 3 (i[3] - nope)))
+            if i[3] < nope then
+                Dense.at dk i
+            else
+                Dense.at dv (set i 3 (i[3] - nope)))
 
     let heads = dk.Extents[2]
 
@@ -91,7 +100,9 @@ let ropeKvGrad nope (dk: DenseTensor) (dv: DenseTensor) (table: DenseTensor) =
 
 /// Sum over d of q[b, i, n, d] k[b, j, n, d].
 let private dot (q: DenseTensor) (k: DenseTensor) b n i j =
-    List.sum [ for d in 0 .. q.Extents[3] - 1 -> Dense.at q [| b; i; n; d |] * Dense.at k [| b; j; n; d |] ]
+    List.sum [
+        for d in 0 .. q.Extents[3] - 1 -> Dense.at q [| b; i; n; d |] * Dense.at k [| b; j; n; d |]
+    ]
 
 /// out, and lse[b, n, s] = log of the sum of exp of the scores of keys up to the query.
 let attention scale (q: DenseTensor) (k: DenseTensor) (v: DenseTensor) =
@@ -110,13 +121,22 @@ let attention scale (q: DenseTensor) (k: DenseTensor) (v: DenseTensor) =
 
             List.sum [
                 for j in 0..i ->
-                    exp (scale * dot q k b n i j - Dense.at lse [| b; n; i |]) * Dense.at v [| b; j; n; e |]
+                    exp (scale * dot q k b n i j - Dense.at lse [| b; n; i |])
+                    * Dense.at v [| b; j; n; e |]
             ])
 
     [| out; lse |]
 
 /// With p the attention weights and delta = dout . out: ds = p (dout . v - delta).
-let attentionGrad scale (dout: DenseTensor) (q: DenseTensor) (k: DenseTensor) (v: DenseTensor) out (lse: DenseTensor) =
+let attentionGrad
+    scale
+    (dout: DenseTensor)
+    (q: DenseTensor)
+    (k: DenseTensor)
+    (v: DenseTensor)
+    out
+    (lse: DenseTensor)
+    =
     let dq, dk, dv = Dense.zeros q.Extents, Dense.zeros k.Extents, Dense.zeros v.Extents
 
     for b in 0 .. q.Extents[0] - 1 do
@@ -138,7 +158,8 @@ let attentionGrad scale (dout: DenseTensor) (q: DenseTensor) (k: DenseTensor) (v
     [| dq; dk; dv |]
 
 /// The last axis of x as rows, and a function that makes a tensor of x's shape from new rows.
-let private rows (x: DenseTensor) = Array.chunkBySize (Array.last x.Extents) x.Data
+let private rows (x: DenseTensor) =
+    Array.chunkBySize (Array.last x.Extents) x.Data
 
 let private inverseRms eps (row: float[]) =
     1.0 / sqrt (Array.averageBy (fun v -> v * v) row + eps)
@@ -148,7 +169,8 @@ let rmsNorm eps (x: DenseTensor) (w: DenseTensor) = {
     x with
         Data =
             rows x
-            |> Array.collect (fun row -> let r = inverseRms eps row in Array.map2 (fun v g -> v * r * g) row w.Data)
+            |> Array.collect (fun row ->
+                let r = inverseRms eps row in Array.map2 (fun v g -> v * r * g) row w.Data)
 }
 
 /// dx = r (w dy) - x r^3 mean(w dy x).
@@ -178,7 +200,9 @@ let rmsNormGradW eps (dy: DenseTensor) (x: DenseTensor) =
 
 /// Positions of the k largest; of equal ones the lower position first.
 let private largest k (values: float[]) =
-    Array.init values.Length id |> Array.sortBy (fun i -> -values[i], i) |> Array.truncate k
+    Array.init values.Length id
+    |> Array.sortBy (fun i -> -values[i], i)
+    |> Array.truncate k
 
 /// One token's chosen experts. Group score: sum of the group's two best.
 let private chosen (spec: TopKSpec) (scores: float[]) =
@@ -207,7 +231,9 @@ let groupTopK (spec: TopKSpec) (scores: DenseTensor) = {
 
 let sigmoid x = 1.0 / (1.0 + exp -x)
 let silu x = x * sigmoid x
-let siluSlope x = sigmoid x * (1.0 + x * (1.0 - sigmoid x))
+
+let siluSlope x =
+    sigmoid x * (1.0 + x * (1.0 - sigmoid x))
 
 /// x[..., 2, f] read at gate (0) or up (1) for an index of y[..., f].
 let private half (x: DenseTensor) which (index: int[]) =
@@ -218,12 +244,20 @@ let swiGlu (x: DenseTensor) (p: DenseTensor option) =
     let rank = x.Extents.Length
 
     Dense.init (Array.removeAt (rank - 2) x.Extents) (fun i ->
-        let weight = p |> Option.map (fun p -> Dense.at p i[.. i.Length - 2]) |> Option.defaultValue 1.0
+        let weight =
+            p
+            |> Option.map (fun p -> Dense.at p i[.. i.Length - 2])
+            |> Option.defaultValue 1.0
+
         silu (half x 0 i) * half x 1 i * weight)
 
 /// dx, and dp = sum over f of dy silu(gate) up.
 let swiGluGrad (dy: DenseTensor) (x: DenseTensor) (p: DenseTensor option) =
-    let prob (i: int[]) = p |> Option.map (fun p -> Dense.at p i[.. i.Length - 2]) |> Option.defaultValue 1.0
+    let prob (i: int[]) =
+        p
+        |> Option.map (fun p -> Dense.at p i[.. i.Length - 2])
+        |> Option.defaultValue 1.0
+
     let rank = x.Extents.Length
     let dp = Dense.zeros dy.Extents[.. dy.Extents.Length - 2]
 

@@ -10,7 +10,9 @@ let private same (ids: DenseTensor) (vocab: DenseTensor) (token: int[]) v =
 
 let private embedding (ids: DenseTensor) (w: DenseTensor) vocab =
     Dense.init [| yield! ids.Extents; w.Extents[1] |] (fun i ->
-        List.sum [ for v in 0 .. w.Extents[0] - 1 -> same ids vocab i[..1] v * Dense.at w [| v; i[2] |] ])
+        List.sum [
+            for v in 0 .. w.Extents[0] - 1 -> same ids vocab i[..1] v * Dense.at w [| v; i[2] |]
+        ])
 
 let private embeddingGrad (ids: DenseTensor) (dy: DenseTensor) (vocab: DenseTensor) =
     let out = Dense.zeros [| vocab.Data.Length; dy.Extents[2] |]
@@ -25,11 +27,15 @@ let private pick (z: DenseTensor) (labels: DenseTensor) (vocab: DenseTensor) =
     Dense.init labels.Extents (fun i ->
         List.sum [
             for v in 0 .. vocab.Data.Length - 1 ->
-                if same labels vocab i v = 1.0 then Dense.at z [| i[0]; i[1]; v |] else 0.0
+                if same labels vocab i v = 1.0 then
+                    Dense.at z [| i[0]; i[1]; v |]
+                else
+                    0.0
         ])
 
 let private pickGrad (dy: DenseTensor) (labels: DenseTensor) (vocab: DenseTensor) =
-    Dense.init [| yield! dy.Extents; vocab.Data.Length |] (fun i -> same labels vocab i[..1] i[2] * Dense.at dy i[..1])
+    Dense.init [| yield! dy.Extents; vocab.Data.Length |] (fun i ->
+        same labels vocab i[..1] i[2] * Dense.at dy i[..1])
 
 let private sum (rule: Rule) extents x = Dense.product rule 0 extents [| x |]
 
@@ -37,14 +43,25 @@ let private max (rule: Rule) (extents: int[]) (x: DenseTensor) =
     let out = Dense.full extents -infinity
 
     Dense.each x.Extents (fun i ->
-        let kept = [| for f in rule.Factors do if f.Results[0] >= 0 then i[f.Operands[0]] |]
+        let kept = [|
+            for f in rule.Factors do
+                if f.Results[0] >= 0 then
+                    i[f.Operands[0]]
+        |]
+
         Dense.update out kept (fun best -> Operators.max best (Dense.at x i)))
 
     out
 
 /// Results of one op from its operands; `types` are the operands' types, `rule` and `results` what inference says of them.
 /// Parameters and inputs are the caller's to supply, collectives are Spmd's.
-let apply (op: Op) (types: TensorType[]) (rule: Rule) (results: TensorType[]) (x: DenseTensor[]) : DenseTensor[] =
+let apply
+    (op: Op)
+    (types: TensorType[])
+    (rule: Rule)
+    (results: TensorType[])
+    (x: DenseTensor[])
+    : DenseTensor[] =
     let extents = results |> Array.map _.Extents
     let dim (name: string) = types[0].IndexOf name
     let unary f = [| Dense.map f x[0] |]
@@ -70,7 +87,11 @@ let apply (op: Op) (types: TensorType[]) (rule: Rule) (results: TensorType[]) (x
     | Op.Silu -> unary Formulas.silu
     | Op.Scale factor -> unary ((*) factor)
     | Op.Offset addend -> unary ((+) addend)
-    | Op.Cast dtype -> if dtype.IsFloat || not types[0].DType.IsFloat then x else unary truncate
+    | Op.Cast dtype ->
+        if dtype.IsFloat || not types[0].DType.IsFloat then
+            x
+        else
+            unary truncate
     | Op.Anchor _
     | Op.Detach
     | Op.Route _
@@ -78,17 +99,21 @@ let apply (op: Op) (types: TensorType[]) (rule: Rule) (results: TensorType[]) (x
     | Op.Slice(axis, start, length) -> [| Dense.slice (dim axis) start length x[0] |]
     | Op.Pad(axis, before, total) ->
         let d = dim axis
-        let zeros extent = Dense.zeros (Array.updateAt d extent x[0].Extents)
-        [| Dense.concat d [| zeros before; x[0]; zeros (total - before - x[0].Extents[d]) |] |]
+
+        let zeros extent =
+            Dense.zeros (Array.updateAt d extent x[0].Extents)
+
+        [|
+            Dense.concat d [| zeros before; x[0]; zeros (total - before - x[0].Extents[d]) |]
+        |]
     | Op.Concat axis -> [| Dense.concat (dim axis) x |]
     | Op.Broadcast(_, d) -> [| Dense.init extents[0] (fun i -> Dense.at x[0] (Array.removeAt d i)) |]
-    | Op.Transpose permutation ->
-        [|
-            Dense.init extents[0] (fun i ->
-                let index = Array.zeroCreate i.Length
-                permutation |> List.iteri (fun result d -> index[d] <- i[result])
-                Dense.at x[0] index)
-        |]
+    | Op.Transpose permutation -> [|
+        Dense.init extents[0] (fun i ->
+            let index = Array.zeroCreate i.Length
+            permutation |> List.iteri (fun result d -> index[d] <- i[result])
+            Dense.at x[0] index)
+      |]
     // a route is 1 where its rows are, so it is one more factor
     | Op.Contract _
     | Op.GroupedMatMul _

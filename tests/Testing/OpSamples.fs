@@ -8,7 +8,11 @@ open DeepSeekGraph
 /// A graph that uses the op and has the scalar output `loss`, which depends on parameters through the op.
 type Sample = { Name: string; Graph: Graph }
 
-let private sample name (build: Sketch -> Graph) = { Name = name; Graph = build (Sketch()) }
+let private sample name (build: Sketch -> Graph) = {
+    Name = name
+    Graph = build (Sketch())
+}
+
 let private bs = [ "batch", 2; "seq", 3 ]
 let private hidden = bs @ [ "hidden", 4 ]
 let private experts = bs @ [ "experts", 4 ]
@@ -45,7 +49,10 @@ let private binary op shift =
         sample "of rows" (fun s ->
             let route = s.Route("scores", experts, 2)
             let rows = s.On(Op.Permute false, [ s.Param("x", hidden); route ])
-            let probs = s.On(Op.RouteProbs, [ s.On(Op.Offset shift, [ s.Param("p", experts) ]); route ])
+
+            let probs =
+                s.On(Op.RouteProbs, [ s.On(Op.Offset shift, [ s.Param("p", experts) ]); route ])
+
             s.LossOfRows(route, [ s.On(op, [ rows; probs ]) ]))
     ]
 
@@ -72,15 +79,21 @@ let private heads = bs @ [ "heads", 2 ]
 
 let private rope name inverse factor =
     sample name (fun s ->
-        s.Loss [ s.On(Op.Rope inverse, [ s.Param("x", bs @ [ "rope", 4 ]); table s "seq" 3 4 factor ]) ])
+        s.Loss [
+            s.On(Op.Rope inverse, [ s.Param("x", bs @ [ "rope", 4 ]); table s "seq" 3 4 factor ])
+        ])
 
 let private ropeQ inverse =
     sample $"inverse %b{inverse}" (fun s ->
-        s.Loss [ s.On(Op.RopeQ inverse, [ s.Param("q", heads @ [ "qk_dim", 7 ]); table s "seq" 3 4 1.0 ]) ])
+        s.Loss [
+            s.On(Op.RopeQ inverse, [ s.Param("q", heads @ [ "qk_dim", 7 ]); table s "seq" 3 4 1.0 ])
+        ])
 
 let private ropeKv (used: int list) =
     sample $"results %A{used} used" (fun s ->
-        let kv, pe = s.Param("kv", heads @ [ "kv_dim", 5 ]), s.Param("pe", bs @ [ "rope", 4 ])
+        let kv, pe =
+            s.Param("kv", heads @ [ "kv_dim", 5 ]), s.Param("pe", bs @ [ "rope", 4 ])
+
         let results = s.All(Op.RopeKv 3, [ kv; pe; table s "seq" 3 4 1.0 ])
         s.Loss [ for i in used -> results[i] ])
 
@@ -88,12 +101,16 @@ let private queries = heads @ [ "qk_dim", 4 ]
 
 let private attention name keyAxes =
     sample name (fun s ->
-        let q, k, v = s.Param("q", queries), s.Param("k", keyAxes), s.Param("v", heads @ [ "v_dim", 3 ])
+        let q, k, v =
+            s.Param("q", queries), s.Param("k", keyAxes), s.Param("v", heads @ [ "v_dim", 3 ])
+
         s.Loss [ s.On(Op.Attention 0.5, [ q; k; v ]) ])
 
 let private topK name spec =
     sample name (fun s ->
-        let p, scores = s.Param("p", bs @ [ "experts", 6 ]), s.Param("scores", bs @ [ "experts", 6 ])
+        let p, scores =
+            s.Param("p", bs @ [ "experts", 6 ]), s.Param("scores", bs @ [ "experts", 6 ])
+
         let mask = s.On(Op.GroupTopK spec, [ scores ])
         s.Loss [ s.On(Op.Mul, [ p; s.On(Op.Cast DType.Float32, [ mask ]) ]) ])
 
@@ -121,7 +138,10 @@ let private backAgain (used: int list) =
         let route = s.Route("scores", experts, 2)
         let rows = s.On(Op.Permute false, [ s.Param("x", hidden); route ])
         let probs = s.On(Op.RouteProbs, [ s.Param("p", experts); route ])
-        let results = s.All(Op.UnpermuteWithProbs, [ s.On(Op.Silu, [ rows ]); probs; route ])
+
+        let results =
+            s.All(Op.UnpermuteWithProbs, [ s.On(Op.Silu, [ rows ]); probs; route ])
+
         s.Loss [ for i in used -> results[i] ])
 
 let private ids (s: Sketch) name = s.In(name, DType.Int64, bs)
@@ -132,24 +152,40 @@ let private through op (operands: Sketch -> int list) =
 
 let private moved kind =
     let op = Op.Collective(kind, [ 0 ], TensorType.create DType.Float32 hidden)
-    { through op (fun s -> [ s.Param("x", hidden) ]) with Name = $"%A{kind}" }
+
+    {
+        through op (fun s -> [ s.Param("x", hidden) ]) with
+            Name = $"%A{kind}"
+    }
 
 let samples (op: Op) : Sample list =
     match op with
     | Op.Parameter _ -> [
         sample "trained" (fun s -> s.Loss [ s.Param("x", hidden) ])
         sample "frozen" (fun s ->
-            let spec = { Name = "f"; Init = Init.Ones; Update = Update.Frozen; KeepFloat32 = true }
+            let spec = {
+                Name = "f"
+                Init = Init.Ones
+                Update = Update.Frozen
+                KeepFloat32 = true
+            }
+
             let f = s.Source(Op.Parameter(spec, TensorType.create DType.Float32 hidden))
             s.Loss [ s.On(Op.Mul, [ s.Param("x", hidden); f ]) ])
         sample "used in two units" (fun s ->
             let x = s.Param("x", hidden)
             let y = s.On(Op.Silu, [ x ])
-            s.Origin <- { s.Origin with Unit = ModelUnit.Layer 1 }
+
+            s.Origin <- {
+                s.Origin with
+                    Unit = ModelUnit.Layer 1
+            }
+
             s.Loss [ s.On(Op.Mul, [ x; y ]) ])
       ]
     | Op.Input _ -> [
-        sample "float" (fun s -> s.Loss [ s.On(Op.Mul, [ s.Param("x", hidden); s.In("i", DType.Float32, hidden) ]) ])
+        sample "float" (fun s ->
+            s.Loss [ s.On(Op.Mul, [ s.Param("x", hidden); s.In("i", DType.Float32, hidden) ]) ])
       ]
     | Op.Constant _ -> [
         sample "float" (fun s ->
@@ -199,7 +235,10 @@ let samples (op: Op) : Sample list =
             onHidden $"at %i{d}" (Op.Broadcast({ Name = "n"; Extent = 3 }, d))
         rowsOf (Op.Broadcast({ Name = "n"; Extent = 2 }, 3))
       ]
-    | Op.Rename _ -> [ onHidden "one axis" (Op.Rename("seq", "t")); rowsOf (Op.Rename("hidden", "ffn")) ]
+    | Op.Rename _ -> [
+        onHidden "one axis" (Op.Rename("seq", "t"))
+        rowsOf (Op.Rename("hidden", "ffn"))
+      ]
     | Op.Transpose _ -> [
         onHidden "a cycle" (Op.Transpose [ 1; 2; 0 ])
         onHidden "a swap" (Op.Transpose [ 0; 2; 1 ])
@@ -217,8 +256,18 @@ let samples (op: Op) : Sample list =
         contract "linear" "b s k+, n k+ -> b s n" hidden [ "ffn", 3; "hidden", 4 ]
         contract "inner product" "k+, k+ -> " [ "k", 4 ] [ "k", 4 ]
         contract "outer product" "a, b -> b a" [ "a", 2 ] [ "b", 3 ]
-        contract "batched" "b h d+, b h d+ t -> t b h" [ "b", 2; "h", 2; "d", 3 ] [ "b", 2; "h", 2; "d", 3; "t", 2 ]
-        contract "over two axes" "b s+ k+, b s+ k+ n -> n b" [ "b", 2; "s", 2; "k", 3 ] [ "b", 2; "s", 2; "k", 3; "n", 2 ]
+        contract "batched" "b h d+, b h d+ t -> t b h" [ "b", 2; "h", 2; "d", 3 ] [
+            "b", 2
+            "h", 2
+            "d", 3
+            "t", 2
+        ]
+        contract "over two axes" "b s+ k+, b s+ k+ n -> n b" [ "b", 2; "s", 2; "k", 3 ] [
+            "b", 2
+            "s", 2
+            "k", 3
+            "n", 2
+        ]
         contract "leading dims" "... k+, n k+ -> ... n" hidden [ "ffn", 2; "hidden", 4 ]
         sample "with itself" (fun s ->
             let x = s.Param("x", hidden)
@@ -250,16 +299,27 @@ let samples (op: Op) : Sample list =
       ]
     | Op.Max _ -> [ onHidden "no gradient" (Op.Max [ "hidden" ]) ]
     | Op.RmsNorm _ -> [
-        sample "alike" (fun s -> s.Loss [ s.On(Op.RmsNorm 1e-2, [ s.Param("x", hidden); s.Param("w", [ "hidden", 4 ]) ]) ])
+        sample "alike" (fun s ->
+            s.Loss [
+                s.On(Op.RmsNorm 1e-2, [ s.Param("x", hidden); s.Param("w", [ "hidden", 4 ]) ])
+            ])
         sample "weight of another name" (fun s ->
             s.Loss [ s.On(Op.RmsNorm 1e-2, [ s.Param("x", hidden); s.Param("w", [ "norm", 4 ]) ]) ])
         sample "of one feature" (fun s ->
-            s.Loss [ s.On(Op.RmsNorm 1e-1, [ s.Param("x", [ "seq", 3; "h", 1 ]); s.Param("w", [ "h", 1 ]) ]) ])
+            s.Loss [
+                s.On(Op.RmsNorm 1e-1, [ s.Param("x", [ "seq", 3; "h", 1 ]); s.Param("w", [ "h", 1 ]) ])
+            ])
       ]
     | Op.RmsNormGradX _ -> [
-        through (Op.RmsNormGradX 1e-2) (fun s -> [ s.Param("dy", hidden); s.Param("x", hidden); s.Param("w", [ "hidden", 4 ]) ])
+        through (Op.RmsNormGradX 1e-2) (fun s -> [
+            s.Param("dy", hidden)
+            s.Param("x", hidden)
+            s.Param("w", [ "hidden", 4 ])
+        ])
       ]
-    | Op.RmsNormGradW _ -> [ through (Op.RmsNormGradW 1e-2) (fun s -> [ s.Param("dy", hidden); s.Param("x", hidden) ]) ]
+    | Op.RmsNormGradW _ -> [
+        through (Op.RmsNormGradW 1e-2) (fun s -> [ s.Param("dy", hidden); s.Param("x", hidden) ])
+      ]
     | Op.RotaryTable _ -> [ rope "plain" false 1.0; rope "YaRN" false 4.0 ]
     | Op.Rope _ -> [
         rope "forward" false 4.0
@@ -292,9 +352,24 @@ let samples (op: Op) : Sample list =
         ])
       ]
     | Op.GroupTopK _ -> [
-        topK "one group" { TopK = 2; Groups = 1; KeepGroups = 1; ZeroMasked = false }
-        topK "two of three groups" { TopK = 2; Groups = 3; KeepGroups = 2; ZeroMasked = false }
-        topK "unselected groups score zero" { TopK = 2; Groups = 3; KeepGroups = 1; ZeroMasked = true }
+        topK "one group" {
+            TopK = 2
+            Groups = 1
+            KeepGroups = 1
+            ZeroMasked = false
+        }
+        topK "two of three groups" {
+            TopK = 2
+            Groups = 3
+            KeepGroups = 2
+            ZeroMasked = false
+        }
+        topK "unselected groups score zero" {
+            TopK = 2
+            Groups = 3
+            KeepGroups = 1
+            ZeroMasked = true
+        }
       ]
     | Op.Route _
     | Op.RouteProbs
@@ -316,17 +391,23 @@ let samples (op: Op) : Sample list =
     | Op.PermuteWithProbs -> [ withProbs [ 0; 1 ]; withProbs [ 0 ]; withProbs [ 1 ] ]
     | Op.UnpermuteWithProbs -> [ backAgain [ 0; 1 ]; backAgain [ 0 ]; backAgain [ 1 ] ]
     | Op.SwiGlu -> [
-        sample "dense" (fun s -> s.Loss [ s.On(Op.SwiGlu, [ s.Param("x", bs @ [ "gate_up", 2; "ffn", 3 ]) ]) ])
+        sample "dense" (fun s ->
+            s.Loss [ s.On(Op.SwiGlu, [ s.Param("x", bs @ [ "gate_up", 2; "ffn", 3 ]) ]) ])
         sample "of rows" (fun s ->
             let route = s.Route("scores", experts, 2)
             s.LossOfRows(route, [ s.On(Op.SwiGlu, [ gateUp s route ]) ]))
       ]
     | Op.SwiGluGrad -> [
-        through Op.SwiGluGrad (fun s -> [ s.Param("dy", bs @ [ "ffn", 3 ]); s.Param("x", bs @ [ "gate_up", 2; "ffn", 3 ]) ])
+        through Op.SwiGluGrad (fun s -> [
+            s.Param("dy", bs @ [ "ffn", 3 ])
+            s.Param("x", bs @ [ "gate_up", 2; "ffn", 3 ])
+        ])
       ]
     | Op.SwiGluProbs -> [
         sample "dense" (fun s ->
-            s.Loss [ s.On(Op.SwiGluProbs, [ s.Param("x", bs @ [ "gate_up", 2; "ffn", 3 ]); s.Param("p", bs) ]) ])
+            s.Loss [
+                s.On(Op.SwiGluProbs, [ s.Param("x", bs @ [ "gate_up", 2; "ffn", 3 ]); s.Param("p", bs) ])
+            ])
         sample "of rows" (fun s ->
             let route = s.Route("scores", experts, 2)
             let probs = s.On(Op.RouteProbs, [ s.Param("p", experts); route ])
@@ -344,7 +425,10 @@ let samples (op: Op) : Sample list =
             let w = s.Param("w", [ "vocab", 5; "hidden", 4 ])
             s.Loss [ s.On(Op.Embedding, [ ids s "ids"; w; s.Iota("vocab", 5) ]) ])
         sample "ids beyond the list" (fun s ->
-            let w, few = s.Param("w", [ "vocab", 2; "hidden", 4 ]), s.On(Op.Slice("vocab", 1, 2), [ s.Iota("vocab", 5) ])
+            let w, few =
+                s.Param("w", [ "vocab", 2; "hidden", 4 ]),
+                s.On(Op.Slice("vocab", 1, 2), [ s.Iota("vocab", 5) ])
+
             s.Loss [ s.On(Op.Embedding, [ ids s "ids"; w; few ]) ])
       ]
     | Op.EmbeddingGrad -> [
@@ -372,7 +456,9 @@ let samples (op: Op) : Sample list =
         moved (Collective.Recv 0)
       ]
     | Op.LocalSlice _ -> [
-        through (Op.LocalSlice(0, [ 0 ], TensorType.create DType.Float32 hidden)) (fun s -> [ s.Param("x", hidden) ])
+        through (Op.LocalSlice(0, [ 0 ], TensorType.create DType.Float32 hidden)) (fun s -> [
+            s.Param("x", hidden)
+        ])
       ]
 
 /// Every case of Op with its samples; a case is made with blank attributes, at which `samples` does not look.
