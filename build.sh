@@ -43,7 +43,7 @@ fix_style() {
   for folder in $csharp; do
     dotnet format whitespace "$folder" --folder || return 1
   done
-  build/architecture.sh
+  build/architecture.sh --write
 }
 
 command=${1:-test}

@@ -1,9 +1,10 @@
-/// The tests of Repository.
+/// The tests of the repository itself.
 module DeepSeekGraph.Repository.Tests.Main
 
 open Expecto
 open DeepSeekGraph.Testing
+open DeepSeekGraph.Repository.Tests
 
 [<EntryPoint>]
 let main argv =
-    TestMain.run argv (testList "Repository" [ testCase "builds" ignore ])
+    TestMain.run argv (testList "Repository" [ DocumentTests.tests; SourceTests.tests; NotebookTests.tests ])

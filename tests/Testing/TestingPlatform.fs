@@ -34,7 +34,11 @@ type internal ExpectoFramework(tests: Test) =
         let finished = DateTimeOffset.UtcNow
         TimingProperty(TimingInfo(finished - summary.duration, finished, summary.duration))
 
-    member private this.Publish (context: ExecuteRequestContext) (test: FlatTest) (properties: IProperty list) =
+    member private this.Publish
+        (context: ExecuteRequestContext)
+        (test: FlatTest)
+        (properties: IProperty list)
+        =
         let name = fullName test.name
 
         let node =
@@ -63,25 +67,24 @@ type internal ExpectoFramework(tests: Test) =
         member _.CloseTestSessionAsync _ =
             Task.FromResult(CloseTestSessionResult(IsSuccess = true))
 
-        member this.ExecuteRequestAsync context =
-            task {
-                match context.Request with
-                | :? RunTestExecutionRequest as request ->
-                    let! results =
-                        evalTestsWithCancel
-                            context.CancellationToken
-                            ExpectoConfig.defaultConfig
-                            (chosen request)
-                            true
+        member this.ExecuteRequestAsync context = task {
+            match context.Request with
+            | :? RunTestExecutionRequest as request ->
+                let! results =
+                    evalTestsWithCancel
+                        context.CancellationToken
+                        ExpectoConfig.defaultConfig
+                        (chosen request)
+                        true
 
-                    for test, summary in results do
-                        do! this.Publish context test [ outcome summary; duration summary ]
-                | _ ->
-                    for test in Test.toTestCodeList tests do
-                        do! this.Publish context test [ DiscoveredTestNodeStateProperty.CachedInstance ]
+                for test, summary in results do
+                    do! this.Publish context test [ outcome summary; duration summary ]
+            | _ ->
+                for test in Test.toTestCodeList tests do
+                    do! this.Publish context test [ DiscoveredTestNodeStateProperty.CachedInstance ]
 
-                context.Complete()
-            }
+            context.Complete()
+        }
 
 module internal TestingPlatform =
     /// Runs `tests` as the platform asks in `argv`; the result is the exit code.
