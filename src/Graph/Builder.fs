@@ -26,7 +26,10 @@ type Builder() =
             | false, _ -> None
 
         let known =
-            match find Pass.Forward, origin.Pass with
+            // a collective done again in the backward pass is cheaper than what it gathers kept until then
+            let earlier = if op.IsCollective && origin.Pass.IsBackward then None else find Pass.Forward
+
+            match earlier, origin.Pass with
             | Some outputs, _ -> Some outputs
             | None, Pass.Backward -> find Pass.Backward
             | None, Pass.Forward -> None

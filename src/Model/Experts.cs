@@ -30,16 +30,17 @@ public static class Experts
         });
 
     /// Sigmoid scores; the bias, free of gradients, decides who is chosen and never how much it counts.
+    /// The router's weights call the axis "router": every rank scores all experts, whoever holds them.
     private static (Tensor Probs, Tensor Mask) Route(ModelScope m, Tensor x_BSH, DeepSeekV3Config c)
     {
         var weight_EH = m.Parameter(
             "weight", m.Normal(), Update.NewAdamW(decay: true), keepFloat32: true,
-            ("experts", c.NRoutedExperts), ("hidden", x_BSH.Extent("hidden")));
+            ("router", c.NRoutedExperts), ("hidden", x_BSH.Extent("hidden")));
         var bias_E = m.Parameter(
             "e_score_correction_bias", Init.Zeros, Update.NewRouterBias(c.BiasUpdateSpeed), keepFloat32: true,
-            ("experts", c.NRoutedExperts));
+            ("router", c.NRoutedExperts)).Rename("router", "experts");
 
-        var scores_BSE = x_BSH.Cast(DType.Float32).MatMul(weight_EH).Sigmoid();
+        var scores_BSE = x_BSH.Cast(DType.Float32).MatMul(weight_EH).Rename("router", "experts").Sigmoid();
         var mask_BSE = (scores_BSE + bias_E).Apply(Op.NewGroupTopK(c.TopK));
         m.Output($"count:{m.Path}.e_score_correction_bias", mask_BSE.Cast(DType.Int64).Sum("batch", "seq"));
 
