@@ -87,6 +87,9 @@ public sealed record DeepSeekV3Config
                 / YarnScaling.Temperature(yarn.Factor, yarn.MscaleAllDim))
         : new(QkRopeHeadDim, RopeTheta, factor: 1, original: 4096, betaFast: 32, betaSlow: 1, mscale: 1);
 
+    /// The same with another weight of the extra losses.
+    public DeepSeekV3Config WithMtpLossScalingFactor(double factor) => this with { MtpLossScalingFactor = factor };
+
     /// The same, choosing experts exactly as Hugging Face's transformers does.
     public DeepSeekV3Config LikeHuggingFace() => this with { ZeroMaskedGroups = true };
 

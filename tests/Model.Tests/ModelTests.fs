@@ -111,6 +111,14 @@ let private scale =
         Expect.equal Presets.V3.Rotary.Mscale 1.0 "cos and sin"
         Expect.equal (DeepSeekV3Config(RopeScaling = null).SoftmaxScale) (1.0 / sqrt 192.0) "plain"
 
+let private flops =
+    testCase "FLOPs of a token are Megatron's"
+    <| fun () ->
+        let plain = DeepSeekV3Config(NumNextnPredictLayers = 0)
+        Expect.equal (Flops.PerToken(Presets.V3, 4096)) 259_992_950_784.0 "with multi-token prediction"
+        Expect.equal (Flops.PerToken(plain, 4096)) 249_812_054_016.0 "without"
+        Expect.equal (Flops.PerToken(Presets.V3, 131_072)) 1_227_367_225_344.0 "long"
+
 let private configs =
     testCase "both styles of config.json are the same model"
     <| fun () ->
@@ -194,6 +202,7 @@ let tests =
         units
         differentiates
         scale
+        flops
         configs
         refused
         mistakes
