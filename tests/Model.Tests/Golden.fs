@@ -41,9 +41,16 @@ type Case = {
             this.Reference.Dispose()
 
 let load (case: string) (batch: int) (seqLength: int) : Case =
-    let config = ConfigJson.Read(path case "config.json").LikeHuggingFace()
-    let graph = DeepSeekV3(config, Observe = true).Declare(batch, seqLength)
     let reference = SafeTensorsFile.Open(path case "reference.safetensors")
+    let config = ConfigJson.Read(path case "config.json").LikeHuggingFace()
+
+    let config =
+        if reference.Contains "mtp_scale" then
+            config.WithMtpLossScalingFactor(float (Array.exactlyOne (reference.ReadFloat32 "mtp_scale")))
+        else
+            config
+
+    let graph = DeepSeekV3(config, Observe = true).Declare(batch, seqLength)
 
     {
         Graph = graph
