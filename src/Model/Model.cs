@@ -1,6 +1,8 @@
 // What users derive from: a model declares its forward pass, and Declare makes the graph of one training step.
 // B batch, S seq, V vocab, T tokens (the sequence and what lies behind it).
 
+using DeepSeekGraph.Compiler;
+
 namespace DeepSeekGraph.Models;
 
 /// A model as an immutable value. Override Forward; override Train for another objective.
@@ -55,6 +57,10 @@ public abstract record Model
         Train(m, m.Input("tokens", DType.Int64, ("batch", microBatch), ("tokens", seqLength + ExtraTokens)), seqLength);
         return declaration.ToGraph();
     }
+
+    /// What every rank of the recipe's cluster will do; mistakes are thrown together as a DiagnosticException.
+    public PlanSet Compile(Recipe recipe)
+        => Compilation.Compile(Declare(recipe.MicroBatch * Compilation.Mesh(recipe).Data, recipe.SeqLength), recipe);
 
     /// A model from its forward pass alone.
     public static Model Of(Func<ModelScope, Tensor, Tensor> forward) => new Lambda(forward);
