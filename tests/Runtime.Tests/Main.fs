@@ -15,4 +15,6 @@ let main argv =
             MetricsTests.tests
             KernelTests.tests
             RowKernelTests.tests
+            CollectiveTests.tests
+            RunnerTests.tests
         ])
