@@ -23,6 +23,7 @@ let path (case: string) (file: string) =
 
 /// One case, cut to its first sequences and positions: causality leaves their logits what they are.
 type Case = {
+    Model: DeepSeekV3
     Graph: Graph
     Map: WeightMap
     Weights: SafeTensorsFile
@@ -50,9 +51,11 @@ let load (case: string) (batch: int) (seqLength: int) : Case =
         else
             config
 
-    let graph = DeepSeekV3(config, Observe = true).Declare(batch, seqLength)
+    let model = DeepSeekV3(config, Observe = true)
+    let graph = model.Declare(batch, seqLength)
 
     {
+        Model = model
         Graph = graph
         Map = WeightMap.Of graph
         Weights = SafeTensorsFile.Open(path case "model.safetensors")
@@ -101,6 +104,26 @@ let distance (ours: float[]) (reference: float32[]) =
             largest <- if Double.IsNaN d then infinity else max largest d
 
         if scale > 0.0 then largest / scale else largest
+
+/// The gradients that the reference has, ours by checkpoint name from those by parameter; every one is met or a test fails.
+let gradients (case: Case) (name: string) (ours: string -> float[]) : (string * float[] * float32[]) list =
+    use reference = SafeTensorsFile.Open(path name "reference_grads.safetensors")
+
+    let met = [
+        for entry in case.Map.Entries do
+            if not (entry.Parameter.EndsWith "e_score_correction_bias") then
+                let whole = ours entry.Parameter |> Array.map float32
+
+                for struct (tensor, _, values) in case.Map.Scatter(entry.Parameter, whole) do
+                    tensor, Array.map float values, reference.ReadFloat32 $"grad.%s{tensor}"
+    ]
+
+    let names = [ for tensor, _, _ in met -> $"grad.%s{tensor}" ]
+
+    if List.sort names <> List.sort (List.ofSeq reference.Names) then
+        failwith $"%s{name}: gradients of the model are not those of the reference"
+
+    met
 
 /// The part of reference logits [rows, columns, vocab] that [batch, seq, vocab] of a cut case covers, and ours cut alike.
 let cut (case: Case) (columns: int) (ours: float[]) (reference: float32[]) =

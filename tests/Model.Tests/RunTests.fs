@@ -1,0 +1,84 @@
+/// The golden cases again, compiled and run: on one rank, and split over eight.
+module DeepSeekGraph.Models.Tests.RunTests
+
+open System
+open System.Collections.Generic
+open System.Threading
+open Expecto
+open TorchSharp
+open DeepSeekGraph
+open DeepSeekGraph.Compiler
+open DeepSeekGraph.Runtime.Parameters
+open DeepSeekGraph.Runtime.Training
+open DeepSeekGraph.Models.Tests.Golden
+
+let private tensor (data: float32[]) (extents: int seq) =
+    torch.tensor(data).reshape [| for e in extents -> int64 e |]
+
+let private floats (whole: torch.Tensor) =
+    use flat = whole.to_type(torch.ScalarType.Float32).contiguous()
+    Array.map float (flat.data<float32>().ToArray())
+
+let private inputs (case: Case) =
+    let values = Dictionary<string, torch.Tensor>()
+
+    for node in case.Graph.Nodes do
+        match node.Op with
+        | Op.Input(name, t) when t.Rank > 0 ->
+            let x = tensor (Array.map float32 (input case name)) t.Extents
+            values[name] <- if t.DType.IsFloat then x else x.to_type torch.ScalarType.Int64
+        | _other -> ()
+
+    values :> IReadOnlyDictionary<string, torch.Tensor>
+
+/// Losses by metric, and gradients, of a plan's forward and backward pass.
+let private run (case: Case) (recipe: Recipe) (check: Trainer -> unit) =
+    let plan = case.Model.Compile(recipe.WithName("golden").WithBatch(case.Batch, case.Batch / Compilation.Mesh(recipe).Data, case.SeqLength))
+    let extents = Dictionary<string, IReadOnlyList<int>>()
+
+    for p in plan.Parameters do
+        extents[p.Name] <- p.Extents
+
+    let weight name : torch.Tensor | null = tensor (parameter case name) extents[name]
+
+    task {
+        use! trainer = Trainer.StartAsync(plan, TrainerOptions(Weights = Func<string, torch.Tensor | null> weight))
+        do! trainer.ForwardBackwardAsync([| inputs case |], null, CancellationToken.None)
+        check trainer
+    }
+    |> _.GetAwaiter().GetResult()
+
+let private close what (ours: float[]) (reference: float32[]) =
+    Expect.isLessThan (distance ours reference) 1e-4 what
+
+let private golden name seqLength (losses: (string * string) list) how (recipe: Recipe) =
+    testCase $"%s{name}, %s{how}"
+    <| fun () ->
+        use case = load name 2 seqLength
+
+        run case recipe (fun trainer ->
+            let last = trainer.Plan.Stages.Count - 1
+
+            for metric, reference in losses do
+                use loss = Gathering.Slot(trainer.Ranks, last, $"acc:%s{metric}")
+                close reference (floats loss) (case.Reference.ReadFloat32 reference)
+
+            let gathered = trainer.GatherGradients()
+
+            for tensor, ours, reference in gradients case name (fun p -> floats gathered[p]) do
+                close $"gradient of %s{tensor}" ours reference)
+
+let private plain = [ "metric:loss", "loss" ]
+let private multi = [ "metric:loss", "main_loss"; "metric:mtp_loss", "mtp_loss" ]
+let private one = Recipe.Default.WithParallelism(1, 1, 1, 1)
+let private eight = Recipe.Default.WithParallelism(tensor = 2, pipeline = 2, expert = 2, data = 2)
+
+let tests =
+    testList "run" [
+        golden "v3_tiny_plain" 96 plain "one rank" one
+        golden "v3_tiny_plain" 96 plain "one rank, nothing fused" (one.WithFusion false)
+        golden "v3_tiny_yarn" 96 plain "one rank" one
+        golden "v3_tiny_mtp" 80 multi "one rank" one
+        golden "v3_tiny_mtp" 80 multi "eight ranks" eight
+        golden "v3_tiny_plain" 96 plain "four tensor and expert parallel ranks" (Recipe.Default.WithParallelism(4, 1, 4, 1))
+    ]
