@@ -26,13 +26,12 @@ type Builder() =
             | false, _ -> None
 
         let known =
-            // a collective done again in the backward pass is cheaper than what it gathers kept until then
-            let earlier = if op.IsCollective && origin.Pass.IsBackward then None else find Pass.Forward
-
-            match earlier, origin.Pass with
-            | Some outputs, _ -> Some outputs
-            | None, Pass.Backward -> find Pass.Backward
-            | None, Pass.Forward -> None
+            match origin.Pass with
+            | Pass.Forward -> find Pass.Forward
+            // recomputed values and collectives of the backward pass are made again rather than kept alive
+            | Pass.Recompute -> find Pass.Recompute
+            | Pass.Backward when op.IsCollective -> find Pass.Backward
+            | Pass.Backward -> find Pass.Forward |> Option.orElse (find Pass.Backward)
 
         match known with
         | Some outputs -> Ok outputs
@@ -66,11 +65,6 @@ type Builder() =
         match this.TryAdd(op, inputs, origin) with
         | Ok outputs -> outputs
         | Error text -> invalidOp $"%s{origin.Path}: %s{text} (a bug in dsg)"
-
-    /// Adds a node even if an equal one exists: recomputation is wanted.
-    member this.AddAgain(op: Op, inputs: int list, origin: Origin) : int[] =
-        shared.Remove(struct (op, inputs, Pass.Forward)) |> ignore
-        this.Add(op, inputs, origin)
 
     /// Declares a parameter name; false when it is taken.
     member _.DeclareParameter(name: string) = parameters.Add name

@@ -24,6 +24,8 @@ type ModelUnit =
 type Pass =
     | Forward
     | Backward
+    /// Forward work done again in the backward pass, so that its results need not be kept.
+    | Recompute
 
 /// Where a node comes from.
 type Origin = {

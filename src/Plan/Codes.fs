@@ -179,3 +179,7 @@ module Codes =
     /// The batch does not fall into microbatches.
     [<Literal>]
     let BatchSize = "DSG0393"
+
+    /// Experts are split over mesh axes that do not split tokens.
+    [<Literal>]
+    let RowsLayout = "DSG0394"

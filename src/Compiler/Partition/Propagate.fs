@@ -98,10 +98,10 @@ let private choose (shards: Shards) (forced: int[]) (node: Node) (def: OpDef) (r
     match weight, anchor, routeOperand node.Op with
     | Some i, _, _ -> place (splitOf i)
     | None, Some layout, _ -> place (splitDim layout[m] |> Option.bind factorOfResult)
-    | None, None, Some i -> place (splitOf i)
-    | None, None, None when gradientOf >= 0 && ((shards.Home gradientOf).Layout[m] |> splitDim).IsSome ->
+    | None, None, Some i when (splitOf i).IsSome -> place (splitOf i)
+    | None, None, _ when gradientOf >= 0 && ((shards.Home gradientOf).Layout[m] |> splitDim).IsSome ->
         place (splitDim (shards.Home gradientOf).Layout[m] |> Option.bind factorOfResult)
-    | None, None, None ->
+    | None, None, _ ->
         let bytes i = graph.Types[node.Inputs[i]].Bytes
         let votes = operands |> List.choose (fun i -> splitOf i |> Option.filter fits |> Option.map (fun f -> i, f))
         let partial = operands |> List.filter (fun i -> (state i).IsPartialSum)

@@ -123,7 +123,7 @@ let private usable (shards: Shards) value (origin: Origin) (copy: Copy) =
     let t = shards.Builder.Type
 
     obj.ReferenceEquals(copy, home)
-    || (copy.Unit = origin.Unit && copy.Pass = origin.Pass)
+    || (copy.Unit = origin.Unit && copy.Pass.IsForward = origin.Pass.IsForward)
     // row sets are exchanged once a block, forward and backward
     || (copy.Unit = origin.Unit && shards.RouteOf value = value)
     // a later pass starts from a resolved copy that is no larger than the value itself
@@ -232,4 +232,13 @@ and private moveRows (shards: Shards) value (from: Copy) (want: Layout) (origin:
         let there = toLayout shards route want origin
         emit (if toExperts then Collective.RowsToExperts else Collective.RowsToTokens) [ from.Value; here; there ]
     else
-        invalidOp $"%s{origin.Path}: rows cannot move from %A{from.Layout} to %A{want} (a bug in dsg)"
+        let names = moved |> List.map (fun m -> shards.Mesh.Axes[m].Name) |> String.concat " x "
+
+        raise (
+            DiagnosticException.Of(
+                Codes.RowsLayout,
+                origin.Path,
+                $"experts are split over mesh axes %s{names}, but tokens are not split there when they are routed",
+                "anchor the routed input as 'residual', or choose expert parallelism 1"
+            )
+        )

@@ -74,13 +74,13 @@ let phases (graph: Graph) (work: StageWork) (stage: int) : IReadOnlyDictionary<i
     let stack = Stack<int>()
 
     for t in work.Transfers do
-        if t.From = stage && graph.NodeOf(t.Value).Origin.Pass.IsBackward then
+        if t.From = stage && graph.NodeOf(t.Value).Origin.Pass.IsForward |> not then
             stack.Push graph.Producer[t.Value]
 
     while stack.Count > 0 do
         let n = stack.Pop()
 
-        if mine.Contains n && graph.Nodes[n].Origin.Pass.IsBackward && needed.Add n then
+        if mine.Contains n && not graph.Nodes[n].Origin.Pass.IsForward && needed.Add n then
             for v in graph.Nodes[n].Inputs do
                 stack.Push graph.Producer[root graph v]
 
