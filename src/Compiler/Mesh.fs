@@ -106,7 +106,12 @@ module Mesh =
             choose "dp" d.Data (fun n -> { d with Data = n }) [ 1 .. min 100000 (4 * d.Data + d.ExpertTensor * d.Expert) ]
         ]
         |> List.choose id
-        |> String.concat "; or "
+        |> function
+            | [] ->
+                let plain = { d with ExpertTensor = 1 }
+                let legal = divisors |> List.filter (fun n -> (clash { plain with Expert = n }).IsNone)
+                $"choose etp 1, with ep from %s{nearest d.Expert legal}"
+            | choices -> String.concat "; or " choices
 
     /// Between two neighbouring cut points lies one base axis; it is named after the dense degree it is part of.
     let private refine (d: Degrees) : MeshAxis[] =
