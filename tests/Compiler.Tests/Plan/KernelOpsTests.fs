@@ -51,7 +51,7 @@ let private samples = [
     },
     [ x ]
     Op.Route 2, [ TensorType.create DType.Bool [ "batch", 2; "seq", 4; "experts", 8 ] ]
-    Op.Permute true, [ x; { float32 [ "batch", 2; "seq", 4; "experts", 8 ] with Routed = true; Density = 0.25 } ]
+    Op.Permute true, [ x; { TensorType.create DType.Bool [ "batch", 2; "seq", 4; "experts", 8 ] with Routed = true; Density = 0.25 } ]
 ]
 
 let tests =
