@@ -1,0 +1,280 @@
+/// Slots in time: written before read, written once, untouched in flight, freed once; tokens started and awaited once.
+/// F, I and W run in this order for every microbatch, and instances of different microbatches never meet: one walk covers all.
+module DeepSeekGraph.Compiler.Checking.Lifetimes
+
+open System.Collections.Generic
+open DeepSeekGraph
+open DeepSeekGraph.Compiler.Checking.Shapes
+
+/// What one slot's memory holds.
+[<RequireQualifiedAccess; Struct>]
+type private State =
+    | Empty
+    | Full
+    | Freed
+
+let private isPersistent (kind: SlotKind) =
+    match kind with
+    | SlotKind.Parameter
+    | SlotKind.Optimizer
+    | SlotKind.Gradient
+    | SlotKind.Counter
+    | SlotKind.Scalar -> true
+    | SlotKind.Input
+    | SlotKind.Saved
+    | SlotKind.Temporary -> false
+
+let private isAccumulator (kind: SlotKind) =
+    match kind with
+    | SlotKind.Gradient
+    | SlotKind.Counter -> true
+    | SlotKind.Parameter
+    | SlotKind.Optimizer
+    | SlotKind.Scalar
+    | SlotKind.Input
+    | SlotKind.Saved
+    | SlotKind.Temporary -> false
+
+/// One stage in program order.
+type private Walk(f: Findings, stage: StagePlan) =
+    let slots = stage.Slots
+    let count = slots.Count
+
+    let state =
+        Array.init count (fun i ->
+            match slots[i].Kind with
+            | SlotKind.Parameter
+            | SlotKind.Optimizer
+            | SlotKind.Scalar
+            | SlotKind.Input -> State.Full
+            | SlotKind.Gradient
+            | SlotKind.Counter
+            | SlotKind.Saved
+            | SlotKind.Temporary -> State.Empty)
+
+    // collectives in flight: token -> inputs, outputs
+    let flying = Dictionary<int, struct (IReadOnlyList<int> * IReadOnlyList<int>)>()
+    let readers, writers = Array.zeroCreate<int> count, Array.create count -1
+    let reads, touchedIn = Array.zeroCreate<int> count, Array.create<Phase voption> count ValueNone
+    // what was made where, to find results that nobody reads
+    let made = List<struct (string * IReadOnlyList<int>)>()
+    let accumulated, zeroed, written = HashSet<int>(), HashSet<int>(), HashSet<int>()
+    // which tokens were ever used, by the programs of one kind
+    let used = HashSet<int>()
+    let mutable at = ""
+    let wrong message = f.Add(Codes.PlanLifetime, at, message)
+    let name id = named slots id
+
+    let touch (phase: Phase) id =
+        match touchedIn[id] with
+        | ValueSome first when first <> phase && slots[id].Kind.IsTemporary ->
+            wrong $"%s{name id} is a temporary but is used in %s{first.Name} and in %s{phase.Name}"
+        | ValueSome _
+        | ValueNone -> ()
+
+        touchedIn[id] <- ValueSome phase
+
+        if phase.IsPrologue || phase.IsEpilogue then
+            if slots[id].Kind.IsInput then
+                wrong $"%s{name id} is fed with each microbatch and cannot be used here"
+
+    let read phase id =
+        touch phase id
+        reads[id] <- reads[id] + 1
+
+        if writers[id] >= 0 then
+            wrong $"%s{name id} is read before the wait for collective t%i{writers[id]} that fills it"
+        else
+            match state[id] with
+            | State.Full -> ()
+            | State.Empty -> wrong $"%s{name id} is read before it is written"
+            | State.Freed -> wrong $"%s{name id} is read after it was freed"
+
+        if isAccumulator slots[id].Kind && not phase.IsEpilogue then
+            wrong $"%s{name id} is complete only after the last microbatch, but is read before"
+
+    /// Anything but a kernel that updates in place.
+    let write (phase: Phase) id =
+        touch phase id
+
+        if writers[id] >= 0 then
+            wrong $"%s{name id} is written while collective t%i{writers[id]} fills it"
+        elif readers[id] > 0 then
+            wrong $"%s{name id} is written while a collective reads it"
+
+        match slots[id].Kind with
+        | SlotKind.Parameter
+        | SlotKind.Optimizer -> wrong $"%s{name id} is written by something else than its update"
+        | SlotKind.Scalar
+        | SlotKind.Input -> wrong $"%s{name id} is given from outside and is never written"
+        | SlotKind.Gradient -> wrong $"%s{name id} is written by something else than zero and accumulate"
+        | SlotKind.Counter ->
+            if not phase.IsEpilogue || zeroed.Contains id || not (written.Add id) then
+                wrong $"%s{name id} is written twice, or otherwise than by zero and accumulate"
+        | SlotKind.Saved
+        | SlotKind.Temporary ->
+            match state[id] with
+            | State.Empty -> ()
+            | State.Full -> wrong $"%s{name id} is written twice"
+            | State.Freed -> wrong $"%s{name id} is written after it was freed"
+
+        state[id] <- State.Full
+
+    let launch (phase: Phase) kernel (inputs: IReadOnlyList<int>) (outputs: IReadOnlyList<int>) =
+        for id in inputs do
+            read phase id
+
+        match kernel with
+        | KernelId.Zero when outputs |> Seq.forall (fun id -> isAccumulator slots[id].Kind) ->
+            for id in outputs do
+                touch phase id
+
+                if not phase.IsPrologue then
+                    wrong $"%s{name id} is zeroed outside the prologue"
+
+                if not (zeroed.Add id) then
+                    wrong $"%s{name id} is zeroed twice"
+
+                state[id] <- State.Full
+        | KernelId.Accumulate ->
+            for id in outputs do
+                touch phase id
+
+                if not (isAccumulator slots[id].Kind) then
+                    wrong $"%s{name id} is no accumulator"
+                elif not (zeroed.Contains id) then
+                    wrong $"%s{name id} is added to but never zeroed"
+
+                if phase.IsPrologue || phase.IsEpilogue then
+                    wrong $"%s{name id} is added to outside the programs of a microbatch"
+                elif not (accumulated.Add id) then
+                    wrong $"%s{name id} is added to twice in a microbatch"
+        | KernelId.AdamW
+        | KernelId.RouterBias ->
+            for id in outputs do
+                touch phase id
+
+                if not phase.IsEpilogue then
+                    wrong $"%s{name id} is updated outside the epilogue"
+
+                if not (slots[id].Kind.IsParameter || slots[id].Kind.IsOptimizer) then
+                    wrong $"%s{name id} is neither parameter nor optimizer state"
+
+                if readers[id] > 0 then
+                    wrong $"%s{name id} is updated while a collective reads it"
+        | _ ->
+            made.Add(struct (at, outputs))
+
+            for id in outputs do
+                write phase id
+
+    let start phase token (inputs: IReadOnlyList<int>) (outputs: IReadOnlyList<int>) =
+        if not (used.Add token) then
+            wrong $"collective t%i{token} is started twice"
+
+        for id in inputs do
+            read phase id
+
+        if outputs.Count > 0 then
+            made.Add(struct (at, outputs))
+
+        for id in outputs do
+            write phase id
+
+        if not (flying.ContainsKey token) then
+            flying[token] <- struct (inputs, outputs)
+
+            for id in inputs do
+                readers[id] <- readers[id] + 1
+
+            for id in outputs do
+                writers[id] <- token
+
+    let wait token =
+        match flying.TryGetValue token with
+        | true, struct (inputs, outputs) ->
+            flying.Remove token |> ignore
+
+            for id in inputs do
+                readers[id] <- readers[id] - 1
+
+            for id in outputs do
+                writers[id] <- -1
+        | false, _ -> wrong $"it waits for collective t%i{token}, which is not in flight"
+
+    let free phase id =
+        touch phase id
+
+        if isPersistent slots[id].Kind then
+            wrong $"%s{name id} lives as long as the plan and is never freed"
+        elif writers[id] >= 0 then
+            wrong $"%s{name id} is freed while collective t%i{writers[id]} fills it"
+        elif readers[id] > 0 then
+            wrong $"%s{name id} is freed while a collective reads it"
+
+        match state[id] with
+        | State.Full -> ()
+        | State.Empty -> wrong $"%s{name id} is freed before it is written"
+        | State.Freed -> wrong $"%s{name id} is freed twice"
+
+        state[id] <- State.Freed
+
+    member _.Program(program: Program) =
+        let phase = program.Phase
+
+        program.Steps
+        |> Seq.iteri (fun i step ->
+            at <- place stage.Stage phase i (pathOf step)
+
+            match step with
+            | Step.Launch(kernel, _, inputs, outputs, _) -> launch phase kernel inputs outputs
+            | Step.Start(token, _, _, inputs, outputs, _) -> start phase token inputs outputs
+            | Step.Wait token -> wait token
+            | Step.Free slot -> free phase slot)
+
+    /// The end of a microbatch or of the step: nothing in flight, nothing left.
+    member _.Close(phases: Phase list) =
+        at <- $"stage %i{stage.Stage}, end of %s{phases |> List.map _.Name |> List.last}"
+
+        for token in flying.Keys |> Seq.sort do
+            wrong $"collective t%i{token} is never waited for"
+
+        flying.Clear()
+        used.Clear()
+
+        for id in 0 .. count - 1 do
+            match touchedIn[id] with
+            | ValueSome phase when List.contains phase phases && not (isPersistent slots[id].Kind) ->
+                if state[id] = State.Full then
+                    wrong $"%s{name id} is never freed"
+            | ValueSome _
+            | ValueNone -> ()
+
+        for struct (place, outputs) in made do
+            if outputs |> Seq.forall (fun id -> reads[id] = 0 && not (isPersistent slots[id].Kind)) then
+                f.Add(Codes.PlanLifetime, place, $"%s{name outputs[0]} is computed but never read")
+
+        made.Clear()
+
+    /// Accumulators that the epilogue reads must start at zero.
+    member _.Accumulators() =
+        at <- $"stage %i{stage.Stage}"
+
+        for id in 0 .. count - 1 do
+            if isAccumulator slots[id].Kind && reads[id] > 0 && not (zeroed.Contains id) && not (written.Contains id) then
+                wrong $"%s{name id} is read but never zeroed"
+
+/// Slots and tokens of every stage.
+let check (f: Findings) (plan: PlanSet) : unit =
+    for stage in plan.Stages do
+        let walk = Walk(f, stage)
+        let program phase = stage.Programs |> Seq.find (fun p -> p.Phase = phase)
+        walk.Program(program Phase.Prologue)
+
+        for phase in [ Phase.F; Phase.I; Phase.W ] do
+            walk.Program(program phase)
+
+        walk.Close [ Phase.F; Phase.I; Phase.W ]
+        walk.Program(program Phase.Epilogue)
+        walk.Close [ Phase.Prologue; Phase.Epilogue ]
+        walk.Accumulators()

@@ -1,0 +1,224 @@
+/// Is every gradient complete when it is used: summed over every mesh axis and stage that holds a part, once, and applied once?
+module DeepSeekGraph.Compiler.Checking.Updates
+
+open System.Collections.Generic
+open DeepSeekGraph
+open DeepSeekGraph.Compiler.Checking.Shapes
+
+/// How a value of the epilogue relates to the other stages.
+[<RequireQualifiedAccess>]
+type private Share =
+    /// Complete: nothing of it lies on other stages.
+    | Whole
+    /// The value is the sum over these stages.
+    | Part of Stages: int list
+
+/// Accumulators are named after what they sum.
+let private prefixed (prefix: string) (name: string) =
+    if name.StartsWith(prefix, System.StringComparison.Ordinal) then ValueSome(name.Substring prefix.Length) else ValueNone
+
+/// Optimizer slots of a parameter and which output of the update they are.
+let private stateNames = [| "master:"; "m:"; "v:" |]
+
+/// The epilogue of one stage.
+type private Epilogue(f: Findings, plan: PlanSet, stage: StagePlan) =
+    let slots = stage.Slots
+    let all = [ 0 .. plan.Stages.Count - 1 ]
+    let share = Dictionary<int, Share>()
+    // the accumulator that a value is the reduced form of
+    let origin = Dictionary<int, int>()
+    let norms, updated = List<int>(), List<string>()
+    let mutable clips = 0
+    let mutable at = ""
+    let wrong message = f.Add(Codes.PlanUpdate, at, message)
+    let parameter name = plan.Parameters |> Seq.tryFind (fun p -> p.Name = name)
+    let part stages = if List.length stages > 1 then Share.Part stages else Share.Whole
+
+    let shareOf id =
+        match share.TryGetValue id with
+        | true, s -> s
+        | false, _ ->
+            match slots[id].Kind with
+            | SlotKind.Gradient ->
+                match prefixed "grad:" slots[id].Name |> ValueOption.map parameter with
+                | ValueSome(Some p) -> part (List.ofSeq p.Stages)
+                | ValueSome None
+                | ValueNone -> Share.Whole
+            | SlotKind.Counter -> if (prefixed "acc:" slots[id].Name).IsSome then part all else Share.Whole
+            | SlotKind.Parameter
+            | SlotKind.Optimizer
+            | SlotKind.Scalar
+            | SlotKind.Input
+            | SlotKind.Saved
+            | SlotKind.Temporary -> Share.Whole
+
+    let originOf id =
+        match origin.TryGetValue id with
+        | true, o -> o
+        | false, _ -> id
+
+    let demandWhole id what =
+        match shareOf id with
+        | Share.Whole -> ()
+        | Share.Part stages ->
+            let shown = stages |> List.map string |> String.concat ", "
+            wrong $"%s{named slots id} is summed over stages %s{shown} only later; %s{what} needs all of it"
+
+    let adamW (inputs: IReadOnlyList<int>) (outputs: IReadOnlyList<int>) =
+        let target = slots[outputs[3]]
+        let gradient = slots[originOf inputs[0]]
+        demandWhole inputs[0] "the update"
+        updated.Add target.Name
+
+        match parameter target.Name with
+        | Some { Update = Update.AdamW _ } when target.Kind.IsParameter -> ()
+        | Some _
+        | None -> wrong $"%s{named slots outputs[3]} is no parameter that AdamW updates"
+
+        if gradient.Name <> $"grad:%s{target.Name}" || not gradient.Kind.IsGradient then
+            wrong $"%s{target.Name} is updated by '%s{gradient.Name}', which is not its gradient"
+
+        for i in 0..2 do
+            let slot = slots[outputs[i]]
+            let isOwn = slot.Name = stateNames[i] + target.Name && slot.Kind.IsOptimizer
+
+            if not (isOwn || i = 0 && outputs[0] = outputs[3]) then
+                wrong $"%s{named slots outputs[i]} is not the %s{stateNames[i].TrimEnd ':'} of %s{target.Name}"
+
+        for i, name in [ 2, "lr"; 3, "step" ] do
+            if slots[inputs[i]].Name <> name then
+                wrong $"%s{named slots inputs[i]} is not %s{name}"
+
+    let launch kernel (inputs: IReadOnlyList<int>) (outputs: IReadOnlyList<int>) =
+        match kernel with
+        | KernelId.AdamW when inputs.Count = 4 && outputs.Count = 4 -> adamW inputs outputs
+        | KernelId.RouterBias when inputs.Count = 1 && outputs.Count = 1 ->
+            let bias, counts = slots[outputs[0]], slots[originOf inputs[0]]
+            demandWhole inputs[0] "the update"
+            updated.Add bias.Name
+
+            match parameter bias.Name with
+            | Some { Update = Update.RouterBias _ } when counts.Name = $"count:%s{bias.Name}" -> ()
+            | Some _
+            | None -> wrong $"%s{bias.Name} is no router bias that '%s{counts.Name}' updates"
+        | KernelId.SumSquares ->
+            for id in inputs do
+                demandWhole id "the norm"
+                norms.Add(originOf id)
+
+            for id in outputs do
+                share[id] <- part all
+        | KernelId.ClipScale ->
+            clips <- clips + 1
+
+            for id in inputs do
+                demandWhole id "clipping"
+        | KernelId.Zero ->
+            for id in outputs do
+                share[id] <- if slots[id].Kind.IsTemporary then part all else shareOf id
+        | KernelId.Add when inputs |> Seq.forall (fun id -> shareOf id = shareOf inputs[0]) ->
+            for id in outputs do
+                share[id] <- shareOf inputs[0]
+        | _ ->
+            for id in inputs do
+                demandWhole id "this step"
+
+    let start kind (group: Group) (inputs: IReadOnlyList<int>) (outputs: IReadOnlyList<int>) =
+        match kind with
+        | Collective.AllReduceSum when inputs.Count = 1 && outputs.Count = 1 ->
+            let from, into = inputs[0], outputs[0]
+            origin[into] <- originOf from
+
+            if group.Stages.Count = 0 then
+                share[into] <- shareOf from
+            else
+                match shareOf from with
+                | Share.Part stages when stages = List.ofSeq group.Stages -> ()
+                | Share.Part _
+                | Share.Whole -> wrong $"%s{named slots from} is no sum over the stages of group %s{group.Name}"
+
+                share[into] <- Share.Whole
+        | Collective.AllReduceSum
+        | Collective.AllReduceMax
+        | Collective.AllGather _
+        | Collective.ReduceScatter _
+        | Collective.AllToAll _
+        | Collective.RouteToExperts
+        | Collective.RowsToExperts
+        | Collective.RowsToTokens
+        | Collective.Send _
+        | Collective.Recv _ -> wrong "the epilogue has sums only"
+
+    member _.Run() =
+        for program in stage.Programs do
+            if program.Phase.IsEpilogue then
+                program.Steps
+                |> Seq.iteri (fun i step ->
+                    at <- place stage.Stage Phase.Epilogue i (pathOf step)
+
+                    match step with
+                    | Step.Launch(kernel, _, inputs, outputs, _) -> launch kernel inputs outputs
+                    | Step.Start(_, kind, group, inputs, outputs, _) -> start kind plan.Groups[group] inputs outputs
+                    | Step.Wait _
+                    | Step.Free _ -> ())
+
+        at <- $"stage %i{stage.Stage}, epilogue"
+
+        for p in plan.Parameters do
+            let times = updated |> Seq.filter ((=) p.Name) |> Seq.length
+
+            let due =
+                match p.Update with
+                | Update.AdamW _
+                | Update.RouterBias _ -> Seq.contains stage.Stage p.Stages
+                | Update.Frozen -> false
+
+            if times <> (if due then 1 else 0) then
+                wrong $"%s{p.Name} is updated %i{times} times"
+
+        // the norm: each gradient on the first stage that holds it, once
+        let wanted =
+            plan.Parameters
+            |> Seq.filter (fun p -> p.Update.IsAdamW && p.Stages[0] = stage.Stage)
+            |> Seq.map (fun p -> "grad:" + p.Name)
+            |> Seq.sort
+            |> List.ofSeq
+
+        let found = norms |> Seq.map (fun id -> slots[id].Name) |> Seq.sort |> List.ofSeq
+
+        if clips > 0 && found <> wanted then
+            let strange = Seq.append (List.except wanted found) (List.except found wanted) |> Seq.truncate 5
+            wrong $"""the gradient norm does not hold each gradient of the stage once: %s{String.concat ", " strange}"""
+
+        clips
+
+/// Sources of what is added up: somewhere a microbatch must add to every gradient and count.
+let private checkSources (f: Findings) (plan: PlanSet) =
+    let added = HashSet<string>()
+
+    for stage in plan.Stages do
+        for program in stage.Programs do
+            for step in program.Steps do
+                match step with
+                | Step.Launch(KernelId.Accumulate, _, _, outputs, _) ->
+                    for id in outputs do
+                        added.Add stage.Slots[id].Name |> ignore
+                | Step.Launch _
+                | Step.Start _
+                | Step.Wait _
+                | Step.Free _ -> ()
+
+    for stage in plan.Stages do
+        for slot in stage.Slots do
+            let isSum = slot.Kind.IsGradient || slot.Kind.IsCounter && not (slot.Name.StartsWith "metric:")
+
+            if isSum && not (added.Contains slot.Name) then
+                f.Add(Codes.PlanUpdate, $"stage %i{stage.Stage}", $"nothing is ever added to %s{named stage.Slots slot.Id}")
+
+/// Updates of every stage.
+let check (f: Findings) (plan: PlanSet) : unit =
+    checkSources f plan
+    let clips = [ for stage in plan.Stages -> Epilogue(f, plan, stage).Run() ]
+
+    if List.distinct clips |> List.length > 1 || clips.Head > 1 then
+        f.Add(Codes.PlanUpdate, "epilogue", "the stages do not all clip once")
