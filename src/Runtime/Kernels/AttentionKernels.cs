@@ -1,4 +1,4 @@
-// Causal attention with exact arithmetic: fp32 products and softmax, one block of queries of one head at a time.
+// Causal attention with exact arithmetic: fp32 products and softmax, a block of queries of some heads at a time.
 using System.Runtime.Intrinsics;
 using DeepSeekGraph.Runtime.Memory;
 using static TorchSharp.torch;
@@ -8,46 +8,33 @@ namespace DeepSeekGraph.Runtime.Kernels;
 // b batch, s queries, t keys, n heads, d features of q and k, e features of v.
 internal static unsafe class AttentionKernels
 {
-    private const int Block = 128;
+    /// <summary>Queries of a block, and the scores (512 KiB) that a block may hold.</summary>
+    private const int Rows = 64, Scores = 1 << 17;
 
     /// <summary>q[b s n d], k[b t n d], v[b t n e] -> out[b s n e], lse[b n s]; Float scale, Ints off (axes that split s).</summary>
     public static void Attention(in KernelCall call)
     {
         using var heads = new Heads(call, 0);
-        var shape = heads.Out;
         var result = call.Out(0).Fill();
-        using var wide = result.dtype == ScalarType.Float32 ? null : empty(shape, dtype: ScalarType.Float32);
+        using var wide = Products.Wide(result, ScalarType.Float32);
         using var lse = new Result(call.Out(1), ScalarType.Float32);
-        using var scratch = empty(Math.Min(Block, heads.S) * heads.T, dtype: ScalarType.Float32);
-        for (var b = 0; b < heads.B; b++)
+        foreach (var block in heads.Blocks())
         {
-            for (var n = 0; n < heads.N; n++)
+            using var q = heads.Queries(heads.Q, block);
+            using var k = heads.Keys(heads.K, block);
+            using var v = heads.Keys(heads.V, block);
+            using var y = heads.Queries(wide ?? result, block);
+            using var kt = k.transpose(1, 2);
+            using var scores = q.bmm(kt);
+            var p = (float*)scores.Pointer();
+            for (var n = 0; n < block.Count; n++)
             {
-                using var q = Head(heads.Q, b, n);
-                using var k = Head(heads.K, b, n);
-                using var v = Head(heads.V, b, n);
-                using var y = Head(wide ?? result, b, n);
-                using var kt = k.t();
-                for (var first = 0; first < heads.S; first += Block)
-                {
-                    var rows = Math.Min(Block, heads.S - first);
-                    var keys = Math.Min(heads.T, heads.Offset + first + rows);
-                    using var scores = Square(scratch, rows, keys);
-                    using var qRows = q.narrow(0, first, rows);
-                    using var yRows = y.narrow(0, first, rows);
-                    using var ktKeys = kt.narrow(1, 0, keys);
-                    using var vKeys = v.narrow(0, 0, keys);
-                    scores.addmm_(qRows, ktKeys, 0f, 1f).On(scores);
-                    var p = (float*)scratch.Pointer();
-                    for (var i = 0; i < rows; i++)
-                    {
-                        var seen = Math.Min(keys, heads.Offset + first + i + 1);
-                        lse.Floats[(((b * heads.N) + n) * heads.S) + first + i] = Softmax(p + ((long)i * keys), seen, keys, heads.Scale);
-                    }
-
-                    yRows.addmm_(scores, vKeys, 0f, 1f).On(yRows);
-                }
+                for (var i = 0; i < block.Rows; i++, p += block.Keys)
+                    lse.Floats[heads.At(block, n, i)] = Softmax(p, heads.Seen(block, i), block.Keys, heads.Scale);
             }
+
+            using var part = scores.bmm(v);
+            y.copy_(part).On(y);
         }
 
         if (wide is not null)
@@ -58,61 +45,46 @@ internal static unsafe class AttentionKernels
     public static void AttentionGrad(in KernelCall call)
     {
         using var heads = new Heads(call, 1);
-        using var wideDout = Wide(call.In(0));
-        using var wideOut = Wide(call.In(4));
+        using var dout = Wide(call.In(0));
+        using var result = Wide(call.In(4));
         using var lse = Operand.Float(call.In(5));
         using var dq = empty(heads.Q.shape, dtype: ScalarType.Float32);
         using var dk = zeros(heads.K.shape, dtype: ScalarType.Float32);
         using var dv = zeros(heads.V.shape, dtype: ScalarType.Float32);
-        using var scratch = empty(Math.Min(Block, heads.S) * heads.T, dtype: ScalarType.Float32);
-        using var scratchGrad = empty(Math.Min(Block, heads.S) * heads.T, dtype: ScalarType.Float32);
-        var pDout = (float*)wideDout.Pointer();
-        var pOut = (float*)wideOut.Pointer();
-        for (var b = 0; b < heads.B; b++)
+        var pDout = dout.Pointer();
+        var pOut = result.Pointer();
+        foreach (var block in heads.Blocks())
         {
-            for (var n = 0; n < heads.N; n++)
+            using var q = heads.Queries(heads.Q, block);
+            using var k = heads.Keys(heads.K, block);
+            using var v = heads.Keys(heads.V, block);
+            using var dy = heads.Queries(dout, block);
+            using var kt = k.transpose(1, 2);
+            using var vt = v.transpose(1, 2);
+            using var scores = q.bmm(kt);
+            using var grads = dy.bmm(vt);
+            float* p = (float*)scores.Pointer(), g = (float*)grads.Pointer();
+            for (var n = 0; n < block.Count; n++)
             {
-                using var q = Head(heads.Q, b, n);
-                using var k = Head(heads.K, b, n);
-                using var v = Head(heads.V, b, n);
-                using var dy = Head(wideDout, b, n);
-                using var dqHead = Head(dq, b, n);
-                using var dkHead = Head(dk, b, n);
-                using var dvHead = Head(dv, b, n);
-                for (var first = 0; first < heads.S; first += Block)
+                for (var i = 0; i < block.Rows; i++, p += block.Keys, g += block.Keys)
                 {
-                    var rows = Math.Min(Block, heads.S - first);
-                    var keys = Math.Min(heads.T, heads.Offset + first + rows);
-                    using var scores = Square(scratch, rows, keys);
-                    using var grads = Square(scratchGrad, rows, keys);
-                    using var qRows = q.narrow(0, first, rows);
-                    using var dyRows = dy.narrow(0, first, rows);
-                    using var kKeys = k.narrow(0, 0, keys);
-                    using var vKeys = v.narrow(0, 0, keys);
-                    using var kt = kKeys.t();
-                    using var vt = vKeys.t();
-                    scores.addmm_(qRows, kt, 0f, 1f).On(scores);
-                    grads.addmm_(dyRows, vt, 0f, 1f).On(grads);
-                    float* p = (float*)scratch.Pointer(), g = (float*)scratchGrad.Pointer();
-                    for (var i = 0; i < rows; i++)
-                    {
-                        var at = ((((long)b * heads.S) + first + i) * heads.N + n) * heads.E;
-                        var delta = Simd.Dot<F32, F32>(pDout, at, pOut, at, heads.E);
-                        var seen = Math.Min(keys, heads.Offset + first + i + 1);
-                        var total = lse.Floats[(((b * heads.N) + n) * heads.S) + first + i];
-                        SoftmaxGrad(p + ((long)i * keys), g + ((long)i * keys), seen, keys, heads.Scale, total, delta);
-                    }
-
-                    using var dqRows = dqHead.narrow(0, first, rows);
-                    using var dkKeys = dkHead.narrow(0, 0, keys);
-                    using var dvKeys = dvHead.narrow(0, 0, keys);
-                    using var gt = grads.t();
-                    using var pt = scores.t();
-                    dqRows.addmm_(grads, kKeys, 0f, 1f).On(dqRows);
-                    dkKeys.addmm_(gt, qRows, 1f, 1f).On(dkKeys);
-                    dvKeys.addmm_(pt, dyRows, 1f, 1f).On(dvKeys);
+                    var at = ((((long)block.Batch * heads.S) + block.First + i) * heads.N + block.Head + n) * heads.E;
+                    var delta = Simd.Dot<F32, F32>(pDout, at, pOut, at, heads.E);
+                    SoftmaxGrad(p, g, heads.Seen(block, i), block.Keys, heads.Scale, lse.Floats[heads.At(block, n, i)], delta);
                 }
             }
+
+            using var gt = grads.transpose(1, 2);
+            using var pt = scores.transpose(1, 2);
+            using var dqPart = grads.bmm(k);
+            using var dkPart = gt.bmm(q);
+            using var dvPart = pt.bmm(dy);
+            using var dqRows = heads.Queries(dq, block);
+            using var dkKeys = heads.Keys(dk, block);
+            using var dvKeys = heads.Keys(dv, block);
+            dqRows.copy_(dqPart).On(dqRows);
+            dkKeys.add_(dkPart).On(dkKeys);
+            dvKeys.add_(dvPart).On(dvKeys);
         }
 
         call.Out(0).AdoptCopy(dq);
@@ -123,14 +95,19 @@ internal static unsafe class AttentionKernels
     /// <summary>In place: row -> probabilities of the first `seen` keys, zero after; returns log-sum-exp of the scaled scores.</summary>
     private static float Softmax(float* row, int seen, int keys, float scale)
     {
-        var max = float.NegativeInfinity;
-        for (var j = 0; j < seen; j++)
-            max = MathF.Max(max, row[j] * scale);
         var scales = Vector256.Create(scale);
-        var maxima = Vector256.Create(max);
-        var sums = Vector256<float>.Zero;
+        var maxima = Vector256.Create(float.NegativeInfinity);
         var i = 0;
         for (; i <= seen - 8; i += 8)
+            maxima = Vector256.Max(maxima, F32.Load8(row, i) * scales);
+        var max = float.NegativeInfinity;
+        for (var lane = 0; lane < 8; lane++)
+            max = MathF.Max(max, maxima[lane]);
+        for (; i < seen; i++)
+            max = MathF.Max(max, row[i] * scale);
+        maxima = Vector256.Create(max);
+        var sums = Vector256<float>.Zero;
+        for (i = 0; i <= seen - 8; i += 8)
         {
             var e = Vector256.Exp((F32.Load8(row, i) * scales) - maxima);
             sums += e;
@@ -145,7 +122,10 @@ internal static unsafe class AttentionKernels
         }
 
         var share = 1 / sum;
-        for (i = 0; i < seen; i++)
+        var shares = Vector256.Create(share);
+        for (i = 0; i <= seen - 8; i += 8)
+            F32.Store8(row, i, F32.Load8(row, i) * shares);
+        for (; i < seen; i++)
             row[i] *= share;
         new Span<float>(row + seen, keys - seen).Clear();
         return max + MathF.Log(sum);
@@ -176,19 +156,10 @@ internal static unsafe class AttentionKernels
         new Span<float>(grads + seen, keys - seen).Clear();
     }
 
-    private static Tensor Head(Tensor tensor, long b, long n)
-    {
-        using var batch = tensor.select(0, b);
-        return batch.select(1, n);
-    }
-
-    private static Tensor Square(Tensor scratch, int rows, int keys)
-    {
-        using var flat = scratch.narrow(0, 0, (long)rows * keys);
-        return flat.view(rows, keys);
-    }
-
     private static Tensor Wide(Tensor tensor) => tensor.dtype == ScalarType.Float32 ? tensor.alias() : tensor.to_type(ScalarType.Float32);
+
+    /// <summary>Queries [First, First + Rows) of heads [Head, Head + Count) of a sequence, and the keys they see.</summary>
+    private readonly record struct Block(int Batch, int Head, int Count, int First, int Rows, int Keys);
 
     /// <summary>q, k, v in fp32, their extents, and where the first query stands among the keys.</summary>
     private sealed class Heads : IDisposable
@@ -229,7 +200,41 @@ internal static unsafe class AttentionKernels
 
         public int Offset { get; }
 
-        public long[] Out => [B, S, N, E];
+        /// <summary>All blocks, in a fixed order.</summary>
+        public IEnumerable<Block> Blocks()
+        {
+            for (var b = 0; b < B; b++)
+            {
+                for (var first = 0; first < S; first += AttentionKernels.Rows)
+                {
+                    var rows = Math.Min(AttentionKernels.Rows, S - first);
+                    var keys = Math.Min(T, Offset + first + rows);
+                    var count = Math.Clamp(Scores / (rows * keys), 1, N);
+                    for (var n = 0; n < N; n += count)
+                        yield return new Block(b, n, Math.Min(count, N - n), first, rows, keys);
+                }
+            }
+        }
+
+        /// <summary>Keys that query i of a block may look at.</summary>
+        public int Seen(Block block, int i) => Math.Min(block.Keys, Offset + block.First + i + 1);
+
+        /// <summary>Place of a query in [b n s].</summary>
+        public long At(Block block, int n, int i) => ((((long)block.Batch * N) + block.Head + n) * S) + block.First + i;
+
+        /// <summary>The block's part of [b s n x] as [n s x]; the caller disposes it.</summary>
+        public Tensor Queries(Tensor tensor, Block block) => Part(tensor, block, block.First, block.Rows);
+
+        /// <summary>The block's part of [b t n x] as [n t x]; the caller disposes it.</summary>
+        public Tensor Keys(Tensor tensor, Block block) => Part(tensor, block, 0, block.Keys);
+
+        private static Tensor Part(Tensor tensor, Block block, long first, long length)
+        {
+            using var sequence = tensor.select(0, block.Batch);
+            using var rows = sequence.narrow(0, first, length);
+            using var heads = rows.narrow(1, block.Head, block.Count);
+            return heads.transpose(0, 1);
+        }
 
         public void Dispose()
         {

@@ -1,4 +1,4 @@
-// Contractions of two operands as matrix products, without copies where strides allow.
+// Contractions of two operands as matrix products, without copies where the order of dims allows.
 using System.Collections.Concurrent;
 using static TorchSharp.torch;
 
@@ -15,116 +15,157 @@ internal sealed class ContractionSpec
         var operands = sides[0].Split(',');
         if (sides.Length != 2 || operands.Length != 2)
             throw new InvalidOperationException($"'{text}' is no contraction of two operands");
-        A = Letters(operands[0]);
-        B = Letters(operands[1]);
-        Out = Letters(sides[1]);
-        Batch = [.. Out.Where(l => A.Contains(l) && B.Contains(l))];
-        M = [.. Out.Where(l => A.Contains(l) && !B.Contains(l))];
-        N = [.. Out.Where(l => !A.Contains(l) && B.Contains(l))];
-        K = [.. B.Where(l => A.Contains(l) && !Out.Contains(l))];
-        if (Batch.Length + M.Length + K.Length != A.Length
-            || Batch.Length + N.Length + K.Length != B.Length
-            || Batch.Length + M.Length + N.Length != Out.Length)
+        string[] a = Letters(operands[0]), b = Letters(operands[1]), result = Letters(sides[1]);
+        string[] batch = [.. result.Where(l => a.Contains(l) && b.Contains(l))];
+        string[] m = [.. result.Where(l => a.Contains(l) && !b.Contains(l))];
+        string[] n = [.. result.Where(l => !a.Contains(l) && b.Contains(l))];
+        string[] k = [.. b.Where(l => a.Contains(l) && !result.Contains(l))];
+        if (batch.Length + m.Length + k.Length != a.Length
+            || batch.Length + n.Length + k.Length != b.Length
+            || batch.Length + m.Length + n.Length != result.Length)
             throw new InvalidOperationException($"'{text}' has a letter that only one operand knows");
-        Swapped = N.Length > 0 && M.Length > 0
-            && Array.FindLastIndex(Out, l => M.Contains(l)) > Array.FindLastIndex(Out, l => N.Contains(l));
+
+        // Computed as b x a where the result's last letter is one of a's.
+        Swapped = n.Length > 0 && m.Length > 0 && Array.FindLastIndex(result, m.Contains) > Array.FindLastIndex(result, n.Contains);
+        Left = Swapped ? new Side(b, batch, n, k) : new Side(a, batch, m, k);
+        Right = Swapped ? new Side(a, batch, m, k) : new Side(b, batch, n, k);
+        HasBatch = batch.Length > 0;
+        string[] computed = Swapped ? [.. batch, .. n, .. m] : [.. batch, .. m, .. n];
+        ResultOrder = result.SequenceEqual(computed) ? null : [.. result.Select(l => (long)Array.IndexOf(computed, l))];
+        var all = a.Concat(b).Distinct().ToArray();
+        ALetters = [.. a.Select(l => Array.IndexOf(all, l))];
+        BLetters = [.. b.Select(l => Array.IndexOf(all, l))];
+        Computed = [.. computed.Select(l => Array.IndexOf(all, l))];
+        Batch = [.. batch.Select(l => Array.IndexOf(all, l))];
+        M = [.. (Swapped ? n : m).Select(l => Array.IndexOf(all, l))];
+        N = [.. (Swapped ? m : n).Select(l => Array.IndexOf(all, l))];
+        K = [.. k.Select(l => Array.IndexOf(all, l))];
+        Count = all.Length;
     }
 
-    public string[] A { get; }
-
-    public string[] B { get; }
-
-    public string[] Out { get; }
-
-    public string[] Batch { get; }
-
-    public string[] M { get; }
-
-    public string[] N { get; }
-
-    public string[] K { get; }
-
-    /// <summary>True when the result is better computed as b x a.</summary>
     public bool Swapped { get; }
+
+    public bool HasBatch { get; }
+
+    public Side Left { get; }
+
+    public Side Right { get; }
+
+    /// <summary>Distinct letters; the arrays below hold their numbers.</summary>
+    public int Count { get; }
+
+    public int[] ALetters { get; }
+
+    public int[] BLetters { get; }
+
+    public int[] Computed { get; }
+
+    public int[] Batch { get; }
+
+    public int[] M { get; }
+
+    public int[] N { get; }
+
+    public int[] K { get; }
+
+    /// <summary>How to permute the product into the result; null when it lies right.</summary>
+    public long[]? ResultOrder { get; }
 
     /// <summary>Parsed once a text.</summary>
     public static ContractionSpec Of(string text) => Cache.GetOrAdd(text, static t => new ContractionSpec(t));
 
     private static string[] Letters(string side)
         => [.. side.Split(' ', StringSplitOptions.RemoveEmptyEntries).Select(l => l.TrimEnd('+', '^'))];
+
+    /// <summary>How an operand becomes [batch, outer, inner].</summary>
+    internal sealed class Side
+    {
+        public Side(string[] letters, string[] batch, string[] outer, string[] inner)
+        {
+            IsTransposed = outer.Length > 0 && inner.Length > 0 && letters.SequenceEqual([.. batch, .. inner, .. outer]);
+            Order = IsTransposed || letters.SequenceEqual([.. batch, .. outer, .. inner])
+                ? null
+                : [.. batch.Concat(outer).Concat(inner).Select(l => (long)Array.IndexOf(letters, l))];
+        }
+
+        /// <summary>Lies as [batch, inner, outer].</summary>
+        public bool IsTransposed { get; }
+
+        /// <summary>A permutation that is needed first; null when a view will do.</summary>
+        public long[]? Order { get; }
+    }
 }
 
 internal static class ContractionKernels
 {
-    /// <summary>a, b -> out by a spec; the types of operands that differ meet in fp32, as do bf16 ones with an fp32 result.</summary>
+    /// <summary>a, b -> out by a spec; operands whose types differ meet in fp32, as do bf16 ones with an fp32 result.</summary>
     public static void Contract(in KernelCall call)
     {
         var spec = ContractionSpec.Of(call.Text(0));
         Tensor a = call.In(0), b = call.In(1);
-        var type = a.dtype == b.dtype && a.dtype == call.Out().ScalarType ? a.dtype : ScalarType.Float32;
-        using var wideA = a.dtype == type ? null : a.to_type(type);
-        using var wideB = b.dtype == type ? null : b.to_type(type);
-        var result = spec.Swapped
-            ? Multiply(spec, wideB ?? b, wideA ?? a, spec.B, spec.A, spec.N, spec.M)
-            : Multiply(spec, wideA ?? a, wideB ?? b, spec.A, spec.B, spec.M, spec.N);
-        call.Out().Adopt(result);
+        Span<long> extent = stackalloc long[spec.Count];
+        Measure(extent, spec.ALetters, call.Inputs[0].Info.Extents);
+        Measure(extent, spec.BLetters, call.Inputs[1].Info.Extents);
+        var type = Products.TypeOf(a.dtype, b.dtype, call.Out().ScalarType);
+        using var wideA = Products.Wide(a, type);
+        using var wideB = Products.Wide(b, type);
+        var left = spec.Swapped ? wideB ?? b : wideA ?? a;
+        var right = spec.Swapped ? wideA ?? a : wideB ?? b;
+        long batch = Product(extent, spec.Batch), rows = Product(extent, spec.M), columns = Product(extent, spec.N), inner = Product(extent, spec.K);
+        using var l = Matrix(left, spec.Left, spec.HasBatch ? batch : -1, rows, inner, false);
+        using var r = Matrix(right, spec.Right, spec.HasBatch ? batch : -1, columns, inner, true);
+        using var product = spec.HasBatch ? l.bmm(r) : l.mm(r);
+        var shape = new long[spec.Computed.Length];
+        for (var i = 0; i < shape.Length; i++)
+            shape[i] = extent[spec.Computed[i]];
+        var shaped = product.view(shape);
+        if (spec.ResultOrder is null)
+        {
+            call.Out().Adopt(shaped);
+            return;
+        }
+
+        using var lying = shaped;
+        call.Out().Adopt(lying.permute(spec.ResultOrder));
     }
 
-    private static Tensor Multiply(
-        ContractionSpec spec, Tensor a, Tensor b, string[] aLetters, string[] bLetters, string[] m, string[] n)
+    /// <summary>A view [batch, outer, inner], or [batch, inner, outer] if `turned`; a copy where dims lie otherwise.</summary>
+    private static Tensor Matrix(Tensor tensor, ContractionSpec.Side side, long batch, long outer, long inner, bool turned)
     {
-        var extent = new Dictionary<string, long>();
-        Measure(extent, aLetters, a);
-        Measure(extent, bLetters, b);
-        long Product(string[] letters) => letters.Aggregate(1L, (p, l) => p * extent[l]);
-        long batch = Product(spec.Batch), rows = Product(m), columns = Product(n), inner = Product(spec.K);
-
-        // The order of the contracted letters is free: the one in which `b` needs no copy, since that is the weight.
-        using var a1 = a.permute(Order(aLetters, spec.Batch, m, spec.K));
-        using var b1 = b.permute(Order(bLetters, spec.Batch, n, spec.K));
-        Tensor product;
-        if (spec.Batch.Length == 0)
-        {
-            using var a2 = a1.reshape(rows, inner);
-            using var b2 = b1.reshape(columns, inner);
-            using var b3 = b2.t();
-            product = a2.mm(b3);
-        }
+        var turn = turned != side.IsTransposed;
+        long first = side.IsTransposed ? inner : outer, second = side.IsTransposed ? outer : inner;
+        Tensor matrix;
+        if (side.Order is null)
+            matrix = batch < 0 ? tensor.view(first, second) : tensor.view(batch, first, second);
         else
         {
-            using var a2 = a1.reshape(batch, rows, inner);
-            using var b2 = b1.reshape(batch, columns, inner);
-            using var b3 = b2.transpose(1, 2);
-            product = a2.bmm(b3);
+            using var ordered = tensor.permute(side.Order);
+            matrix = batch < 0 ? ordered.reshape(first, second) : ordered.reshape(batch, first, second);
         }
 
-        string[] order = [.. spec.Batch, .. m, .. n];
-        using var whole = product;
-        using var shaped = whole.reshape([.. order.Select(l => extent[l])]);
-        return shaped.permute([.. spec.Out.Select(l => (long)Array.IndexOf(order, l))]);
+        if (!turn)
+            return matrix;
+        using var lying = matrix;
+        return batch < 0 ? lying.t() : lying.transpose(1, 2);
     }
 
-    private static void Measure(Dictionary<string, long> extent, string[] letters, Tensor tensor)
+    private static void Measure(Span<long> extent, int[] letters, IReadOnlyList<int> extents)
     {
-        var shape = tensor.shape;
-        if (shape.Length != letters.Length)
-            throw new InvalidOperationException($"an operand has {shape.Length} dims, its spec names {letters.Length}");
+        if (extents.Count != letters.Length)
+            throw new InvalidOperationException($"an operand has {extents.Count} dims, its spec names {letters.Length}");
         for (var i = 0; i < letters.Length; i++)
         {
-            if (!extent.TryAdd(letters[i], shape[i]) && extent[letters[i]] != shape[i])
-                throw new InvalidOperationException($"axis {letters[i]} is {extent[letters[i]]} in one operand and {shape[i]} in the other");
+            if (extent[letters[i]] != 0 && extent[letters[i]] != extents[i])
+                throw new InvalidOperationException($"a contracted axis is {extent[letters[i]]} in one operand and {extents[i]} in the other");
+            extent[letters[i]] = extents[i];
         }
     }
 
-    private static long[] Order(string[] letters, params ReadOnlySpan<string[]> groups)
+    private static long Product(ReadOnlySpan<long> extent, int[] letters)
     {
-        var order = new List<long>();
-        foreach (var group in groups)
-        {
-            foreach (var letter in group)
-                order.Add(Array.IndexOf(letters, letter));
-        }
-
-        return [.. order];
+        long product = 1;
+        foreach (var letter in letters)
+            product *= extent[letter];
+        return product;
     }
 }

@@ -15,9 +15,9 @@ internal static class GroupedKernels
         var target = call.Out().Fill(Checked(route, x));
         if (route.Rows == 0)
             return;
-        var type = Common(x, w, target);
-        using var wideX = Wide(x, type);
-        using var wideW = Wide(w, type);
+        var type = Products.TypeOf(x.dtype, w.dtype, target.dtype);
+        using var wideX = Products.Wide(x, type);
+        using var wideW = Products.Wide(w, type);
         using var wideOut = target.dtype == type ? null : empty(target.shape, dtype: type);
         using var x2 = (wideX ?? x).view(route.Rows, -1);
         using var w3 = transposed
@@ -52,9 +52,9 @@ internal static class GroupedKernels
             return;
         }
 
-        var type = Common(dy, x, target);
-        using var wideDy = Wide(dy, type);
-        using var wideX = Wide(x, type);
+        var type = Products.TypeOf(dy.dtype, x.dtype, target.dtype);
+        using var wideDy = Products.Wide(dy, type);
+        using var wideX = Products.Wide(x, type);
         using var wideOut = target.dtype == type ? null : empty(target.shape, dtype: type);
         using var dy2 = (wideDy ?? dy).view(route.Rows, -1);
         using var x2 = (wideX ?? x).view(route.Rows, -1);
@@ -82,9 +82,4 @@ internal static class GroupedKernels
         => rows.shape[0] == route.Rows
             ? route.Rows
             : throw new InvalidOperationException($"{rows.shape[0]} rows, but the row set says {route.Rows}");
-
-    private static ScalarType Common(Tensor a, Tensor b, Tensor target)
-        => a.dtype == b.dtype && a.dtype == target.dtype ? a.dtype : ScalarType.Float32;
-
-    private static Tensor? Wide(Tensor tensor, ScalarType type) => tensor.dtype == type ? null : tensor.to_type(type);
 }

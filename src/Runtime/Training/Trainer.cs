@@ -109,6 +109,8 @@ public sealed class Trainer : IAsyncDisposable
             runner =>
             {
                 SetScalars(runner, Step + 1, Options.LearningRate.At(Step + 1), tokens, mtpTokens);
+                foreach (var slot in runner.Persistent.Where(s => s.Info.Kind.IsCounter || s.Info.Kind.IsGradient))
+                    slot.Tensor.zero_().On(slot.Tensor);
                 runner.RunStep(Step + 1, inputs, false, observe is null ? null : (value, microbatch) => observe(runner, value, microbatch));
             },
             cancellationToken).ConfigureAwait(false);
@@ -119,6 +121,14 @@ public sealed class Trainer : IAsyncDisposable
         => Ranks.Reverse().Where(r => r.Rank.Coordinates.All(c => c == 0)).Select(r => r.Find(name)).FirstOrDefault(v => v is not null) is { } slot
             ? StepKernels.Number(slot.Tensor)
             : null;
+
+    /// <summary>A metric before the epilogue has reduced it: the sum of its accumulators (`acc:` and the name) over ranks and stages.</summary>
+    public double GatherMetric(string name)
+    {
+        int[] stages = [.. Ranks.Where(r => r.Find("acc:" + name) is not null).Select(r => r.Rank.Stage).Distinct()];
+        using var sum = Gathering.Sum(Ranks, stages, "acc:" + name);
+        return StepKernels.Number(sum);
+    }
 
     /// <summary>Whole parameters by name, in their compute type; the caller disposes them.</summary>
     public IReadOnlyDictionary<string, Tensor> GatherParameters()
