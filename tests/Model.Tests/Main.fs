@@ -6,4 +6,4 @@ open DeepSeekGraph.Testing
 
 [<EntryPoint>]
 let main argv =
-    TestMain.run argv (testList "Model" [ ModelTests.tests; GoldenTests.tests; RecipeTests.tests; RunTests.tests ])
+    TestMain.run argv (testList "Model" [ ModelTests.tests; GoldenTests.tests; RecipeTests.tests; RunTests.tests; PartitionTests.tests; ParallelTests.tests ])

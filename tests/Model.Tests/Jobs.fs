@@ -1,0 +1,181 @@
+/// Random small models on random legal meshes, with layouts and schedules; and their shrinker.
+module DeepSeekGraph.Models.Tests.Jobs
+
+open FsCheck
+open FsCheck.FSharp
+open DeepSeekGraph
+open DeepSeekGraph.Compiler
+open DeepSeekGraph.Models
+
+/// Everything that a comparison of two compilations may vary.
+type Job = {
+    Layers: int
+    Dense: int
+    Mtp: int
+    DirectQ: bool
+    Yarn: bool
+    Tensor: int
+    Data: int
+    Expert: int
+    Pipeline: int
+    /// Lengths of the cuts of the layout string, between units.
+    Cuts: int list
+    GPipe: bool
+    Recompute: bool
+    Fuse: bool
+    Microbatches: int
+    SeqLength: int
+} with
+
+    /// Sizes that split by 2 and 4.
+    member this.Config =
+        DeepSeekV3Config(
+            VocabSize = 16,
+            HiddenSize = 8,
+            NumHiddenLayers = this.Layers,
+            InitializerRange = 0.3,
+            NumAttentionHeads = 4,
+            QLoraRank = (if this.DirectQ then 0 else 4),
+            KvLoraRank = 4,
+            QkNopeHeadDim = 4,
+            QkRopeHeadDim = 2,
+            VHeadDim = 4,
+            RopeScaling = (if this.Yarn then YarnScaling(Factor = 4.0, OriginalMaxPositionEmbeddings = 4) else null),
+            IntermediateSize = 8,
+            FirstKDenseReplace = this.Dense,
+            MoeIntermediateSize = 4,
+            NRoutedExperts = 8,
+            NumExpertsPerTok = 2,
+            NGroup = 4,
+            TopkGroup = 2,
+            NumNextnPredictLayers = this.Mtp
+        )
+
+    /// Letters of the units in order.
+    member this.Units = "E" + String.replicate this.Layers "t" + String.replicate this.Mtp "m" + "L"
+
+    /// The layout that the cuts make; empty for one stage.
+    member this.Layout =
+        if this.Pipeline = 1 then
+            ""
+        else
+            let stages = Array.create this.Pipeline ""
+            let ends = this.Cuts |> List.sort |> List.truncate (this.Pipeline - 1)
+
+            this.Units
+            |> Seq.iteri (fun i letter ->
+                let stage = ends |> List.filter (fun e -> e <= i) |> List.length
+                stages[stage] <- stages[stage] + string letter)
+
+            String.concat "|" stages
+
+    member this.Recipe =
+        let recipe =
+            Recipe.Default
+                .WithName("random")
+                .WithParallelism(this.Tensor, this.Pipeline, this.Expert, this.Data)
+                .WithLayout(this.Layout)
+                .WithSchedule(if this.GPipe then Schedule.GPipe else Schedule.OneFOneB)
+                .WithFusion(this.Fuse)
+                .WithBatch(this.Microbatches * 4, 4 / this.Data, this.SeqLength)
+
+        if this.Recompute then recipe.WithRecompute("core_attn") else recipe
+
+    /// The same job on one rank.
+    member this.Single = {
+        this with
+            Tensor = 1
+            Data = 1
+            Expert = 1
+            Pipeline = 1
+            Recompute = false
+    }
+
+    /// Do stages differ in their number of layers?
+    member this.Uneven =
+        this.Pipeline > 1
+        && this.Layout.Split '|'
+           |> Array.map (Seq.filter ((=) 't') >> Seq.length)
+           |> Array.distinct
+           |> Array.length > 1
+
+/// Does the compiler take it? (Megatron's rules: MTP behind every layer, not on the first stage.)
+let legal (job: Job) =
+    job.Dense <= job.Layers
+    && 4 % job.Data = 0
+    && (job.Tensor * job.Data) % job.Expert = 0
+    && job.Cuts |> List.distinct |> List.length >= job.Pipeline - 1
+    && (match Mesh.create job.Recipe.Degrees with
+        | Ok _ -> true
+        | Error _ -> false)
+    && (job.Pipeline = 1
+        || (match LayoutString.parse job.Layout with
+            | Ok stages -> (LayoutString.check stages job.Layers job.Mtp job.Pipeline 1).IsEmpty
+            | Error _ -> false))
+
+let private some = Gen.elements
+
+let private jobs (pipelines: int list) = gen {
+    let! layers = some [ 2; 3; 4 ]
+    let! dense = some [ 0; 1 ]
+    let! mtp = some [ 0; 1 ]
+    let! directQ = some [ false; false; true ]
+    let! yarn = some [ true; false ]
+    let! tensor = some [ 1; 2; 2; 4 ]
+    let! data = some [ 1; 2; 2; 4 ]
+    let! expert = some [ 1; 2; 2; 4; 8 ]
+    let! pipeline = some pipelines
+    let! cuts = Gen.shuffle [| 1 .. layers + mtp |]
+    let! gpipe = some [ false; true ]
+    let! recompute = some [ false; true ]
+    let! fuse = some [ true; true; false ]
+    let! microbatches = some [ 1; 2; 3; 5 ]
+    let! seqLength = some [ 4; 8 ]
+
+    return {
+        Layers = layers
+        Dense = dense
+        Mtp = mtp
+        DirectQ = directQ
+        Yarn = yarn
+        Tensor = tensor
+        Data = data
+        Expert = expert
+        Pipeline = min pipeline (layers + mtp)
+        Cuts = cuts |> List.ofSeq |> List.truncate (min pipeline (layers + mtp) - 1)
+        GPipe = gpipe
+        Recompute = recompute
+        Fuse = fuse
+        Microbatches = microbatches
+        SeqLength = seqLength
+    }
+}
+
+/// Smaller jobs that are still legal, the boldest first.
+let shrink (job: Job) : Job seq =
+    seq {
+        if job.Pipeline > 1 then
+            { job with Pipeline = job.Pipeline - 1; Cuts = List.truncate (job.Pipeline - 2) job.Cuts }
+
+        if job.Expert > 1 then { job with Expert = job.Expert / 2 }
+        if job.Tensor > 1 then { job with Tensor = job.Tensor / 2 }
+        if job.Data > 1 then { job with Data = job.Data / 2 }
+        if job.Layers > 1 && job.Pipeline = 1 then { job with Layers = job.Layers - 1; Cuts = [] }
+        if job.Mtp > 0 && job.Pipeline = 1 then { job with Mtp = 0; Cuts = [] }
+        if job.Recompute then { job with Recompute = false }
+        if job.Yarn then { job with Yarn = false }
+        if job.GPipe then { job with GPipe = false }
+        if job.Microbatches > 1 then { job with Microbatches = 1 }
+        if job.SeqLength > 4 then { job with SeqLength = 4 }
+    }
+    |> Seq.filter legal
+
+/// Jobs of one stage: what partition does.
+type OneStage =
+    static member Job() : Arbitrary<Job> =
+        Arb.fromGenShrink (jobs [ 1 ] |> Gen.where legal, shrink)
+
+/// Jobs of any number of stages.
+type AnyStages =
+    static member Job() : Arbitrary<Job> =
+        Arb.fromGenShrink (jobs [ 1; 2; 2; 3; 4 ] |> Gen.where legal, shrink)

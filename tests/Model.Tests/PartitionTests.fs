@@ -1,0 +1,266 @@
+/// Partition on the whole model: what must fall out, and partitioned = unpartitioned in float64.
+module DeepSeekGraph.Models.Tests.PartitionTests
+
+open System.Collections.Concurrent
+open Expecto
+open DeepSeekGraph
+open DeepSeekGraph.Compiler
+open DeepSeekGraph.Compiler.Partition
+open DeepSeekGraph.Models
+open DeepSeekGraph.Reference
+open DeepSeekGraph.Testing
+open DeepSeekGraph.Models.Tests.Jobs
+
+let private compiled (config: DeepSeekV3Config) (recipe: Recipe) : Compiled =
+    let mesh = Compilation.Mesh recipe
+    let graph = DeepSeekV3(config).Declare(recipe.MicroBatch * mesh.Data, recipe.SeqLength)
+
+    match Pipeline.run recipe graph with
+    | Ok c -> c
+    | Error wrong -> failtestf "%A" wrong
+
+/// Collectives of one unit and direction, as "kind axis-names last-axis", sorted.
+let private traffic (c: Compiled) (part: ModelUnit) (forward: bool) =
+    let graph = c.Local.Graph
+
+    [
+        for node in graph.Nodes do
+            match node.Op with
+            | Op.Collective(kind, axes, _) when node.Origin.Unit = part && node.Origin.Pass.IsForward = forward ->
+                let names = axes |> List.map (fun m -> c.Plan.Mesh.Axes[m].Name) |> String.concat "+"
+                let what = Array.last graph.Types[node.Inputs[0]].Names
+                $"%s{Ops.Collective.name kind} %s{names} %s{what}"
+            | _other -> ()
+    ]
+    |> List.sort
+
+let private tiny = Recipe.Default.WithBatch(8, 1, 32)
+
+/// DESIGN section 4, the table: one MoE layer, TP with sequence parallel and folded EP. Written by hand from the table.
+let private moeForward ep = [
+    // MLA: latents and rope key gathered, never the hidden state; o_proj scattered
+    "all_gather tp kv_lora"
+    "all_gather tp q_lora"
+    "all_gather tp rope"
+    // shared expert in; attention and shared expert out
+    "all_gather tp hidden"
+    "reduce_scatter tp hidden"
+    "reduce_scatter tp hidden"
+    // routed experts: rows and one-wide probabilities there, rows back; the row set travels once
+    $"route_to_experts %s{ep} experts"
+    $"rows_to_experts %s{ep} experts"
+    $"rows_to_experts %s{ep} hidden"
+    $"rows_to_tokens %s{ep} hidden"
+]
+
+let private moeBackward ep = [
+    // dy of o_proj once for I and W; saved latents again for W; cotangents of latents and rope key scattered
+    "all_gather tp hidden"
+    "all_gather tp kv_lora"
+    "all_gather tp q_lora"
+    "reduce_scatter tp kv_lora"
+    "reduce_scatter tp q_lora"
+    "reduce_scatter tp rope"
+    // shared expert: dy, saved input (W), one reduce-scatter for gate and up
+    "all_gather tp hidden"
+    "all_gather tp hidden"
+    "reduce_scatter tp hidden"
+    // routed experts: dy rows there; rows and one-wide probabilities back; no second count exchange
+    $"rows_to_experts %s{ep} hidden"
+    $"rows_to_tokens %s{ep} experts"
+    $"rows_to_tokens %s{ep} hidden"
+]
+
+let private fallsOut tp ep dp mesh =
+    testCase $"a MoE layer on tp %i{tp}, ep %i{ep}, dp %i{dp} moves what the table says"
+    <| fun () ->
+        let c = compiled Presets.Tiny (tiny.WithParallelism(tp, 1, ep, dp))
+        Expect.equal (traffic c (ModelUnit.Layer 1) true) (List.sort (moeForward mesh)) "forward"
+        Expect.equal (traffic c (ModelUnit.Layer 1) false) (List.sort (moeBackward mesh)) "backward"
+
+let private partialAxes (c: Compiled) (parameter: string) =
+    let v = c.Local.Graph.Outputs |> Array.find (fun (n, _) -> n = $"grad:%s{parameter}") |> snd
+    Layout.partials c.Local.Layouts[v] |> List.map (fun m -> c.Plan.Mesh.Axes[m].Name) |> String.concat "+"
+
+let private table =
+    testList "what must fall out" [
+        fallsOut 2 2 2 "tp"
+        fallsOut 2 2 1 "tp"
+        fallsOut 2 4 2 "tp+dp"
+
+        testCase "without TP only rows move"
+        <| fun () ->
+            let c = compiled Presets.Tiny (tiny.WithParallelism(1, 1, 2, 2))
+            let rows = List.filter (fun (s: string) -> s.Contains "rows" || s.Contains "route")
+            Expect.equal (traffic c (ModelUnit.Layer 1) true) (List.sort (rows (moeForward "dp"))) "forward"
+            Expect.equal (traffic c (ModelUnit.Layer 1) false) (List.sort (rows (moeBackward "dp"))) "backward"
+
+        testCase "a dense MLP gathers its input and scatters its output, and backward gathers dy and the saved input"
+        <| fun () ->
+            let c = compiled Presets.Tiny (tiny.WithParallelism(2, 1, 1, 1))
+            let hidden kind = $"%s{kind} tp hidden"
+            let mla = List.filter (fun (s: string) -> not (s.Contains "hidden"))
+
+            Expect.equal
+                (traffic c (ModelUnit.Layer 0) true |> List.except (mla (moeForward "tp")) |> List.countBy id)
+                [ hidden "all_gather", 1; hidden "reduce_scatter", 2 ]
+                "forward: once in, out of attention and MLP"
+
+            Expect.equal
+                (traffic c (ModelUnit.Layer 0) false |> List.filter (fun s -> s.Contains "hidden") |> List.countBy id)
+                [ hidden "all_gather", 3; hidden "reduce_scatter", 1 ]
+                "backward: dy of attention; dy and saved input of the MLP"
+
+        testCase "embedding, head and loss: scatter; gather, maximum and two sums; gathers for the weight gradients"
+        <| fun () ->
+            let c = compiled { Presets.Tiny with NumNextnPredictLayers = 0 } (tiny.WithParallelism(2, 1, 1, 1))
+            Expect.equal (traffic c ModelUnit.Embed true) [ "reduce_scatter tp hidden" ] "embedding"
+            Expect.equal (traffic c ModelUnit.Embed false) [ "all_gather tp hidden" ] "its gradient"
+
+            Expect.equal
+                (traffic c ModelUnit.Head true)
+                [ "all_gather tp hidden"; "all_reduce tp seq"; "all_reduce tp seq"; "all_reduce_max tp seq" ]
+                "head"
+
+            Expect.equal
+                (traffic c ModelUnit.Head false)
+                [ "all_gather tp hidden"; "reduce_scatter tp hidden" ]
+                "saved input again, cotangent scattered"
+
+        testCase "weight gradients are partial over the axes the table says"
+        <| fun () ->
+            let c = compiled Presets.Tiny (tiny.WithParallelism(2, 1, 2, 2))
+            let layer = "model.layers.1."
+
+            for name, axes in
+                [
+                    // replicated weights see only their rank's tokens: partial over tp too
+                    "self_attn.q_a_proj.weight", "tp+dp"
+                    "self_attn.kv_a_proj_with_mqa.weight", "tp+dp"
+                    "self_attn.q_a_layernorm.weight", "tp+dp"
+                    "input_layernorm.weight", "tp+dp"
+                    "mlp.gate.weight", "tp+dp"
+                    // split weights: data parallel only
+                    "self_attn.q_b_proj.weight", "dp"
+                    "self_attn.kv_b_proj.weight", "dp"
+                    "self_attn.o_proj.weight", "dp"
+                    "mlp.shared_experts.down_proj.weight", "dp"
+                    // experts: over edp, which is dp here
+                    "mlp.experts.gate_up_proj.weight", "dp"
+                    "mlp.experts.down_proj.weight", "dp"
+                ] do
+                Expect.equal (partialAxes c (layer + name)) axes name
+
+            let wide = compiled Presets.Tiny (tiny.WithParallelism(2, 1, 4, 2))
+            Expect.equal (partialAxes wide (layer + "mlp.experts.down_proj.weight")) "" "edp 1: nothing to reduce"
+
+        testCase "the default job's plan sends rows by all-to-all, in both directions"
+        <| fun () ->
+            let plan = Recipes.Tiny.Compile()
+
+            let kinds =
+                [
+                    for stage in plan.Stages do
+                        for program in stage.Programs do
+                            for step in program.Steps do
+                                match step with
+                                | Step.Start(_, kind, _, _, _, _) -> Ops.Collective.name kind
+                                | Step.Launch _
+                                | Step.Wait _
+                                | Step.Free _ -> ()
+                ]
+                |> List.countBy id
+                |> Map.ofList
+
+            for kind in [ "route_to_experts"; "rows_to_experts"; "rows_to_tokens" ] do
+                Expect.isGreaterThan kinds[kind] 0 kind
+
+            // three MoE layers and one MTP layer: row sets are exchanged once each, forward and backward together
+            Expect.equal kinds["route_to_experts"] 4 "row sets"
+    ]
+
+/// What the random cases covered; extents of 1 never split, since axes of size 1 are dropped.
+let private seen = ConcurrentDictionary<string, int>()
+let private count name yes = if yes then seen.AddOrUpdate(name, 1, (fun _ n -> n + 1)) |> ignore
+
+let private cover (job: Job) (c: Compiled) =
+    let graph, layouts = c.Local.Graph, c.Local.Layouts
+    count "cases" true
+    count "two or more base axes" (c.Plan.Mesh.Axes.Count >= 2)
+    count "an uneven stage" job.Uneven
+
+    count
+        "routed rows split by expert"
+        (graph.Types
+         |> Array.indexed
+         |> Array.exists (fun (v, t) -> t.Routed && layouts[v] |> Array.exists (fun s -> s = AxisState.Split 2)))
+
+    count
+        "a pending partial sum"
+        (graph.Types
+         |> Array.indexed
+         |> Array.exists (fun (v, _) -> graph.NodeOf(v).Op.IsCollective |> not && layouts[v] |> Array.exists _.IsPartialSum))
+
+/// Relative distance of two tensors, on the scale of the second.
+let private apart (a: DenseTensor) (b: DenseTensor) =
+    let scale = b.Data |> Array.fold (fun m x -> max m (abs x)) 1e-30
+    Dense.distance a b / scale
+
+let private partitioned (job: Job) =
+    let c = compiled job.Config job.Recipe
+    cover job c
+    let sizes = c.Plan.Mesh.Axes |> Seq.map _.Size |> Array.ofSeq
+    let whole = Feed.lookup 7 c.Joint
+    let reference = Evaluator.run c.Joint whole whole
+    let spmd = Spmd.runGlobal sizes c.Local.Layouts c.Local.Graph whole
+
+    for name in reference.OutputNames do
+        let distance = apart (spmd.Output name) (reference.Output name)
+
+        if not (distance < 1e-8) then
+            failtestf "%s differs by %g: %A" name distance job
+
+let private fused (job: Job) =
+    let graph recipe =
+        let mesh = Compilation.Mesh job.Single.Recipe
+        let declared = DeepSeekV3(job.Config).Declare(job.Single.Recipe.MicroBatch * mesh.Data, job.SeqLength)
+
+        match Pipeline.run recipe declared with
+        | Ok c -> c
+        | Error wrong -> failtestf "%A" wrong
+
+    let plain, fused = graph (job.Single.Recipe.WithFusion false), graph (job.Single.Recipe.WithFusion true)
+    let hits = fused.Fusions |> List.sumBy snd
+    Expect.isGreaterThan hits 0 "rules apply"
+    let whole = Feed.lookup 7 plain.Joint
+    let reference, result = Evaluator.run plain.Joint whole whole, Evaluator.run fused.Joint whole whole
+
+    for name in reference.OutputNames do
+        let distance = apart (result.Output name) (reference.Output name)
+
+        if not (distance < 1e-9) then
+            failtestf "%s differs by %g: %A" name distance job
+
+let private few = { Properties.config [ typeof<OneStage> ] with maxTest = max 12 (Properties.cases / 5) }
+
+let tests =
+    testList "partition" [
+        table
+        testPropertyWithConfig few "a partitioned model computes what the model computes" partitioned
+        testPropertyWithConfig few "a fused model computes what the model computes" fused
+
+        testCase "every fusion rule applies to the model"
+        <| fun () ->
+            let c = compiled Presets.Tiny (tiny.WithParallelism(1, 1, 1, 1))
+            let hits = Map.ofList c.Fusions
+            Expect.equal hits["mla_rope_q"] 5 "one a layer"
+            Expect.equal hits["mla_rope_kv"] 5 "one a layer"
+            Expect.equal hits["permute_with_probs"] 4 "one a MoE layer"
+            Expect.equal hits["unpermute"] 4 "one a MoE layer"
+
+        testCase "recomputed attention is not kept: less is live, and nothing else changes"
+        <| fun () ->
+            let recipe = tiny.WithParallelism(1, 1, 1, 1)
+            let peak (r: Recipe) = (compiled Presets.Tiny r).Plan.Memory[0].Activations
+            Expect.isLessThan (peak (recipe.WithRecompute "core_attn")) (peak recipe) "activations"
+    ]
