@@ -93,14 +93,21 @@ module OpDef =
                     dtypes
                     (def.Rows types)
 
+            let impossible =
+                results
+                |> Array.tryFind (fun t ->
+                    t.Axes |> Array.exists (fun a -> a.Extent < 1)
+                    || t.Axes |> Array.fold (fun n a -> n * float a.Extent) 1.0 > 1e18)
+
             let twice =
                 results
                 |> Array.tryPick (fun t ->
                     t.Names |> Array.countBy id |> Array.tryPick (fun (n, k) -> if k > 1 then Some n else None))
 
-            match twice with
-            | Some name -> Error $"the result would have axis '%s{name}' twice"
-            | None -> Ok(rule, results)
+            match twice, impossible with
+            | Some name, _ -> Error $"the result would have axis '%s{name}' twice"
+            | None, Some t -> Error $"the result would be %O{t}: extents are at least 1, elements at most 1e18"
+            | None, None -> Ok(rule, results)
 
     // dtype rules
 

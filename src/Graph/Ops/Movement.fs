@@ -32,7 +32,7 @@ let slice (axis: string) start length =
     movement
         "slice"
         (resize axis (fun extent ->
-            if start < 0 || length < 1 || start + length > extent then
+            if start < 0 || length < 1 || start > extent - length then
                 Error $"slice [%i{start}, %i{start + length}) lies outside axis '%s{axis}' of %i{extent}"
             else
                 Ok length))
@@ -44,7 +44,7 @@ let pad (axis: string) before total =
     movement
         "pad"
         (resize axis (fun extent ->
-            if before < 0 || before + extent > total then
+            if before < 0 || int64 before + int64 extent > int64 total then
                 Error $"%i{extent} of axis '%s{axis}' at %i{before} do not fit into %i{total}"
             else
                 Ok total))
@@ -65,7 +65,9 @@ let private inferConcat (axis: string) (types: TensorType[]) : Result<Rule, stri
     | _ when d < 0 -> Error $"%O{first} has no axis '%s{axis}'"
     | Some i -> Error $"input %i{i} is %O{types[i]}; all axes but '%s{axis}' must be those of input 0, %O{first}"
     | None ->
-        let total = types |> Array.sumBy (fun t -> t.Axes[d].Extent)
+        // beyond the largest extent it is 0, which no axis may be
+        let total = types |> Array.sumBy (fun t -> int64 t.Axes[d].Extent)
+        let total = if total > int64 System.Int32.MaxValue then 0 else int total
 
         Ok {
             Factors =
