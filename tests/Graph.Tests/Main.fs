@@ -6,4 +6,15 @@ open DeepSeekGraph.Testing
 
 [<EntryPoint>]
 let main argv =
-    TestMain.run argv (testList "Graph" [ OpTests.tests ])
+    TestMain.run
+        argv
+        (testList "Graph" [
+            AxesTests.tests
+            BuilderTests.tests
+            VerifyTests.tests
+            EvaluatorTests.tests
+            GenTests.tests
+            OpTests.tests
+            AutodiffTests.tests
+            TextTests.tests
+        ])

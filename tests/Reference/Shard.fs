@@ -14,13 +14,16 @@ let coordinates (sizes: int[]) (rank: int) =
 
 /// Number formed from the coordinates along some axes, slower axes major.
 let index (sizes: int[]) (axes: int list) (coordinate: int[]) =
-    axes |> List.sortDescending |> List.fold (fun n m -> n * sizes[m] + coordinate[m]) 0
+    axes
+    |> List.sortDescending
+    |> List.fold (fun n m -> n * sizes[m] + coordinate[m]) 0
 
 /// Ranks that agree on all other axes, in member order.
 let groups (sizes: int[]) (axes: int list) : int[][] =
     [| 0 .. ranks sizes - 1 |]
     |> Array.groupBy (fun r ->
-        coordinates sizes r |> Array.mapi (fun m c -> if List.contains m axes then 0 else c))
+        coordinates sizes r
+        |> Array.mapi (fun m c -> if List.contains m axes then 0 else c))
     |> Array.map (fun (_, members) ->
         members |> Array.sortBy (fun r -> index sizes axes (coordinates sizes r)))
 
@@ -30,7 +33,8 @@ let private axesOn (layout: AxisState[]) dim = [
             m
 ]
 
-let private count (sizes: int[]) axes = axes |> List.fold (fun n m -> n * sizes[m]) 1
+let private count (sizes: int[]) axes =
+    axes |> List.fold (fun n m -> n * sizes[m]) 1
 
 /// The part of a global tensor that lies at a coordinate. Of a partial sum, coordinate 0 holds all and the others nothing.
 let shard (layout: AxisState[]) (sizes: int[]) (coordinate: int[]) (whole: DenseTensor) : DenseTensor =
@@ -74,7 +78,8 @@ let assemble (layout: AxisState[]) (sizes: int[]) (shards: DenseTensor[]) : Dens
             let apart = Dense.distance shards[first] shards[r]
 
             if apart > tolerance then
-                invalidOp $"ranks %i{first} and %i{r} should hold the same value but differ by %g{apart}: %A{layout}"
+                invalidOp
+                    $"ranks %i{first} and %i{r} should hold the same value but differ by %g{apart}: %A{layout}"
         else
             let start =
                 Array.map2 (fun axes extent -> index sizes axes coordinate * extent) split local

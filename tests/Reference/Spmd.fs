@@ -9,8 +9,10 @@ type SpmdRun(graph: Graph, layouts: AxisState[][], sizes: int[], values: DenseTe
     member _.Graph = graph
     /// What a rank holds of a value.
     member _.Item(value: int, rank: int) = values[value][rank]
+
     /// The global tensor that all ranks' shards make.
-    member _.Assemble(value: int) = Shard.assemble layouts[value] sizes values[value]
+    member _.Assemble(value: int) =
+        Shard.assemble layouts[value] sizes values[value]
 
     /// A named result, assembled; several of one name are summed.
     member this.Output(name: string) =
@@ -82,7 +84,9 @@ module Spmd =
         let ranks = Shard.ranks sizes
         let values = Array.zeroCreate<DenseTensor[]> graph.Types.Length
         let routes = Evaluator.routes graph
-        let each f = Array.init ranks (fun r -> f (Shard.coordinates sizes r))
+
+        let each f =
+            Array.init ranks (fun r -> f (Shard.coordinates sizes r))
 
         for node in graph.Nodes do
             let v = node.Outputs
@@ -107,12 +111,18 @@ module Spmd =
             for x in v do
                 for shard in values[x] do
                     if shard.Extents <> graph.Types[x].Extents then
-                        invalidOp $"%s{node.Origin.Path}: %A{node.Op} gives %A{shard.Extents} for %O{graph.Types[x]}"
+                        invalidOp
+                            $"%s{node.Origin.Path}: %A{node.Op} gives %A{shard.Extents} for %O{graph.Types[x]}"
 
         SpmdRun(graph, layouts, sizes, values)
 
     /// As `run`, with global inputs and parameters, each cut as the layout of its source says.
-    let runGlobal (sizes: int[]) (layouts: AxisState[][]) (graph: Graph) (whole: string -> DenseTensor) : SpmdRun =
+    let runGlobal
+        (sizes: int[])
+        (layouts: AxisState[][])
+        (graph: Graph)
+        (whole: string -> DenseTensor)
+        : SpmdRun =
         let layoutOf =
             graph.Nodes
             |> Array.choose (fun n ->
