@@ -55,6 +55,7 @@ let private printPass (pass: Pass) =
     match pass with
     | Pass.Forward -> "forward"
     | Pass.Backward -> "backward"
+    | Pass.Recompute -> "recompute"
 
 let private printNode (graph: Graph) (node: Node) =
     let attributes =
@@ -102,162 +103,19 @@ let print (graph: Graph) : string =
 
 // parsing
 
-[<RequireQualifiedAccess>]
-type private Token =
-    | Value of int
-    | Word of string
-    | Quoted of string
-    | Mark of char
-    | End
-
-let private bad (message: string) = raise (BadText message)
-
-let private isWord (c: char) =
-    Char.IsAsciiLetterOrDigit c || c = '_' || c = '.' || c = '+' || c = '-'
-
-/// A quoted text that starts at `start`; gives it and where it ends.
-let private readQuoted (line: string) (start: int) =
-    let text = StringBuilder()
-    let mutable i = start + 1
-
-    while i < line.Length && line[i] <> '"' do
-        if line[i] = '\\' && i + 1 < line.Length && line[i + 1] = 'u' then
-            match
-                i + 6 <= line.Length
-                && Seq.forall Char.IsAsciiHexDigit (line.Substring(i + 2, 4))
-            with
-            | true -> text.Append(char (Convert.ToInt32(line.Substring(i + 2, 4), 16))) |> ignore
-            | false -> bad "\\u needs four hexadecimal digits"
-
-            i <- i + 6
-        elif line[i] = '\\' && i + 1 < line.Length then
-            text.Append line[i + 1] |> ignore
-            i <- i + 2
-        else
-            text.Append line[i] |> ignore
-            i <- i + 1
-
-    if i >= line.Length then
-        bad "a quoted text has no end"
-
-    text.ToString(), i + 1
-
-let private tokens (line: string) : Token[] =
-    let found = List<Token>()
-    let mutable i = 0
-
-    let wordFrom start =
-        let mutable stop = start
-
-        while stop < line.Length && isWord line[stop] do
-            stop <- stop + 1
-
-        line.Substring(start, stop - start), stop
-
-    while i < line.Length do
-        match line[i] with
-        | ' '
-        | '\t' -> i <- i + 1
-        | '"' ->
-            let text, stop = readQuoted line i
-            found.Add(Token.Quoted text)
-            i <- stop
-        | '%' ->
-            let digits, stop = wordFrom (i + 1)
-
-            match Int32.TryParse(digits, NumberStyles.None, CultureInfo.InvariantCulture) with
-            | true, v -> found.Add(Token.Value v)
-            | false, _ -> bad $"'%%%s{digits}' is no value"
-
-            i <- stop
-        | '='
-        | '('
-        | ')'
-        | '['
-        | ']'
-        | ','
-        | ':'
-        | '@' ->
-            found.Add(Token.Mark line[i])
-            i <- i + 1
-        | c when isWord c ->
-            let word, stop = wordFrom i
-            found.Add(Token.Word word)
-            i <- stop
-        | c -> bad $"unexpected character U+%04X{int c}"
-
-    found.ToArray()
-
-/// Reads one line's tokens from left to right.
-type private Reader(tokens: Token[]) =
-    let mutable at = 0
-    member _.Peek = if at < tokens.Length then tokens[at] else Token.End
-
-    member this.Next() =
-        let token = this.Peek
-        at <- at + 1
-        token
-
-    member this.Is(mark: char) = (this.Peek = Token.Mark mark)
-
-    member this.Expect(mark: char) =
-        if this.Next() <> Token.Mark mark then
-            bad $"'%c{mark}' is missing"
-
-    member this.Word(what: string) =
-        match this.Next() with
-        | Token.Word w -> w
-        | Token.Value _
-        | Token.Quoted _
-        | Token.Mark _
-        | Token.End -> bad $"%s{what} is missing"
-
-    member this.Quoted(what: string) =
-        match this.Next() with
-        | Token.Quoted s -> s
-        | Token.Value _
-        | Token.Word _
-        | Token.Mark _
-        | Token.End -> bad $"%s{what} is missing"
-
-    member this.Value() =
-        match this.Next() with
-        | Token.Value v -> v
-        | Token.Quoted _
-        | Token.Word _
-        | Token.Mark _
-        | Token.End -> bad "a value such as %3 is missing"
-
-    /// One or more, with commas between.
-    member this.Several(one: unit -> 'a) : 'a list =
-        let items = List [ one () ]
-
-        while this.Is ',' do
-            this.Expect ','
-            items.Add(one ())
-
-        List.ofSeq items
-
-    /// None or more, with commas between, up to a closing mark.
-    member this.Enclosed(opening: char, closing: char, one: unit -> 'a) : 'a list =
-        this.Expect opening
-        let items = if this.Is closing then [] else this.Several one
-        this.Expect closing
-        items
-
 let private readInt what (word: string) =
     match Int32.TryParse(word, NumberStyles.None, CultureInfo.InvariantCulture) with
     | true, n -> n
-    | false, _ -> bad $"'%s{word}' is no %s{what}"
+    | false, _ -> Tokens.bad $"'%s{word}' is no %s{what}"
 
-let private readAttr (r: Reader) () : string * Attr =
+let private readAttr (r: LineReader) () : string * Attr =
     let scalar () =
         match r.Next() with
         | Token.Word w -> Attr.Word w
         | Token.Quoted s -> Attr.Quoted s
         | Token.Value _
         | Token.Mark _
-        | Token.End -> bad "an attribute has no value"
+        | Token.End -> Tokens.bad "an attribute has no value"
 
     let key = r.Word "an attribute's name"
     r.Expect '='
@@ -269,14 +127,14 @@ let private readAttr (r: Reader) () : string * Attr =
          scalar ())
 
 /// An axis, or the density of rows.
-let private readAxis (r: Reader) () : Choice<Axis, float> =
+let private readAxis (r: LineReader) () : Choice<Axis, float> =
     match r.Next() with
     | Token.Word "rows" ->
         let word = r.Word "the density of rows"
 
         match Double.TryParse(word, NumberStyles.Float, CultureInfo.InvariantCulture) with
         | true, density when density > 0.0 && density <= 1.0 -> Choice2Of2 density
-        | _, _ -> bad $"'%s{word}' is no density of rows"
+        | _, _ -> Tokens.bad $"'%s{word}' is no density of rows"
     | Token.Word name
     | Token.Quoted name ->
         Choice1Of2 {
@@ -285,14 +143,14 @@ let private readAxis (r: Reader) () : Choice<Axis, float> =
         }
     | Token.Value _
     | Token.Mark _
-    | Token.End -> bad "an axis is missing"
+    | Token.End -> Tokens.bad "an axis is missing"
 
-let private readType (r: Reader) () : TensorType =
+let private readType (r: LineReader) () : TensorType =
     let name = r.Word "an element type"
     let mutable dtype = DType.Float32
 
     if not (DType.TryParse(name, &dtype)) then
-        bad $"'%s{name}' is no element type"
+        Tokens.bad $"'%s{name}' is no element type"
 
     let items = r.Enclosed('[', ']', readAxis r)
 
@@ -322,15 +180,16 @@ let private readUnit (word: string) : ModelUnit =
     | [| "head" |] -> ModelUnit.Head
     | [| "layer"; i |] -> ModelUnit.Layer(readInt "layer" i)
     | [| "mtp"; i |] -> ModelUnit.Mtp(readInt "mtp" i)
-    | _other -> bad $"'%s{word}' is no part of a model: shared, embed, layer.0, mtp.0 or head"
+    | _other -> Tokens.bad $"'%s{word}' is no part of a model: shared, embed, layer.0, mtp.0 or head"
 
 let private readPass (word: string) =
     match word with
     | "forward" -> Pass.Forward
     | "backward" -> Pass.Backward
-    | other -> bad $"'%s{other}' is neither forward nor backward"
+    | "recompute" -> Pass.Recompute
+    | other -> Tokens.bad $"'%s{other}' is no pass: forward, backward or recompute"
 
-let private readNode (r: Reader) : Node * TensorType list =
+let private readNode (r: LineReader) : Node * TensorType list =
     let outputs = r.Several r.Value
     r.Expect '='
     let name = r.Word "an op"
@@ -344,7 +203,7 @@ let private readNode (r: Reader) : Node * TensorType list =
     let path = r.Quoted "a module path"
 
     if types.Length <> outputs.Length then
-        bad $"%i{outputs.Length} results but %i{types.Length} types"
+        Tokens.bad $"%i{outputs.Length} results but %i{types.Length} types"
 
     {
         Op = OpText.read name (Attrs(name, attributes)) types.Head
@@ -365,7 +224,7 @@ type private Line =
     | Primal of int * int
 
 let private readLine (line: string) : Line =
-    let r = Reader(tokens line)
+    let r = LineReader(Tokens.read line)
 
     let read =
         match r.Peek with
@@ -384,7 +243,7 @@ let private readLine (line: string) : Line =
         | Token.End -> Line.Node(readNode r)
 
     if r.Peek <> Token.End then
-        bad "the line goes on after its end"
+        Tokens.bad "the line goes on after its end"
 
     read
 
