@@ -110,6 +110,7 @@ let tests =
         <| fun () ->
             let recipe = Recipe.Default.WithParallelism(1, 1, 1, 1).WithBatch(4, 1, 16)
             let distance = worst (train Presets.Tiny (recipe.WithDType DType.BFloat16)) (train Presets.Tiny recipe)
-            Expect.isLessThan distance 0.05 "loss and norm"
+            // three steps at a high rate: 8 bits of mantissa, amplified by training
+            Expect.isLessThan distance 0.1 "loss and norm"
             Expect.isGreaterThan distance 0.0 "it is another type"
     ]
