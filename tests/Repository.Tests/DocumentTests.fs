@@ -7,15 +7,17 @@ open System.Reflection
 open Expecto
 open DeepSeekGraph.Repository.Tests
 
-/// The values of all literals in DeepSeekGraph.Codes.
-let private codes =
+/// Name and value of all literals in DeepSeekGraph.Codes.
+let private ledger =
     match typeof<DeepSeekGraph.Diagnostic>.Assembly.GetType "DeepSeekGraph.Codes" with
     | null -> []
     | ledger -> [
         for field in ledger.GetFields(BindingFlags.Public ||| BindingFlags.Static) do
             if field.IsLiteral then
-                string (field.GetRawConstantValue())
+                field.Name, string (field.GetRawConstantValue())
       ]
+
+let private codes = List.map snd ledger
 
 let private marker =
     "<!-- The list below is written by build/architecture.sh. -->\n"
@@ -61,6 +63,15 @@ let tests =
         <| fun () ->
             Expect.isNonEmpty codes "the ledger is found"
             Expect.equal (List.distinct codes) codes "one name a code"
+
+        testCase "every code of a diagnostic is used"
+        <| fun () ->
+            let sources = Tree.sourcesBelow "src" |> List.map Tree.read |> String.concat "\n"
+
+            ledger
+            |> List.map fst
+            |> List.filter (fun name -> not (sources.Contains $"Codes.%s{name}"))
+            |> fun unused -> Expect.equal unused [] "delete the code and its page"
 
         testCase "every code of a diagnostic has a page, and every page a code"
         <| fun () ->
