@@ -14,6 +14,7 @@ type Attribute =
 /// What a launch computes. Shapes are local (one rank's shard), attributes in the order written here.
 /// "rows": a data-dependent first dim that stands for (batch, seq, expert); a "route" is the row set itself.
 /// "off": Ints of mesh axes that split the dim, slowest last; the kernel adds coordinate x local extent.
+/// Dims in attributes are logical: of a routed value, 0, 1 and 2 are its one stored row dim. Results are new memory, never views.
 type KernelId =
     // sources
     /// -> out; Float value. Every element is `value`.
@@ -47,7 +48,7 @@ type KernelId =
     | Concat = 32
     /// a -> out; Int dim (of out), Int extent. A new dim, repeated.
     | Broadcast = 33
-    /// a -> out; Int dim, Ints off: this rank's block of the dim
+    /// a -> out; Int dim, Ints off: this rank's block of the dim. Rows (with their route as second input) and routes: by dim 2, the experts.
     | LocalSlice = 34
     /// a -> out; Ints permutation (out dim i is a's dim p[i])
     | Transpose = 35
@@ -79,7 +80,7 @@ type KernelId =
     | RopeKv = 73
     /// dk[b s n nope+rope], dv[b s n v], table -> dkv[b s n nope+v], dkPe[b s rope] (summed over heads); Int nope
     | RopeKvGrad = 74
-    // attention: Float scale; causal; fp32 softmax
+    // attention: Float scale; causal; fp32 softmax. Optional Ints off: axes that split s while t is whole
     /// q[b s n d], k[b t n d], v[b t n e] -> out[b s n e], lse[b n s] fp32
     | Attention = 80
     /// dout, q, k, v, out, lse -> dq, dk, dv

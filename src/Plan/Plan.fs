@@ -56,9 +56,9 @@ type SlotInfo = {
 type Collective =
     | AllReduceSum
     | AllReduceMax
-    /// Blocks of the members are joined along `Dim`.
+    /// Blocks of the members are joined along `Dim`. Along a row dim: route -> route of all members; rows, route, route of all -> rows of all.
     | AllGather of Dim: int
-    /// Summed, then member i keeps block i of `Dim`.
+    /// Summed, then member i keeps block i of `Dim`. Along a row dim: rows of all, route of all, own route -> own rows.
     | ReduceScatter of Dim: int
     /// Dense: `SplitDim` is cut into blocks, one a member; what arrives is joined along `JoinDim`.
     | AllToAll of SplitDim: int * JoinDim: int

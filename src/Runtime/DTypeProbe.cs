@@ -1,5 +1,6 @@
 // Which element type this machine multiplies faster: a probe of under 0.3 s.
 using System.Diagnostics;
+using DeepSeekGraph.Runtime.Kernels;
 using DeepSeekGraph.Runtime.Memory;
 using DeepSeekGraph.Runtime.Native;
 using static TorchSharp.torch;
@@ -16,6 +17,8 @@ public static class DTypeProbe
 
     private static DType Measure()
     {
+        if (!Products.MultipliesBFloat16)
+            return DType.Float32;
         LibTorch.Load();
         var result = DType.Float32;
         var thread = new Thread(() =>

@@ -177,6 +177,18 @@ let private steps =
             Expect.equal a b "parameters"
             Expect.equal (metrics |> Array.map _.Loss) (again |> Array.map _.Loss) "losses")
 
+        testCase "workers compute without gradients on one thread, and keep no tensor" (fun () ->
+            task {
+                use! trainer = Trainer.StartAsync(TinyPlan.plan 2 2 4, options 8)
+                let! _ = collect (trainer.RunAsync(2L, CancellationToken.None))
+                do! trainer.OnAllAsync(fun _ -> if torch.is_grad_enabled () || torch.get_num_threads () <> 1 then failtest "worker")
+                let live () = trainer.Ranks |> Seq.map _.Memory.Live |> Array.ofSeq
+                let before = live ()
+                let! _ = collect (trainer.RunAsync(3L, CancellationToken.None))
+                Expect.equal (live ()) before "bytes held between steps"
+            }
+            |> _.GetAwaiter().GetResult())
+
         testCase "given weights are taken, and a wrong shape is told" (fun () ->
             LibTorch.Load()
             use ones = torch.ones (int64 TinyPlan.vocab, int64 TinyPlan.hidden)
@@ -225,6 +237,23 @@ let private faults =
                 Expect.equal (fault.ToDiagnostic().Diagnostics[0].Code) Codes.KernelFailed "diagnostic"
             | other -> failtest $"%O{other}")
 
+        testCase "a collective whose value does not fit names its instruction" (fun () ->
+            let broken =
+                TinyPlan.plan 1 1 4
+                |> changed 1 Phase.F (fun steps ->
+                    let spare = steps |> List.pick (function Step.Launch(KernelId.Accumulate, _, _, outputs, _) -> Some outputs | _other -> None)
+
+                    steps
+                    |> List.map (function
+                        | Step.Start(token, kind, group, inputs, _, path) -> Step.Start(token, kind, group, inputs, spare, path)
+                        | step -> step))
+
+            match Expect.throwsC (fun () -> train broken (options 4) 1 |> ignore) id with
+            | :? RuntimeException as fault ->
+                Expect.equal (fault.Code, fault.Rank) (Codes.CollectiveFailed, 1) "code"
+                Expect.stringContains fault.Instruction "wait 1" "instruction"
+            | other -> failtest $"%O{other}")
+
         testCase "what a step leaves over is a bug" (fun () ->
             let leaking =
                 TinyPlan.plan 1 1 4
@@ -261,14 +290,58 @@ let private faults =
             Expect.equal DTypeProbe.Faster first "cached")
     ]
 
+/// One rank that chooses 2 of 4 experts for each of 3 tokens.
+let private chooser: PlanSet =
+    let slot id name kind dtype : SlotInfo = { info name kind dtype false [ 1; 3; 4 ] with Id = id }
+
+    {
+        TinyPlan.plan 1 1 1 with
+            Groups = [||]
+            Parameters = [||]
+            Inputs = [| { Name = "scores"; DType = DType.Float32; Axes = [| "b"; "s"; "e" |]; Extents = [| 1; 3; 4 |]; Layout = [||] } |]
+            Stages = [|
+                {
+                    Stage = 0
+                    Units = "L"
+                    Slots = [| slot 0 "scores" SlotKind.Input DType.Float32; slot 1 "mask" SlotKind.Temporary DType.Bool |]
+                    Programs = [|
+                        {
+                            Phase = Phase.F
+                            Steps = [|
+                                Step.Launch(KernelId.GroupTopK, [| int 2; int 1; int 1; int 0 |], [| 0 |], [| 1 |], "moe")
+                                Step.Free 0
+                                Step.Free 1
+                            |]
+                        }
+                    |]
+                    Timetable = [| { Phase = Phase.F; Microbatch = 0 } |]
+                }
+            |]
+    }
+
 let private traces =
-    testCase "expert choices are recorded and replayed" (fun () ->
+    testCase "expert choices are recorded, replayed and compared" (fun () ->
         LibTorch.Load()
+
+        let choose (trace: RoutingTrace) (scores: float list) =
+            task {
+                use! trainer = Trainer.StartAsync(chooser, TrainerOptions(Trace = trace))
+                let tensor = torch.tensor(scores |> List.map float32 |> Array.ofList).reshape (1L, 3L, 4L)
+                let inputs = dict [ "scores", tensor ] |> Dictionary :> IReadOnlyDictionary<string, torch.Tensor>
+                let seen = List<float[]>()
+                do! trainer.ForwardBackwardAsync([| inputs |], (fun _ value _ -> seen.Add(read value)), CancellationToken.None)
+                return seen |> Seq.exactlyOne
+            }
+            |> _.GetAwaiter().GetResult()
+
         use trace = new RoutingTrace()
-        use mask = torch.zeros(2L, 3L).to_type torch.ScalarType.Bool
-        trace.Add(0, "moe", 1, mask)
+        let first = choose trace [ 4.0; 3.0; 2.0; 1.0; 1.0; 2.0; 3.0; 4.0; 1.0; 4.0; 1.0; 4.0 ]
+        Expect.equal first [| 1.0; 1.0; 0.0; 0.0; 0.0; 0.0; 1.0; 1.0; 0.0; 1.0; 0.0; 1.0 |] "recorded"
         trace.Replay <- true
-        Expect.equal trace.Tokens 0L "nothing compared yet")
+        // the second token would choose otherwise
+        let again = choose trace [ 4.0; 3.0; 2.0; 1.0; 4.0; 2.0; 3.0; 1.0; 1.0; 4.0; 1.0; 4.0 ]
+        Expect.equal again first "replayed"
+        Expect.equal (trace.Tokens, trace.Differing) (3L, 1L) "one token differs")
 
 let tests =
     testList "Runner" [
