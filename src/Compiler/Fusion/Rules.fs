@@ -25,6 +25,11 @@ let private peeled (graph: Graph) value =
     let v = peel graph value
     v, graph.NodeOf v
 
+/// The fused kernels take positions along the second axis.
+let private alongSequence (graph: Graph) (x: int) (table: int) =
+    let axes, position = graph.Types[x].Axes, graph.Types[table].Axes[0]
+    axes.Length > 2 && axes[1].Name = position.Name
+
 /// concat(slice(q), rope(slice(q))) on the head axis: the last features of each head are rotated.
 let ropeQ = {
     Name = "mla_rope_q"
@@ -47,7 +52,9 @@ let ropeQ = {
                         b = Position.qkDim
                         && start = n
                         && pe.Inputs[0] = nope.Inputs[0]
+                        && graph.Types[pe.Inputs[0]].IndexOf Position.qkDim = 3
                         && graph.Types[pe.Inputs[0]].Rank = 4
+                        && alongSequence graph rope.Inputs[0] rope.Inputs[1]
                         && n + r = graph.Types[pe.Inputs[0]].Axes[3].Extent
                         ->
                         Some(Op.RopeQ false, [ nope.Inputs[0]; rope.Inputs[1] ], [ node.Outputs[0] ])
@@ -92,6 +99,7 @@ let ropeKv = {
                     match rope.Op, values with
                     | Op.Rope false, Some v when
                         graph.Types[rope.Inputs[0]].Rank = 3
+                        && alongSequence graph rope.Inputs[0] rope.Inputs[1]
                         && heads.Extent = graph.Types[kv].Axes[2].Extent
                         && graph.Types[kv].Axes[3].Extent - n = graph.Types[v].Axes[3].Extent
                         ->
