@@ -1,0 +1,143 @@
+/// Every pass over logical graphs preserves the evaluator's result: precision, fusion, recompute.
+module DeepSeekGraph.Compiler.Tests.PassTests
+
+open Expecto
+open DeepSeekGraph
+open DeepSeekGraph.Compiler
+open DeepSeekGraph.Ops
+open DeepSeekGraph.Reference
+open DeepSeekGraph.Testing
+
+let private joint (graph: Graph) =
+    match Autodiff.differentiate "loss" graph with
+    | Ok joint -> joint
+    | Error wrong -> failtestf "%O" wrong.Head
+
+/// Every output of both graphs, from the same inputs and parameters.
+let private same (before: Graph) (after: Graph) =
+    Expect.isEmpty (Verify.check after) "legal"
+    let feed = Feed.lookup 5 before
+    let expected, found = Evaluator.run before feed feed, Evaluator.run after feed feed
+    Expect.containsAll found.OutputNames expected.OutputNames "outputs"
+
+    for name in expected.OutputNames do
+        let apart = Dense.distance (expected.Output name) (found.Output name)
+
+        if not (apart < 1e-9) then
+            failtestf "%s differs by %g" name apart
+
+/// The graph keeps its results, and so do its gradients.
+let private preserves (pass: Graph -> Graph) (graph: Graph) =
+    let after = pass graph
+    same graph after
+    same (joint graph) (joint after)
+
+let private fuse (graph: Graph) = fst (Fusion.Fuse.run graph)
+let private bf16 = Precision.run DType.BFloat16
+let private recompute = Recompute.run [ "core_attn" ]
+
+let private table (s: Sketch) axis extent =
+    let spec = {
+        Dim = 4
+        Theta = 100.0
+        Factor = 1.0
+        Original = 8.0
+        BetaFast = 4.0
+        BetaSlow = 0.5
+        Mscale = 1.0
+    }
+
+    s.On(Op.RotaryTable spec, [ s.Iota(axis, extent) ])
+
+/// Queries of latent attention, primitive by primitive.
+let private queries (order: (string * int) list) (s: Sketch) =
+    let q = s.Param("q", order @ [ Position.qkDim, 6 ])
+    let nope = s.On(Op.Slice(Position.qkDim, 0, 2), [ q ])
+    let pe = s.On(Op.Slice(Position.qkDim, 2, 4), [ q ])
+
+    s.Loss [
+        s.On(Op.Concat Position.qkDim, [ nope; s.On(Op.Rope false, [ pe; table s "seq" 3 ]) ])
+    ]
+
+/// Its keys and values; positions count along `axis`.
+let private keys axis (s: Sketch) =
+    let kv = s.Param("kv", [ "batch", 3; "seq", 3; "heads", 2; Position.kvDim, 5 ])
+    let pe = s.Param("pe", [ "batch", 3; "seq", 3; Position.ropeDim, 4 ])
+    let turned = s.On(Op.Rope false, [ pe; table s axis 3 ])
+
+    let wide =
+        s.On(
+            Op.Broadcast({ Name = "heads"; Extent = 2 }, 2),
+            [ s.On(Op.Rename(Position.ropeDim, Position.qkDim), [ turned ]) ]
+        )
+
+    let nope =
+        s.On(Op.Rename(Position.kvDim, Position.qkDim), [ s.On(Op.Slice(Position.kvDim, 0, 3), [ kv ]) ])
+
+    let v =
+        s.On(Op.Rename(Position.kvDim, Position.vDim), [ s.On(Op.Slice(Position.kvDim, 3, 2), [ kv ]) ])
+
+    s.Loss [ s.On(Op.Concat Position.qkDim, [ nope; wide ]); v ]
+
+/// How often a rule is applied; the fused graph must compute the same.
+let private fusedTimes name (build: Sketch -> Graph) =
+    let graph = build (Sketch())
+    preserves fuse graph
+    Fusion.Fuse.run graph |> snd |> List.find (fun (rule, _) -> rule = name) |> snd
+
+let private generators = [ typeof<Generators> ]
+
+let tests =
+    testList "Passes" [
+        Properties.propertyOver
+            generators
+            "a fused graph computes what the graph computes, gradients too"
+            (fun (r: RandomGraph) -> preserves fuse r.Graph)
+        Properties.propertyOver
+            generators
+            "a bf16 graph is legal and, unrounded, computes the same"
+            (fun (r: RandomGraph) -> preserves bf16 r.Graph)
+        Properties.propertyOver generators "bf16, then fused, then recomputed" (fun (r: RandomGraph) ->
+            same (joint r.Graph) (recompute (joint (fuse (bf16 r.Graph)))))
+        Properties.propertyOver generators "fusing twice changes nothing" (fun (r: RandomGraph) ->
+            let once = fuse r.Graph
+            Expect.equal (Text.print (fuse once)) (Text.print once) "")
+        testCase "recomputed attention is made again for the backward pass"
+        <| fun () ->
+            let s = Sketch()
+            let x = s.Param("x", [ "batch", 2; "seq", 3; "heads", 2; "d", 4 ])
+            let graph = joint (s.Loss [ s.On(Op.Attention 0.5, [ x; x; x ]) ])
+            let after = recompute graph
+            same graph after
+            let attentions = after.Nodes |> Array.filter (fun n -> n.Op.IsAttention)
+            Expect.equal (attentions |> Array.map _.Origin.Pass) [| Pass.Forward; Pass.Recompute |] ""
+        testCase "rotated queries fuse"
+        <| fun () ->
+            Expect.equal (fusedTimes "mla_rope_q" (queries [ "batch", 2; "seq", 3; "heads", 2 ])) 1 ""
+        testCase "queries whose second axis is not the sequence do not fuse, even of equal extents"
+        <| fun () ->
+            Expect.equal (fusedTimes "mla_rope_q" (queries [ "batch", 2; "heads", 3; "seq", 3 ])) 0 ""
+        testCase "keys and values fuse"
+        <| fun () -> Expect.equal (fusedTimes "mla_rope_kv" (keys "seq")) 1 ""
+        testCase "keys rotated along another axis do not fuse, even of equal extents"
+        <| fun () -> Expect.equal (fusedTimes "mla_rope_kv" (keys "batch")) 0 ""
+        testCase "a result read before the fused op stands keeps its own op"
+        <| fun () ->
+            let times =
+                fusedTimes "permute_with_probs" (fun s ->
+                    let axes = [ "batch", 2; "seq", 3 ]
+                    let route = s.Route("scores", axes @ [ "experts", 4 ], 2)
+                    let rows = s.On(Op.Permute false, [ s.Param("x", axes @ [ "hidden", 4 ]); route ])
+                    let back = s.On(Op.Unpermute false, [ rows; route ])
+
+                    let scores =
+                        s.On(
+                            Op.Contract "b s k+, n k+ -> b s n",
+                            [ back; s.Param("w", [ "experts", 4; "hidden", 4 ]) ]
+                        )
+
+                    let probs = s.On(Op.RouteProbs, [ scores; route ])
+                    s.LossOfRows(route, [ s.On(Op.Mul, [ rows; probs ]) ]))
+
+            Expect.equal times 0 ""
+    ]
