@@ -37,7 +37,7 @@ public static class Attention
         return m.Linear("o_proj", out_BSNV, ("hidden", x_BSH.Extent("hidden")));
     }
 
-    /// The same with the sizes that matter; the hidden size is x's.
+    /// The same, to be added to the residual stream, from the sizes that matter; the hidden size is x's.
     public static Tensor Mla(
         ModelScope m, Tensor x_BSH, int heads, int kvLora, int qLora = 0, int nope = 32, int rope = 16, int value = 32)
         => Mla(m, x_BSH, new DeepSeekV3Config
@@ -49,7 +49,7 @@ public static class Attention
             QkRopeHeadDim = rope,
             VHeadDim = value,
             RopeScaling = null,
-        });
+        }).Residual();
 
     // Fusion turns this chain into one op, rope_q.
     private static Tensor RotateQueries(Tensor q_BSND, Tensor table, DeepSeekV3Config c)

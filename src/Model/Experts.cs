@@ -16,7 +16,7 @@ public static class Experts
             : routed_BSH + m.Scope("shared_experts", s => s.SwiGlu(x_BSH, c.NSharedExperts * c.MoeIntermediateSize));
     }
 
-    /// The same with the sizes that matter: one group, no shared expert; the hidden size is x's.
+    /// The same, to be added to the residual stream: one group of experts; the hidden size is x's.
     public static Tensor Moe(ModelScope m, Tensor x_BSH, int experts, int topK, int ffn, int shared = 0)
         => Moe(m, x_BSH, new DeepSeekV3Config
         {
@@ -27,7 +27,7 @@ public static class Experts
             NGroup = 1,
             TopkGroup = 1,
             RoutedScalingFactor = 1,
-        });
+        }).Residual();
 
     /// Sigmoid scores; the bias, free of gradients, decides who is chosen and never how much it counts.
     /// The router's weights call the axis "router": every rank scores all experts, whoever holds them.

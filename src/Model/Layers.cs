@@ -28,9 +28,9 @@ public static class Layers
         return m.Linear("down_proj", h_BS2F.Apply(Op.SwiGlu), ("hidden", x_BSH.Extent("hidden")));
     }
 
-    /// Declares an embedding table and looks ids up in it.
+    /// Declares an embedding table and begins the residual stream with the ids' rows of it.
     public static Tensor Embedding(this ModelScope m, string name, Tensor ids_BS, int vocab, int hidden)
-        => m.Embed(ids_BS, m.Weight($"{name}.weight", m.Normal(), ("vocab", vocab), ("hidden", hidden)));
+        => m.Embed(ids_BS, m.Weight($"{name}.weight", m.Normal(), ("vocab", vocab), ("hidden", hidden))).Residual();
 
     /// Looks ids up in a table [vocab, hidden].
     public static Tensor Embed(this ModelScope m, Tensor ids_BS, Tensor table_VH)
