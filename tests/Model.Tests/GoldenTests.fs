@@ -12,7 +12,7 @@ let private evaluate (case: Case) (graph: Graph) =
     Evaluator.run graph (fun n -> dense n (input case n)) (fun n -> dense n (parameter case n |> Array.map float))
 
 let private close what (ours: float[]) (reference: float32[]) =
-    Expect.isLessThan (distance ours reference) 1e-4 what
+    Expect.isLessThan (distance ours reference) 2e-5 what
 
 let private logits (case: Case) (values: Evaluated) (name: string) =
     let columns = int (case.Reference.Info name).Shape[1]

@@ -20,7 +20,7 @@ let private codes (action: unit -> 'T) =
 let private published case = path case "config.published-style.json"
 
 /// The example of the design page: a model of one's own in a few lines.
-let private tinyMoe (hidden: int) (experts: int) =
+let tinyMoe (hidden: int) (experts: int) =
     Model.Of(fun m ids ->
         let x = m.Embedding("embed", ids, 64, hidden)
         let x = x + m.Scope("attn", fun s -> Attention.Mla(s, s.RmsNorm("norm", x), heads = 4, kvLora = 32))
