@@ -74,7 +74,9 @@ let parameter (case: Case) (name: string) : float32[] =
 /// An input of the graph: positions whose label lies behind the case's ids count nothing.
 let input (case: Case) (name: string) : float[] =
     let positions = case.SeqLength
-    let counted depth = min positions (case.IdsLength - 1 - depth)
+
+    let counted depth =
+        min positions (case.IdsLength - 1 - depth)
 
     let mask depth =
         Array.init (case.Batch * positions) (fun i -> if i % positions < counted depth then 1.0 else 0.0)
@@ -83,7 +85,10 @@ let input (case: Case) (name: string) : float[] =
     | "tokens" -> [|
         for b in 0 .. case.Batch - 1 do
             for s in 0 .. positions + case.Depths ->
-                if s < case.IdsLength then float case.Ids[b * case.IdsLength + s] else 0.0
+                if s < case.IdsLength then
+                    float case.Ids[b * case.IdsLength + s]
+                else
+                    0.0
       |]
     | "loss_mask" -> mask 0
     | "mtp_mask" -> mask 1
@@ -131,6 +136,8 @@ let cut (case: Case) (columns: int) (ours: float[]) (reference: float32[]) =
     let common = min case.SeqLength columns
 
     let take (xs: 'T[]) perRow =
-        Array.concat [ for b in 0 .. case.Batch - 1 -> Array.sub xs (b * perRow * width) (common * width) ]
+        Array.concat [
+            for b in 0 .. case.Batch - 1 -> Array.sub xs (b * perRow * width) (common * width)
+        ]
 
     take ours case.SeqLength, take reference columns

@@ -8,15 +8,24 @@ open DeepSeekGraph.Models.Tests.Golden
 
 let private evaluate (case: Case) (graph: Graph) =
     let types = Feed.sources graph
-    let dense name data = { Extents = types[name].Extents; Data = data }
-    Evaluator.run graph (fun n -> dense n (input case n)) (fun n -> dense n (parameter case n |> Array.map float))
+
+    let dense name data = {
+        Extents = types[name].Extents
+        Data = data
+    }
+
+    Evaluator.run graph (fun n -> dense n (input case n)) (fun n ->
+        dense n (parameter case n |> Array.map float))
 
 let private close what (ours: float[]) (reference: float32[]) =
     Expect.isLessThan (distance ours reference) 2e-5 what
 
 let private logits (case: Case) (values: Evaluated) (name: string) =
     let columns = int (case.Reference.Info name).Shape[1]
-    let ours, reference = cut case columns (values.Output name).Data (case.Reference.ReadFloat32 name)
+
+    let ours, reference =
+        cut case columns (values.Output name).Data (case.Reference.ReadFloat32 name)
+
     close name ours reference
 
 /// The first positions of a case: cheap, and exact because attention is causal.
@@ -52,9 +61,9 @@ let tests =
         first "v3_tiny_mtp" [ "logits"; "mtp_logits" ]
         whole "v3_tiny_plain" 96 [ "loss", "loss" ] [ "logits" ]
         whole "v3_tiny_yarn" 96 [ "loss", "loss" ] [ "logits" ]
-        whole
-            "v3_tiny_mtp"
-            80
-            [ "loss", "total_loss"; "metric:loss", "main_loss"; "metric:mtp_loss", "mtp_loss" ]
-            [ "logits"; "mtp_logits" ]
+        whole "v3_tiny_mtp" 80 [
+            "loss", "total_loss"
+            "metric:loss", "main_loss"
+            "metric:mtp_loss", "mtp_loss"
+        ] [ "logits"; "mtp_logits" ]
     ]

@@ -6,4 +6,13 @@ open DeepSeekGraph.Testing
 
 [<EntryPoint>]
 let main argv =
-    TestMain.run argv (testList "Model" [ ModelTests.tests; GoldenTests.tests; RecipeTests.tests; RunTests.tests; PartitionTests.tests; ParallelTests.tests ])
+    TestMain.run
+        argv
+        (testList "Model" [
+            ModelTests.tests
+            GoldenTests.tests
+            RecipeTests.tests
+            RunTests.tests
+            PartitionTests.tests
+            ParallelTests.tests
+        ])

@@ -14,8 +14,7 @@ let private codes (action: unit -> 'T) =
     try
         action () |> ignore
         []
-    with :? DiagnosticException as e ->
-        [ for d in e.Diagnostics -> d.Code ]
+    with :? DiagnosticException as e -> [ for d in e.Diagnostics -> d.Code ]
 
 let private published case = path case "config.published-style.json"
 
@@ -23,8 +22,15 @@ let private published case = path case "config.published-style.json"
 let tinyMoe (hidden: int) (experts: int) =
     Model.Of(fun m ids ->
         let x = m.Embedding("embed", ids, 64, hidden)
-        let x = x + m.Scope("attn", fun s -> Attention.Mla(s, s.RmsNorm("norm", x), heads = 4, kvLora = 32))
-        let x = x + m.Scope("moe", fun s -> Experts.Moe(s, s.RmsNorm("norm", x), experts, topK = 2, ffn = 64))
+
+        let x =
+            x
+            + m.Scope("attn", fun s -> Attention.Mla(s, s.RmsNorm("norm", x), heads = 4, kvLora = 32))
+
+        let x =
+            x
+            + m.Scope("moe", fun s -> Experts.Moe(s, s.RmsNorm("norm", x), experts, topK = 2, ffn = 64))
+
         m.Linear("head", m.RmsNorm("norm", x), struct ("vocab", 64)))
 
 let private own =
@@ -62,20 +68,40 @@ let private units =
 
         for node in graph.Nodes do
             for v in node.Inputs do
-                Expect.isTrue (source v || part v <= node.Origin.Unit) $"%s{node.Origin.Path} reads later %O{part v}"
+                Expect.isTrue
+                    (source v || part v <= node.Origin.Unit)
+                    $"%s{node.Origin.Path} reads later %O{part v}"
 
         Expect.equal
-            (graph.Nodes |> Array.map _.Origin.Unit |> Array.distinct |> Array.sort |> Array.map string |> List.ofArray)
-            [ "shared"; "embed"; "layer.0"; "layer.1"; "layer.2"; "layer.3"; "mtp.0"; "head" ]
+            (graph.Nodes
+             |> Array.map _.Origin.Unit
+             |> Array.distinct
+             |> Array.sort
+             |> Array.map string
+             |> List.ofArray)
+            [
+                "shared"
+                "embed"
+                "layer.0"
+                "layer.1"
+                "layer.2"
+                "layer.3"
+                "mtp.0"
+                "head"
+            ]
             "units"
 
-        let final = graph.Nodes |> Array.find (fun n -> n.Origin.Path = "model" && n.Op.IsRmsNorm)
+        let final =
+            graph.Nodes |> Array.find (fun n -> n.Origin.Path = "model" && n.Op.IsRmsNorm)
+
         Expect.equal final.Origin.Unit (ModelUnit.Layer 3) "the final norm is with the last layer"
 
         Expect.equal
             (graph.Outputs |> Array.map fst |> Array.sort |> List.ofArray)
             [
-                yield! [ for l in 1..4 -> $"count:model.layers.%i{l}.mlp.gate.e_score_correction_bias" ]
+                yield! [
+                    for l in 1..4 -> $"count:model.layers.%i{l}.mlp.gate.e_score_correction_bias"
+                ]
                 "loss"
                 "metric:loss"
                 "metric:mtp_loss"
@@ -100,7 +126,10 @@ let private differentiates =
                 ]
 
                 let gradients =
-                    joint.Outputs |> Array.map fst |> Array.filter (fun n -> n.StartsWith "grad:") |> Array.distinct
+                    joint.Outputs
+                    |> Array.map fst
+                    |> Array.filter (fun n -> n.StartsWith "grad:")
+                    |> Array.distinct
 
                 Expect.equal (List.sort (List.ofArray gradients)) (List.sort trained) "gradients"
 
@@ -131,16 +160,28 @@ let private refused =
     testCase "a config.json that is not legal is told by code and field"
     <| fun () ->
         let text = File.ReadAllText(published "v3_tiny_yarn")
-        let changed (from: string) (into: string) () = ConfigJson.Parse(text.Replace(from, into))
+
+        let changed (from: string) (into: string) () =
+            ConfigJson.Parse(text.Replace(from, into))
+
         Expect.equal (codes (fun () -> ConfigJson.Read "nowhere")) [ Codes.ConfigUnreadable ] "missing"
         Expect.equal (codes (fun () -> ConfigJson.Parse "[1]")) [ Codes.ConfigUnreadable ] "no object"
         Expect.equal (codes (fun () -> ConfigJson.Parse "{")) [ Codes.ConfigUnreadable ] "no JSON"
-        Expect.equal (codes (changed "\"hidden_size\": 64" "\"hidden_size\": \"x\"")) [ Codes.ConfigUnreadable ] "type"
+
+        Expect.equal
+            (codes (changed "\"hidden_size\": 64" "\"hidden_size\": \"x\""))
+            [ Codes.ConfigUnreadable ]
+            "type"
+
         Expect.equal (codes (changed "\"hidden_size\": 64," "")) [ Codes.ConfigUnreadable ] "absent"
         Expect.equal (codes (changed "sigmoid" "softmax")) [ Codes.ConfigUnsupported ] "scores"
         Expect.equal (codes (changed "\"yarn\"" "\"linear\"")) [ Codes.ConfigUnsupported ] "rope"
         Expect.equal (codes (changed "\"n_group\": 4" "\"n_group\": 5")) [ Codes.ConfigIllegal ] "groups"
-        Expect.equal (codes (changed "\"num_experts_per_tok\": 4" "\"num_experts_per_tok\": 9")) [ Codes.ConfigIllegal ] "top-k"
+
+        Expect.equal
+            (codes (changed "\"num_experts_per_tok\": 4" "\"num_experts_per_tok\": 9"))
+            [ Codes.ConfigIllegal ]
+            "top-k"
 
 let private mistakes =
     testCase "an illegal configuration or batch is refused at the declaration, every mistake at once"
@@ -189,11 +230,16 @@ let private gathers =
         use case = load "v3_tiny_mtp" 1 8
 
         for entry in case.Map.Entries do
-            for struct (tensor, _, values) in case.Map.Scatter(entry.Parameter, parameter case entry.Parameter) do
+            for struct (tensor, _, values) in
+                case.Map.Scatter(entry.Parameter, parameter case entry.Parameter) do
                 Expect.equal values (case.Weights.ReadFloat32 tensor) tensor
 
         let short = Func<string, float32[]>(fun _ -> Array.zeroCreate 3)
-        Expect.equal (codes (fun () -> case.Map.Gather("lm_head.weight", short))) [ Codes.WeightsMismatch ] "size"
+
+        Expect.equal
+            (codes (fun () -> case.Map.Gather("lm_head.weight", short)))
+            [ Codes.WeightsMismatch ]
+            "size"
 
 let tests =
     testList "declarations" [

@@ -27,23 +27,37 @@ let private inputs (case: Case) =
         match node.Op with
         | Op.Input(name, t) when t.Rank > 0 ->
             let x = tensor (Array.map float32 (input case name)) t.Extents
-            values[name] <- if t.DType.IsFloat then x else x.to_type torch.ScalarType.Int64
+
+            values[name] <-
+                if t.DType.IsFloat then
+                    x
+                else
+                    x.to_type torch.ScalarType.Int64
         | _other -> ()
 
     values :> IReadOnlyDictionary<string, torch.Tensor>
 
 /// Losses by metric, and gradients, of a plan's forward and backward pass.
 let private run (case: Case) (recipe: Recipe) (check: Trainer -> unit) =
-    let plan = case.Model.Compile(recipe.WithName("golden").WithBatch(case.Batch, case.Batch / Compilation.Mesh(recipe).Data, case.SeqLength))
+    let plan =
+        case.Model.Compile(
+            recipe
+                .WithName("golden")
+                .WithBatch(case.Batch, case.Batch / Compilation.Mesh(recipe).Data, case.SeqLength)
+        )
+
     let extents = Dictionary<string, IReadOnlyList<int>>()
 
     for p in plan.Parameters do
         extents[p.Name] <- p.Extents
 
-    let weight name : torch.Tensor | null = tensor (parameter case name) extents[name]
+    let weight name : torch.Tensor | null =
+        tensor (parameter case name) extents[name]
 
     task {
-        use! trainer = Trainer.StartAsync(plan, TrainerOptions(Weights = Func<string, torch.Tensor | null> weight))
+        use! trainer =
+            Trainer.StartAsync(plan, TrainerOptions(Weights = Func<string, torch.Tensor | null> weight))
+
         do! trainer.ForwardBackwardAsync([| inputs case |], null, CancellationToken.None)
         check trainer
     }
@@ -72,22 +86,30 @@ let private golden name seqLength (losses: (string * string) list) how (recipe: 
 let private plain = [ "metric:loss", "loss" ]
 let private multi = [ "metric:loss", "main_loss"; "metric:mtp_loss", "mtp_loss" ]
 let private one = Recipe.Default.WithParallelism(1, 1, 1, 1)
-let private eight = Recipe.Default.WithParallelism(tensor = 2, pipeline = 2, expert = 2, data = 2)
+
+let private eight =
+    Recipe.Default.WithParallelism(tensor = 2, pipeline = 2, expert = 2, data = 2)
 
 /// Sequences that count on from a start of their own.
 type private Counting(rows: int, columns: int, vocab: int) =
     interface IBatchSource with
         member _.Get step =
-            let token i = int64 ((int step * 7 + i / columns * 5 + i % columns) % vocab)
+            let token i =
+                int64 ((int step * 7 + i / columns * 5 + i % columns) % vocab)
+
             TrainingBatch(rows, columns, Array.init (rows * columns) token)
 
 /// Losses of the first steps of training.
 let private losses (model: Model) (vocab: int) (recipe: Recipe) =
     let plan = model.Compile recipe
-    let batches = Counting(recipe.GlobalBatch, recipe.SeqLength + model.ExtraTokens, vocab)
+
+    let batches =
+        Counting(recipe.GlobalBatch, recipe.SeqLength + model.ExtraTokens, vocab)
 
     task {
-        use! trainer = Trainer.StartAsync(plan, TrainerOptions(Batches = batches, LearningRate = LearningRate(1e-2)))
+        use! trainer =
+            Trainer.StartAsync(plan, TrainerOptions(Batches = batches, LearningRate = LearningRate(1e-2)))
+
         let seen = List<float>()
         let steps = trainer.RunAsync(4L).GetAsyncEnumerator()
 
@@ -122,7 +144,12 @@ let tests =
         golden "v3_tiny_yarn" 96 plain "one rank" one
         golden "v3_tiny_mtp" 80 multi "one rank" one
         golden "v3_tiny_mtp" 80 multi "eight ranks" eight
-        golden "v3_tiny_plain" 96 plain "four tensor and expert parallel ranks" (Recipe.Default.WithParallelism(4, 1, 4, 1))
+        golden
+            "v3_tiny_plain"
+            96
+            plain
+            "four tensor and expert parallel ranks"
+            (Recipe.Default.WithParallelism(4, 1, 4, 1))
         agrees "deepseek_v3_tiny" (DeepSeekV3 Presets.Tiny) 256 (Recipes.Tiny.Recipe.WithBatch(8, 1, 32)) [
             "eight ranks", Recipes.Tiny.Recipe.WithBatch(8, 1, 32)
         ]
