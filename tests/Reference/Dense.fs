@@ -143,7 +143,9 @@ module Dense =
         let letters = rule.Factors.Length
 
         // by strides instead of indices: this loop is where an evaluation's time goes
-        let stride (extents: int[]) (dim: int) = if dim < 0 then 0 else (strides extents)[dim]
+        let stride (extents: int[]) (dim: int) =
+            if dim < 0 then 0 else (strides extents)[dim]
+
         let into = rule.Factors |> Array.map (fun f -> stride extents f.Results[result])
 
         let from =
