@@ -5,6 +5,11 @@ namespace DeepSeekGraph.Models;
 /// Checks of DeepSeekV3Config; DSG0701.
 public static class ConfigCheck
 {
+    // Far beyond any model, so that a damaged file neither overflows a product of two sizes nor declares for ever.
+    private const int MostWide = 1 << 20;
+    private const int MostNarrow = 1 << 14;
+    private const int MostLayers = 1 << 10;
+
     /// Every mistake of a configuration; empty for a legal one.
     public static IReadOnlyList<Diagnostic> Check(DeepSeekV3Config c, string source = "config")
     {
@@ -15,21 +20,22 @@ public static class ConfigCheck
                 found.Add(new Diagnostic(Codes.ConfigIllegal, $"{source}, {field}", message, help));
         }
 
-        void AtLeast(int least, int value, string field)
-            => Require(value >= least, field, $"{field} is {value}", $"give {least} or more");
+        void Within(int least, int most, int value, string field)
+            => Require(
+                value >= least && value <= most, field, $"{field} is {value}", $"give a number from {least} to {most}");
 
-        AtLeast(1, c.VocabSize, "vocab_size");
-        AtLeast(1, c.HiddenSize, "hidden_size");
-        AtLeast(1, c.NumHiddenLayers, "num_hidden_layers");
-        AtLeast(1, c.NumAttentionHeads, "num_attention_heads");
-        AtLeast(0, c.QLoraRank, "q_lora_rank");
-        AtLeast(1, c.KvLoraRank, "kv_lora_rank");
-        AtLeast(1, c.QkNopeHeadDim, "qk_nope_head_dim");
-        AtLeast(2, c.QkRopeHeadDim, "qk_rope_head_dim");
-        AtLeast(1, c.VHeadDim, "v_head_dim");
-        AtLeast(1, c.IntermediateSize, "intermediate_size");
-        AtLeast(0, c.FirstKDenseReplace, "first_k_dense_replace");
-        AtLeast(0, c.NumNextnPredictLayers, "num_nextn_predict_layers");
+        Within(1, MostWide, c.VocabSize, "vocab_size");
+        Within(1, MostWide, c.HiddenSize, "hidden_size");
+        Within(1, MostLayers, c.NumHiddenLayers, "num_hidden_layers");
+        Within(1, MostNarrow, c.NumAttentionHeads, "num_attention_heads");
+        Within(0, MostWide, c.QLoraRank, "q_lora_rank");
+        Within(1, MostWide, c.KvLoraRank, "kv_lora_rank");
+        Within(1, MostNarrow, c.QkNopeHeadDim, "qk_nope_head_dim");
+        Within(2, MostNarrow, c.QkRopeHeadDim, "qk_rope_head_dim");
+        Within(1, MostNarrow, c.VHeadDim, "v_head_dim");
+        Within(1, MostWide, c.IntermediateSize, "intermediate_size");
+        Within(0, int.MaxValue, c.FirstKDenseReplace, "first_k_dense_replace");
+        Within(0, MostLayers, c.NumNextnPredictLayers, "num_nextn_predict_layers");
         Require(
             c.QkRopeHeadDim % 2 == 0,
             "qk_rope_head_dim",
@@ -41,37 +47,57 @@ public static class ConfigCheck
             $"rope_theta is {c.RopeTheta}",
             "give a number above 1, usually 10000");
         Require(
-            c.RmsNormEps > 0 && c.InitializerRange > 0,
+            IsPositive(c.RmsNormEps) && IsPositive(c.InitializerRange),
             "rms_norm_eps",
             $"rms_norm_eps is {c.RmsNormEps} and initializer_range is {c.InitializerRange}",
             "give positive numbers");
+        Require(
+            double.IsFinite(c.RoutedScalingFactor) && double.IsFinite(c.MtpLossScalingFactor)
+                && double.IsFinite(c.BiasUpdateSpeed),
+            "routed_scaling_factor",
+            $"routed_scaling_factor is {c.RoutedScalingFactor}, the weight of multi-token losses "
+                + $"{c.MtpLossScalingFactor}, the speed of the router's bias {c.BiasUpdateSpeed}",
+            "give finite numbers");
         if (c.RopeScaling is { } yarn)
         {
             Require(
-                yarn.Factor >= 1 && yarn.OriginalMaxPositionEmbeddings >= 1,
+                yarn.Factor >= 1 && double.IsFinite(yarn.Factor) && yarn.OriginalMaxPositionEmbeddings >= 1,
                 "rope_scaling",
                 $"factor is {yarn.Factor} and original_max_position_embeddings is {yarn.OriginalMaxPositionEmbeddings}",
                 "give 1 or more for both");
+            Require(
+                IsPositive(yarn.BetaFast) && IsPositive(yarn.BetaSlow) && yarn.BetaSlow <= yarn.BetaFast,
+                "rope_scaling",
+                $"beta_slow is {yarn.BetaSlow}, beta_fast is {yarn.BetaFast}",
+                "give positive numbers, the slow one no larger; usually 1 and 32");
+            Require(
+                yarn.Mscale >= 0 && double.IsFinite(yarn.Mscale)
+                    && yarn.MscaleAllDim >= 0 && double.IsFinite(yarn.MscaleAllDim),
+                "rope_scaling",
+                $"mscale is {yarn.Mscale} and mscale_all_dim is {yarn.MscaleAllDim}",
+                "give 0 or more for both; usually 1");
         }
 
         if (c.FirstKDenseReplace < c.NumHiddenLayers || c.NumNextnPredictLayers > 0)
         {
-            AtLeast(1, c.MoeIntermediateSize, "moe_intermediate_size");
-            AtLeast(0, c.NSharedExperts, "n_shared_experts");
-            CheckRouter(c, AtLeast, Require);
+            Within(1, MostWide, c.MoeIntermediateSize, "moe_intermediate_size");
+            Within(0, MostLayers, c.NSharedExperts, "n_shared_experts");
+            CheckRouter(c, Within, Require);
         }
 
         return found;
     }
 
+    private static bool IsPositive(double value) => value > 0 && double.IsFinite(value);
+
     private static void CheckRouter(
-        DeepSeekV3Config c, Action<int, int, string> atLeast, Action<bool, string, string, string> require)
+        DeepSeekV3Config c, Action<int, int, int, string> within, Action<bool, string, string, string> require)
     {
-        atLeast(1, c.NRoutedExperts, "n_routed_experts");
-        atLeast(1, c.NGroup, "n_group");
-        atLeast(1, c.TopkGroup, "topk_group");
-        atLeast(1, c.NumExpertsPerTok, "num_experts_per_tok");
-        if (c.NRoutedExperts < 1 || c.NGroup < 1)
+        within(1, MostNarrow, c.NRoutedExperts, "n_routed_experts");
+        within(1, MostNarrow, c.NGroup, "n_group");
+        within(1, MostNarrow, c.TopkGroup, "topk_group");
+        within(1, MostNarrow, c.NumExpertsPerTok, "num_experts_per_tok");
+        if (c.NRoutedExperts is < 1 or > MostNarrow || c.NGroup is < 1 or > MostNarrow)
             return;
 
         var divisors = Enumerable.Range(1, c.NRoutedExperts).Where(n => c.NRoutedExperts % n == 0);

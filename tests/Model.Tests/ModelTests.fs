@@ -183,6 +183,41 @@ let private refused =
             [ Codes.ConfigIllegal ]
             "top-k"
 
+/// Fields of a legal file, each replaced by what does not belong there.
+let private hostile =
+    testCase "no value in a config.json ends in anything but a diagnostic or a model"
+    <| fun () ->
+        let values = [
+            "-1"
+            "0"
+            "3"
+            "2147483647"
+            "1e300"
+            "1e999"
+            "0.5"
+            "\"x\""
+            "null"
+            "true"
+            "[]"
+            "{}"
+        ]
+
+        for style in [ "config.json"; "config.published-style.json" ] do
+            let lines = File.ReadAllLines(path "v3_tiny_yarn" style)
+
+            for n in 0 .. lines.Length - 1 do
+                match lines[n].IndexOf "\": " with
+                | -1 -> ()
+                | at when lines[n].EndsWith '{' -> ignore at
+                | at ->
+                    for value in values do
+                        let comma = if lines[n].EndsWith ',' then "," else ""
+                        let changed = lines[n].Substring(0, at + 3) + value + comma
+                        let text = lines |> Array.updateAt n changed |> String.concat "\n"
+
+                        codes (fun () -> DeepSeekV3(ConfigJson.Parse text).Declare(1, 4))
+                        |> List.iter (fun code -> Expect.stringStarts code "DSG" changed)
+
 let private mistakes =
     testCase "an illegal configuration or batch is refused at the declaration, every mistake at once"
     <| fun () ->
@@ -251,6 +286,7 @@ let tests =
         flops
         configs
         refused
+        hostile
         mistakes
         weights
         gathers
