@@ -183,3 +183,15 @@ module Codes =
     /// Experts are split over mesh axes that do not split tokens.
     [<Literal>]
     let RowsLayout = "DSG0394"
+
+    /// The command line has an option, verb or word that is not known.
+    [<Literal>]
+    let UnknownOption = "DSG0901"
+
+    /// The value of an option is not one it takes.
+    [<Literal>]
+    let OptionValue = "DSG0902"
+
+    /// A plan has more ranks, or needs more memory, than this machine can run.
+    [<Literal>]
+    let JobTooLarge = "DSG0903"
