@@ -1,0 +1,123 @@
+// The options that say what is compiled: recipe, degrees of parallelism, batch and precision.
+
+using System.CommandLine;
+
+namespace DeepSeekGraph.Cli;
+
+/// The choices as given; null where the recipe decides.
+internal sealed record JobChoices(string Recipe)
+{
+    public int? Tensor { get; init; }
+    public int? Pipeline { get; init; }
+    public int? Expert { get; init; }
+    public int? Data { get; init; }
+    public int? ExpertTensor { get; init; }
+    public int? Context { get; init; }
+    public string? Layout { get; init; }
+    public string? Schedule { get; init; }
+    public int? MicroBatch { get; init; }
+    public int? GlobalBatch { get; init; }
+    public int? SeqLength { get; init; }
+    public string? DType { get; init; }
+    public bool NoFuse { get; init; }
+    public string? Recompute { get; init; }
+}
+
+internal sealed class JobOptions
+{
+    public const string DefaultRecipe = "deepseek_v3_tiny";
+
+    private readonly Argument<string> _recipe = new("RECIPE")
+    {
+        Description = "A recipe of `dsg recipes`",
+        DefaultValueFactory = _ => DefaultRecipe,
+    };
+
+    private readonly Option<int?> _tensor = Number(
+        "--tp", "Tensor parallel degree; where any degree is given, the others are 1 and not the recipe's");
+
+    private readonly Option<int?> _pipeline = Number("--pp", "Pipeline parallel degree: stages");
+    private readonly Option<int?> _expert = Number("--ep", "Expert parallel degree");
+    private readonly Option<int?> _data = Number(
+        "--dp", "Data parallel degree; beside others, the smallest for which etp x ep divides tp x cp x dp");
+
+    private readonly Option<int?> _expertTensor = Number("--etp", "Tensor parallel degree of the experts");
+    private readonly Option<int?> _context = Number("--cp", "Context parallel degree");
+
+    private readonly Option<string?> _layout = new("--layout")
+    {
+        HelpName = "LAYOUT",
+        Description = "What each stage holds, such as 'Et|t|t|tmL': E embedding, t layer, m MTP, L head; "
+            + "without, cut by cost",
+    };
+
+    private readonly Option<string?> _schedule = new("--schedule")
+    {
+        HelpName = "1F1B|GPipe",
+        Description = "Order of the microbatches in the pipeline",
+    };
+
+    private readonly Option<int?> _microBatch = Number(
+        "--micro-batch", "Sequences of a microbatch on one data parallel rank");
+
+    private readonly Option<int?> _globalBatch = Number("--global-batch", "Sequences of a step, over all ranks");
+    private readonly Option<int?> _seqLength = Number("--seq-length", "Tokens of a sequence");
+
+    private readonly Option<string?> _dtype = new("--dtype")
+    {
+        HelpName = "auto|fp32|bf16",
+        Description = "What matrices are multiplied in; "
+            + "auto: what this machine multiplies faster, by a short probe",
+    };
+
+    private readonly Option<bool> _noFuse = new("--no-fuse")
+    {
+        Description = "Leave RoPE, permute and unpermute as primitive ops, to compare",
+    };
+
+    private readonly Option<string?> _recompute = new("--recompute")
+    {
+        HelpName = "core_attn",
+        Description = "Compute these again in the backward pass instead of keeping them",
+    };
+
+    public void AddTo(Command command)
+    {
+        command.Add(_recipe);
+        foreach (var option in (Option[])[
+            _tensor, _pipeline, _expert, _data, _expertTensor, _context, _layout, _schedule,
+            _microBatch, _globalBatch, _seqLength, _dtype, _noFuse, _recompute])
+            command.Add(option);
+    }
+
+    public JobChoices Read(ParseResult parse) => new(parse.GetValue(_recipe)!)
+    {
+        Tensor = Degree(parse, _tensor),
+        Pipeline = Degree(parse, _pipeline),
+        Expert = Degree(parse, _expert),
+        Data = Degree(parse, _data),
+        ExpertTensor = Degree(parse, _expertTensor),
+        Context = Degree(parse, _context),
+        Layout = parse.GetValue(_layout),
+        Schedule = parse.GetValue(_schedule),
+        MicroBatch = parse.GetValue(_microBatch),
+        GlobalBatch = parse.GetValue(_globalBatch),
+        SeqLength = parse.GetValue(_seqLength),
+        DType = parse.GetValue(_dtype),
+        NoFuse = parse.GetValue(_noFuse),
+        Recompute = parse.GetValue(_recompute),
+    };
+
+    public static Option<int?> Number(string name, string description)
+        => new(name) { HelpName = "N", Description = description };
+
+    /// A recipe takes 0 for a degree that is not given; on the command line it is a mistake.
+    private static int? Degree(ParseResult parse, Option<int?> option)
+        => parse.GetValue(option) is { } degree && degree < 1
+            ? throw DiagnosticException.Of(
+                Codes.MeshDegree,
+                option.Name,
+                $"the degree '{option.Name}' is {degree}; a degree is at least 1",
+                $"give a positive '{option.Name}', or leave it out")
+            : parse.GetValue(option);
+}

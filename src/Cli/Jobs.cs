@@ -1,0 +1,100 @@
+// From choices to a checked plan: the recipe, changed as the command line says, compiled.
+
+using DeepSeekGraph.Compiler;
+using DeepSeekGraph.Models;
+using DeepSeekGraph.Runtime;
+
+namespace DeepSeekGraph.Cli;
+
+internal static class Jobs
+{
+    /// The plan of a job, checked; says which element type was measured to be faster where that was asked for.
+    public static PlanSet Compile(JobChoices choices)
+    {
+        var named = Named(choices.Recipe);
+        var job = named with { Recipe = Change(named.Recipe, choices) };
+        var plan = job.Compile();
+        Check(plan, $"recipe {job.Name}");
+        return plan;
+    }
+
+    /// The recipe, or DSG0706 with the nearest names first.
+    public static NamedRecipe Named(string name)
+        => Recipes.All.FirstOrDefault(recipe => recipe.Name == name) ?? throw DiagnosticException.Of(
+            Codes.UnknownModel,
+            "RECIPE",
+            $"there is no recipe '{name}'",
+            Nearest.Help(name, Recipes.All.Select(recipe => recipe.Name)));
+
+    /// Throws what is wrong with a plan.
+    public static void Check(PlanSet plan, string source)
+    {
+        if (Compiler.Check.run(plan) is { IsEmpty: false } wrong)
+        {
+            throw new DiagnosticException(
+                [.. wrong.Select(d => new Diagnostic(d.Code, $"{source}, {d.At}", d.Message, d.Help))]);
+        }
+    }
+
+    private static Recipe Change(Recipe recipe, JobChoices choices)
+    {
+        int?[] degrees =
+            [choices.Tensor, choices.Pipeline, choices.Expert, choices.Data, choices.ExpertTensor, choices.Context];
+        if (degrees.Any(degree => degree is not null))
+        {
+            // the recipe's layout was made for its own number of stages
+            recipe = recipe
+                .WithParallelism(choices.Tensor ?? 0, choices.Pipeline ?? 0, choices.Expert ?? 0, choices.Data ?? 0)
+                .WithExpertTensorParallel(choices.ExpertTensor ?? 0)
+                .WithContextParallel(choices.Context ?? 0)
+                .WithLayout("");
+        }
+
+        if (choices.Layout is { } layout)
+            recipe = recipe.WithLayout(layout);
+        if (choices.Schedule is { } schedule)
+            recipe = recipe.WithSchedule(ScheduleOf(schedule));
+        if (choices.NoFuse)
+            recipe = recipe.WithFusion(false);
+        if (choices.Recompute is { } recompute)
+            recipe = recipe.WithRecompute(recompute.Split(',', StringSplitOptions.RemoveEmptyEntries));
+        return recipe
+            .WithBatch(
+                choices.GlobalBatch ?? recipe.GlobalBatch,
+                choices.MicroBatch ?? recipe.MicroBatch,
+                choices.SeqLength ?? recipe.SeqLength)
+            .WithDType(DTypeOf(choices.DType, recipe));
+    }
+
+    private static Schedule ScheduleOf(string name)
+        => Schedule.All.FirstOrDefault(s => s.Name.Equals(name, StringComparison.OrdinalIgnoreCase))
+            ?? throw DiagnosticException.Of(
+                Codes.ScheduleName,
+                "--schedule",
+                $"there is no schedule '{name}'",
+                Nearest.Help(name, Schedule.All.Select(s => s.Name)));
+
+    /// Without a choice: bf16 where the recipe says so, else what is faster here.
+    private static DType DTypeOf(string? name, Recipe recipe)
+    {
+        switch (name)
+        {
+            case "fp32":
+                return DType.Float32;
+            case "bf16":
+                return DType.BFloat16;
+            case null when recipe.DType.IsBFloat16:
+                return recipe.DType;
+            case null or "auto":
+                var faster = DTypeProbe.Faster;
+                Console.WriteLine($"dtype auto: {faster.Name}, by a probe of this machine's matrix products");
+                return faster;
+            default:
+                throw DiagnosticException.Of(
+                    Codes.OptionValue,
+                    "--dtype",
+                    $"there is no dtype '{name}'",
+                    Nearest.Help(name, ["auto", "fp32", "bf16"]));
+        }
+    }
+}

@@ -1,0 +1,93 @@
+// Diagnostics and tables: colours and frames on a terminal, plain text elsewhere.
+
+using System.Runtime.CompilerServices;
+using System.Text;
+using Spectre.Console;
+using Cell = Spectre.Console.Text;
+
+namespace DeepSeekGraph.Cli;
+
+internal static class Render
+{
+    /// More would hide the first, which often is the cause of the others.
+    private const int MostFindings = 4;
+
+    /// A person looks at the output: not a file or pipe, and not told to be plain.
+    public static bool IsTerminal { get; } = !Console.IsOutputRedirected && Fancy;
+
+    private static bool Fancy => Environment.GetEnvironmentVariable("TERM") is { Length: > 0 } and not "dumb"
+        && string.IsNullOrEmpty(Environment.GetEnvironmentVariable("NO_COLOR"));
+
+    /// On the error stream, one for each code: further findings of a code follow its first.
+    public static void Diagnostics(IReadOnlyList<Diagnostic> diagnostics)
+    {
+        foreach (var same in diagnostics.Distinct().GroupBy(d => d.Code))
+        {
+            var (first, others) = (same.First(), same.Skip(1).ToArray());
+            var also = others.Take(MostFindings).Select(d => d.At == first.At ? d.Message : $"{d.Message} (at {d.At})");
+            if (others.Length > MostFindings)
+                also = also.Append($"{others.Length - MostFindings} more");
+            Write(first, also);
+        }
+    }
+
+    public static void Diagnostic(string code, string at, string message, string help)
+        => Write(new Diagnostic(code, at, message, help), []);
+
+    private static void Write(Diagnostic diagnostic, IEnumerable<string> also)
+    {
+        var text = diagnostic.ToString();
+        if (!Console.IsErrorRedirected && Fancy)
+            text = $"\e[1;31m{text[..5]}\e[0m{text[5..]}";
+        Console.Error.WriteLine(text);
+        foreach (var finding in also)
+            Console.Error.WriteLine($"  also {finding}");
+        Console.Error.WriteLine($"  see  dsg explain {diagnostic.Code}");
+    }
+
+    /// Names on the left, values on the right.
+    public static void Pairs(IEnumerable<(string Name, string Value)> pairs)
+    {
+        var all = pairs.ToArray();
+        var width = all.Max(pair => pair.Name.Length);
+        foreach (var (name, value) in all)
+            Console.WriteLine($"  {name.PadRight(width)}  {value}");
+    }
+
+    /// The first column to the left, the others to the right.
+    public static void Table(IReadOnlyList<string> head, IReadOnlyList<IReadOnlyList<string>> rows)
+    {
+        if (IsTerminal)
+            Framed(head, rows);
+        else
+            Console.Write(Plain(head, rows));
+    }
+
+    internal static string Plain(IReadOnlyList<string> head, IReadOnlyList<IReadOnlyList<string>> rows)
+    {
+        var widths = head.Select((title, i) => rows.Select(row => row[i].Length).Append(title.Length).Max()).ToArray();
+        var text = new StringBuilder();
+        foreach (var row in rows.Prepend(head))
+        {
+            var cells = row.Select((cell, i) => i == 0 ? cell.PadRight(widths[i]) : cell.PadLeft(widths[i]));
+            text.Append("  ").AppendLine(string.Join("  ", cells).TrimEnd());
+        }
+
+        return text.ToString();
+    }
+
+    [MethodImpl(MethodImplOptions.NoInlining)]
+    private static void Framed(IReadOnlyList<string> head, IReadOnlyList<IReadOnlyList<string>> rows)
+    {
+        var table = new Table { Border = TableBorder.Rounded };
+        for (var i = 0; i < head.Count; i++)
+        {
+            var column = new TableColumn(new Cell(head[i], new Style(decoration: Decoration.Bold)));
+            table.AddColumn(i == 0 ? column : column.RightAligned());
+        }
+
+        foreach (var row in rows)
+            table.AddRow(row.Select(cell => new Cell(cell)));
+        AnsiConsole.Write(table);
+    }
+}

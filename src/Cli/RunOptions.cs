@@ -1,0 +1,83 @@
+// The options that say how a plan is run: steps, data, seed, learning rate and where results go.
+
+using System.CommandLine;
+
+namespace DeepSeekGraph.Cli;
+
+/// The choices as given; null where the recipe decides.
+internal sealed record RunChoices
+{
+    public int? Steps { get; init; }
+    public string? Data { get; init; }
+    public string? Out { get; init; }
+    public ulong Seed { get; init; }
+    public double? LearningRate { get; init; }
+}
+
+internal sealed class RunOptions
+{
+    private const ulong DefaultSeed = 1234;
+
+    private readonly Option<int?> _steps = JobOptions.Number(
+        "--steps", "Optimizer steps; without, about a minute's for deepseek_v3_tiny on 2 cores");
+
+
+    private readonly Option<string?> _data = new("--data")
+    {
+        HelpName = "PATH",
+        Description = "Text to train on: .txt, .jsonl or .nvjsonl ({\"text\": ...}), or a folder of them; "
+            + "without, the reference documentation that .NET SDKs install",
+    };
+
+    private readonly Option<string?> _out = new("--out")
+    {
+        HelpName = "DIR",
+        Description = "New or empty folder for metrics.jsonl, plan and loss curve; "
+            + "without, the next of runs/0001, runs/0002, ...",
+    };
+
+    private readonly Option<ulong> _seed = new("--seed")
+    {
+        HelpName = "N",
+        Description = "Of initial weights and of the order of the data",
+        DefaultValueFactory = _ => DefaultSeed,
+    };
+
+    private readonly Option<double?> _learningRate = new("--lr")
+    {
+        HelpName = "RATE",
+        Description = "Highest learning rate: warm-up over a tenth of the steps, then a cosine down to a tenth of it",
+    };
+
+    public void AddTo(Command command)
+    {
+        foreach (var option in (Option[])[_steps, _data, _out, _seed, _learningRate])
+            command.Add(option);
+    }
+
+    public RunChoices Read(ParseResult parse)
+    {
+        var (steps, rate) = (parse.GetValue(_steps), parse.GetValue(_learningRate));
+        if (steps < 1)
+            throw Wrong("--steps", $"{steps}", "give 1 or more");
+        if (rate is { } r && !(r >= 0 && double.IsFinite(r)))
+            throw Wrong("--lr", $"{r}", "give a number such as 0.001");
+        foreach (var path in (Option<string?>[])[_data, _out])
+        {
+            if (parse.GetValue(path) == "")
+                throw Wrong(path.Name, "", "give a path, or leave it out");
+        }
+
+        return new RunChoices
+        {
+            Steps = steps,
+            Data = parse.GetValue(_data),
+            Out = parse.GetValue(_out),
+            Seed = parse.GetValue(_seed),
+            LearningRate = rate,
+        };
+    }
+
+    private static DiagnosticException Wrong(string option, string value, string help)
+        => DiagnosticException.Of(Codes.OptionValue, option, $"'{value}' is no value for '{option}'", help);
+}

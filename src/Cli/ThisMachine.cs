@@ -1,0 +1,40 @@
+// What one machine can run: a plan whose ranks do not fit is refused before anything is allocated.
+
+using System.Globalization;
+
+namespace DeepSeekGraph.Cli;
+
+internal static class ThisMachine
+{
+    /// A rank is a thread with its own memory.
+    private const int MostRanks = 256;
+
+    /// Products of small models are over before a second thread has begun.
+    private const long WorthThreads = 100_000_000;
+
+    public static int Cores => Environment.ProcessorCount;
+
+    /// LibTorch threads of each rank; one as long as the model is small.
+    public static int ThreadsPerRank(PlanSet plan)
+        => Summary.Parameters(plan) < WorthThreads ? 1 : Math.Max(1, Cores / Summary.Ranks(plan));
+
+    /// DSG0903 unless all ranks of the plan fit into this process.
+    public static void RequireRoomFor(PlanSet plan)
+    {
+        var ranks = Summary.Ranks(plan);
+        var each = ranks / plan.Stages.Count;
+        var needed = plan.Memory.Sum(row => (double)row.Peak * each);
+        var present = (double)GC.GetGCMemoryInfo().TotalAvailableMemoryBytes;
+        if (ranks <= MostRanks && needed <= present)
+            return;
+
+        throw DiagnosticException.Of(
+            Codes.JobTooLarge,
+            $"recipe {Summary.Name(plan)}",
+            string.Create(
+                CultureInfo.InvariantCulture,
+                $"its {ranks} ranks hold {needed / 1e9:N1} GB;"
+                + $" this process runs up to {MostRanks} ranks in {present / 1e9:N1} GB"),
+            "`dsg compile` and `dsg check` need no such machine; to run, choose deepseek_v3_tiny or a smaller batch");
+    }
+}

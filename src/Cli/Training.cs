@@ -1,0 +1,110 @@
+// A run: all ranks of a plan in this process, step by step, with what is shown and saved meanwhile.
+
+using System.Globalization;
+using DeepSeekGraph.Runtime;
+using DeepSeekGraph.Runtime.Data;
+using DeepSeekGraph.Runtime.Telemetry;
+using DeepSeekGraph.Runtime.Training;
+
+namespace DeepSeekGraph.Cli;
+
+internal static class Training
+{
+    /// Nothing is written before plan, data and ranks are known to be good.
+    public static int Run(PlanSet plan, RunChoices choices)
+    {
+        using var signals = new StopSignals();
+        return RunAsync(plan, choices, signals).GetAwaiter().GetResult();
+    }
+
+    private static async Task<int> RunAsync(PlanSet plan, RunChoices choices, StopSignals signals)
+    {
+        ThisMachine.RequireRoomFor(plan);
+        RefuseUsed(choices.Out);
+        var steps = choices.Steps ?? Defaults.StepsOf(Summary.Name(plan));
+        var rate = Defaults.RateOf(Summary.Name(plan), choices.LearningRate, steps);
+
+        var corpus = Corpus.Open(choices.Data);
+        Console.WriteLine($"data: {corpus}");
+        var options = new TrainerOptions
+        {
+            Batches = new SampledBatches(Sampler(plan, TokenStream.Of(corpus), choices.Seed)),
+            Seed = choices.Seed,
+            LearningRate = rate,
+            ThreadsPerRank = ThisMachine.ThreadsPerRank(plan),
+        };
+        Console.WriteLine(Heading(plan, steps, rate, choices.Seed));
+
+        var trainer = await Trainer.StartAsync(plan, options, CancellationToken.None).ConfigureAwait(false);
+        await using (trainer.ConfigureAwait(false))
+        {
+            var folder = RunFolder.Create(choices.Out);
+            signals.Arm();
+            PlanFile.Write(Path.Combine(folder, Files.Plan), plan);
+            var seen = await StepsAsync(trainer, steps, folder, signals.Token).ConfigureAwait(false);
+            Report.Print(new Outcome(plan, steps, seen, trainer.PeakBytes, folder));
+        }
+
+        return signals.ExitCodeOfSignal;
+    }
+
+    /// Trains until the last step or a signal; a line a step in metrics.jsonl.
+    private static async Task<IReadOnlyList<StepMetrics>> StepsAsync(
+        Trainer trainer, int steps, string folder, CancellationToken stop)
+    {
+        var seen = new List<StepMetrics>();
+        var progress = new Progress(steps);
+        using var metrics = new MetricsWriter(Path.Combine(folder, Files.Metrics));
+        try
+        {
+            await foreach (var step in trainer.RunAsync(steps, stop).ConfigureAwait(false))
+            {
+                metrics.Write(step);
+                seen.Add(step);
+                progress.Show(step);
+            }
+        }
+        catch (OperationCanceledException) when (stop.IsCancellationRequested)
+        {
+            // what was trained so far is the result
+        }
+        finally
+        {
+            progress.Close();
+        }
+
+        return seen;
+    }
+
+    private static BatchSampler Sampler(PlanSet plan, TokenStream tokens, ulong seed)
+    {
+        var columns = plan.Inputs.Single(input => input.Name == "tokens").Extents[1];
+        return new BatchSampler(
+            tokens, plan.Microbatches * plan.MicroBatch, plan.SeqLength, columns - plan.SeqLength, seed);
+    }
+
+    /// Before the work rather than after it; RunFolder has the words.
+    private static void RefuseUsed(string? folder)
+    {
+        if (File.Exists(folder) || (Directory.Exists(folder) && Directory.EnumerateFileSystemEntries(folder).Any()))
+            RunFolder.Create(folder);
+    }
+
+    private static string Heading(PlanSet plan, int steps, LearningRate rate, ulong seed)
+    {
+        var mesh = plan.Mesh;
+        return string.Create(
+            CultureInfo.InvariantCulture,
+            $"plan: {Summary.Name(plan)}, {Summary.Parameters(plan):N0} parameters on {Summary.Ranks(plan)} ranks"
+            + $" (TP {mesh.Tensor} x PP {mesh.Pipeline} x DP {mesh.Data}, EP {mesh.Expert}), {plan.Layout}\n"
+            + $"run: {steps} steps, learning rate {rate.Peak}, seed {seed}");
+    }
+}
+
+/// Names of what a run writes.
+internal static class Files
+{
+    public const string Metrics = "metrics.jsonl";
+    public const string Plan = "plan.txt";
+    public const string Curve = "loss.png";
+}
