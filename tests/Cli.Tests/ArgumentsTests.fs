@@ -1,0 +1,191 @@
+/// The command line: help without loading anything heavy, and mistakes that give one diagnostic.
+module DeepSeekGraph.Cli.Tests.ArgumentsTests
+
+open System
+open System.IO
+open Expecto
+open DeepSeekGraph.Cli
+open DeepSeekGraph.Cli.Tests
+
+let private diagnostics (text: string) =
+    text.Split '\n'
+    |> Array.filter _.StartsWith("error DSG", StringComparison.Ordinal)
+
+/// Exit code 1, one diagnostic of this code that names the words given, and an untouched folder.
+let private refused name code (words: string list) (arguments: string list) = test $"%s{name} is one %s{code}" {
+    Dsg.inFolder (fun folder ->
+        File.WriteAllText(Path.Combine(folder, "empty.txt"), "")
+        File.WriteAllText(Path.Combine(folder, "garbage.txt"), "no plan\n")
+        Directory.CreateDirectory(Path.Combine(folder, "used")) |> ignore
+        File.WriteAllText(Path.Combine(folder, "used", "file"), "x")
+        let text = Dsg.writeText folder
+
+        let before =
+            Directory.GetFileSystemEntries(folder, "*", SearchOption.AllDirectories)
+            |> Array.sort
+
+        let result = Dsg.run folder (arguments |> List.map _.Replace("TEXT", text))
+
+        let after =
+            Directory.GetFileSystemEntries(folder, "*", SearchOption.AllDirectories)
+            |> Array.sort
+
+        let found = diagnostics result.Error
+        Expect.equal (result.Code, found.Length) (1, 1) $"exit code and diagnostics in: %s{result.Error}"
+        Expect.stringStarts found[0] $"error %s{code}: " "code"
+        Expect.stringContains result.Error $"  see  dsg explain %s{code}" "where to read on"
+
+        for word in words do
+            Expect.stringContains result.Error word "what is said"
+
+        Expect.equal after before "files")
+}
+
+let tests =
+    testList "Arguments" [
+        test "help needs nothing but the command and its parser" {
+            Dsg.inFolder (fun folder ->
+                for file in [ "dsg.dll"; "dsg.runtimeconfig.json"; "System.CommandLine.dll" ] do
+                    File.Copy(Path.Combine(AppContext.BaseDirectory, file), Path.Combine(folder, file))
+
+                for arguments in
+                    [
+                        [ "--help" ]
+                        [ "pretrain"; "--help" ]
+                        [ "compile"; "-h" ]
+                        [ "recipes"; "show"; "-h" ]
+                    ] do
+                    let result =
+                        Dsg.start folder (Path.Combine(folder, "dsg.dll")) arguments |> Dsg.finish
+
+                    Expect.equal (result.Code, result.Error) (0, "") $"dsg %A{arguments}"
+                    Expect.stringContains result.Out "Usage:" "help text")
+        }
+
+        test "no command at all is wrong usage and prints the help" {
+            let result = Dsg.inFolder (fun folder -> Dsg.run folder [])
+            Expect.equal result.Code 2 "exit code"
+            Expect.stringContains result.Out "pretrain" "the commands"
+        }
+
+        refused "an unknown command" "DSG0901" [ "'pretrian'"; "choose from pretrain" ] [ "pretrian" ]
+        refused "an unknown option" "DSG0901" [ "'--stesp'"; "choose from --steps" ] [
+            "pretrain"
+            "--stesp"
+            "5"
+        ]
+        refused "a word too many" "DSG0901" [ "'b'" ] [ "show"; "a"; "b" ]
+        refused "a word for a number" "DSG0902" [ "at   --steps" ] [ "pretrain"; "--steps"; "many" ]
+        refused "no steps" "DSG0902" [ "at   --steps" ] [ "pretrain"; "--steps"; "0" ]
+        refused "a learning rate below zero" "DSG0902" [ "at   --lr" ] [ "pretrain"; "--lr"; "-1" ]
+
+        refused "an unknown recipe" "DSG0706" [ "'deepseek_v3_tinny'"; "choose from deepseek_v3_tiny" ] [
+            "pretrain"
+            "deepseek_v3_tinny"
+        ]
+
+        refused "an unknown dtype" "DSG0902" [ "at   --dtype"; "fp32" ] [ "pretrain"; "--dtype"; "fp8" ]
+        refused "an unknown schedule" "DSG0503" [ "1F1B" ] [ "pretrain"; "--schedule"; "2F2B" ]
+        refused "a degree of zero" "DSG0301" [ "'--tp' is 0" ] [ "pretrain"; "--tp"; "0" ]
+
+        refused "experts that do not nest" "DSG0302" [ "choose ep from 1 2" ] [
+            "pretrain"
+            "--ep"
+            "3"
+            "--dp"
+            "2"
+            "--dtype"
+            "fp32"
+        ]
+
+        refused "a tensor degree that does not divide" "DSG0391" [ "1 2 4" ] [
+            "pretrain"
+            "--tp"
+            "3"
+            "--dtype"
+            "fp32"
+        ]
+
+        refused "a layout with too few layers" "DSG0502" [ "1 layers (t)"; "for example" ] [
+            "pretrain"
+            "--pp"
+            "2"
+            "--layout"
+            "Et|mL"
+            "--dtype"
+            "fp32"
+        ]
+
+        refused "an unknown recomputation" "DSG0590" [ "core_attn" ] [
+            "pretrain"
+            "--recompute"
+            "all"
+            "--dtype"
+            "fp32"
+        ]
+        refused "missing data" "DSG0810" [ "nowhere" ] [ "pretrain"; "--data"; "nowhere"; "--dtype"; "fp32" ]
+        refused "empty data" "DSG0811" [ "empty.txt" ] [
+            "pretrain"
+            "--data"
+            "empty.txt"
+            "--dtype"
+            "fp32"
+        ]
+
+        refused "an output folder in use" "DSG0815" [ "'used'" ] [
+            "pretrain"
+            "--data"
+            "TEXT"
+            "--out"
+            "used"
+            "--dtype"
+            "fp32"
+        ]
+
+        refused "an unwritable output folder" "DSG0816" [ "/dev/null/x" ] [
+            "pretrain"
+            "--data"
+            "TEXT"
+            "--out"
+            "/dev/null/x"
+            "--dtype"
+            "fp32"
+        ]
+
+        refused "an unwritable plan file" "DSG0603" [ "/dev/null/x" ] [
+            "compile"
+            "--dtype"
+            "fp32"
+            "--out"
+            "/dev/null/x"
+        ]
+        refused "a plan file that is none" "DSG0601" [ "garbage.txt" ] [ "run"; "garbage.txt" ]
+        refused "showing a missing plan" "DSG0603" [ "nowhere" ] [ "show"; "nowhere" ]
+        refused "an unknown code" "DSG0902" [ "DSG0301" ] [ "explain"; "DSG030" ]
+
+        refused "a job for a cluster" "DSG0903" [ "1024 ranks" ] [ "pretrain"; "deepseek_v3_pretrain" ]
+
+        test "a code is explained" {
+            let result = Dsg.inFolder (fun folder -> Dsg.run folder [ "explain"; "dsg0301" ])
+            Expect.equal result.Code 0 "exit code"
+            Expect.stringStarts result.Out "# DSG0301" "the page"
+        }
+
+        test "recipes are listed and shown" {
+            Dsg.inFolder (fun folder ->
+                let all = Dsg.run folder [ "recipes" ]
+                let one = Dsg.run folder [ "recipes"; "show"; "deepseek_v3_pretrain" ]
+                Expect.stringContains all.Out "deepseek_v3_tiny" "list"
+                Expect.stringContains one.Out "NRoutedExperts" "model"
+                Expect.stringContains one.Out "pipeline" "recipe")
+        }
+
+        test "a swap of neighbours is nearer than another word" {
+            Expect.equal (Seq.head (Nearest.Names("--pt", [ "--ep"; "--tp"; "--pp" ]))) "--tp" "nearest"
+
+            Expect.equal
+                (Seq.head (Nearest.Names("pretrian", [ "run"; "check"; "pretrain" ])))
+                "pretrain"
+                "nearest"
+        }
+    ]

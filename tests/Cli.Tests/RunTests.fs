@@ -1,0 +1,183 @@
+/// Short runs end to end: what they write, that they repeat bit for bit, and that a signal ends them well.
+module DeepSeekGraph.Cli.Tests.RunTests
+
+open System
+open System.Diagnostics
+open System.IO
+open System.Text.Json
+open Expecto
+open DeepSeekGraph
+open DeepSeekGraph.Runtime.Telemetry
+open DeepSeekGraph.Cli.Tests
+
+let private small = [ "--dtype"; "fp32"; "--seq-length"; "32"; "--global-batch"; "4" ]
+
+let private metrics folder run =
+    MetricsFile.Read(Path.Combine(folder, run, "metrics.jsonl"))
+
+/// All that does not depend on the clock.
+let private numbers (steps: StepMetrics seq) = [
+    for s in steps -> s.Step, s.Loss, s.MtpLoss, s.Lr, s.GradNorm, s.Tokens
+]
+
+let private succeed folder arguments =
+    let result = Dsg.run folder arguments
+    Expect.equal (result.Code, result.Error) (0, "") $"dsg %A{arguments}: %s{result.Out}"
+    result.Out
+
+let tests =
+    testList "Run" [
+        test
+            "8 ranks: metrics, plan and curve are written; the same seed and the plan file repeat it bit for bit" {
+            Dsg.inFolder (fun folder ->
+                let data = Dsg.writeText folder
+                let out = succeed folder ([ "pretrain"; "--steps"; "3"; "--data"; data ] @ small)
+                let first = metrics folder "runs/0001"
+                Expect.equal first.Count 3 "steps"
+                Expect.isLessThan first[2].Loss first[0].Loss "loss falls"
+
+                let line =
+                    File.ReadLines(Path.Combine(folder, "runs/0001/metrics.jsonl")) |> Seq.head
+
+                use json = JsonDocument.Parse line
+
+                Expect.sequenceEqual
+                    [ for p in json.RootElement.EnumerateObject() -> p.Name ]
+                    [
+                        "step"
+                        "loss"
+                        "mtp_loss"
+                        "lr"
+                        "grad_norm"
+                        "tokens"
+                        "tokens_per_s"
+                        "seconds"
+                    ]
+                    "keys"
+
+                let png = File.ReadAllBytes(Path.Combine(folder, "runs/0001/loss.png"))
+                Expect.sequenceEqual png[1..3] "PNG"B "curve"
+                let plan = PlanFile.Read(Path.Combine(folder, "runs/0001/plan.txt"))
+
+                Expect.equal
+                    (plan.Mesh.Tensor, plan.Mesh.Pipeline, plan.Mesh.Data, plan.Mesh.Expert)
+                    (2, 2, 2, 2)
+                    "degrees"
+
+                for text in
+                    [
+                        "TP 2 x CP 1 x DP 2 x PP 2; experts ETP 1 x EP 2 x EDP 2"
+                        plan.Layout
+                        "peak predicted  peak measured"
+                        "show the plan, not speed"
+                        "./dsg pretrain deepseek_v3_tiny --tp 1 --pp 1 --ep 1 --dp 1"
+                        "loss first"
+                        "tokens/s"
+                    ] do
+                    Expect.stringContains out text "report"
+
+                succeed folder [
+                    "run"
+                    "runs/0001/plan.txt"
+                    "--steps"
+                    "3"
+                    "--data"
+                    data
+                    "--out"
+                    "again"
+                ]
+                |> ignore
+
+                Expect.equal (numbers (metrics folder "again")) (numbers first) "run PLAN"
+
+                succeed folder ([ "pretrain"; "--steps"; "3"; "--data"; data ] @ small)
+                |> ignore
+
+                Expect.equal
+                    (numbers (metrics folder "runs/0002"))
+                    (numbers first)
+                    "the same seed, the next folder"
+
+                succeed folder ([ "compile"; "--out"; "made.txt" ] @ small) |> ignore
+
+                Expect.equal
+                    (File.ReadAllText(Path.Combine(folder, "made.txt")))
+                    (File.ReadAllText(Path.Combine(folder, "runs/0001/plan.txt")))
+                    "compile writes the plan that pretrain runs"
+
+                Expect.stringContains (succeed folder [ "check"; "made.txt" ]) "8 ranks holds" "check"
+
+                Expect.stringContains
+                    (succeed folder [ "show"; "made.txt" ])
+                    "rows_to_experts"
+                    "show: experts exchange rows")
+        }
+
+        test "one rank says how to get eight" {
+            Dsg.inFolder (fun folder ->
+                let data = Dsg.writeText folder
+
+                let out =
+                    succeed
+                        folder
+                        ([ "pretrain"; "--steps"; "2"; "--tp"; "1"; "--data"; data; "--out"; "one" ]
+                         @ small)
+
+                Expect.stringContains out "TP 1 x CP 1 x DP 1 x PP 1" "degrees"
+                Expect.equal (metrics folder "one").Count 2 "steps")
+        }
+
+        test "a plan that was tampered with is refused" {
+            Dsg.inFolder (fun folder ->
+                let data = Dsg.writeText folder
+
+                succeed folder ([ "compile"; "--tp"; "1"; "--out"; "plan.txt" ] @ small)
+                |> ignore
+
+                let path = Path.Combine(folder, "plan.txt")
+                let lines = File.ReadAllLines path
+                File.WriteAllLines(path, [ for l in lines -> l.Replace("seq_length 32", "seq_length 31") ])
+                let result = Dsg.run folder [ "run"; "plan.txt"; "--data"; data ]
+                Expect.equal result.Code 1 "exit code"
+                Expect.stringContains result.Error "error DSG0603" "its hash does not fit"
+                Expect.isFalse (Directory.Exists(Path.Combine(folder, "runs"))) "nothing written")
+        }
+
+        test "the plan of 671B on 1024 ranks compiles and holds" {
+            Dsg.inFolder (fun folder ->
+                let out = succeed folder [ "compile"; "deepseek_v3_pretrain"; "--out"; "v3.txt" ]
+                Expect.stringContains out "1024 in 16 stages" "ranks"
+                Expect.stringContains out "682,636,487,424" "parameters, with MTP")
+        }
+
+        test "Ctrl-C ends a run within two seconds with table, curve and a hint" {
+            Dsg.inFolder (fun folder ->
+                let data = Dsg.writeText folder
+
+                let child =
+                    Dsg.start folder Dsg.program ([ "pretrain"; "--steps"; "5000"; "--data"; data ] @ small)
+
+                let mutable line = child.StandardOutput.ReadLine()
+
+                while not (isNull line)
+                      && not ((nonNull line).StartsWith("step", StringComparison.Ordinal)) do
+                    line <- child.StandardOutput.ReadLine()
+
+                let begin' = Stopwatch.GetTimestamp()
+                Dsg.interrupt child
+                let result = Dsg.finish child
+                let seconds = Stopwatch.GetElapsedTime(begin').TotalSeconds
+                Expect.equal (result.Code, result.Error) (130, "") "exit code of SIGINT"
+                Expect.stringContains result.Out "stopped by a signal" "table"
+                Expect.stringContains result.Out "what to try next" "hint"
+                Expect.isTrue (File.Exists(Path.Combine(folder, "runs/0001/loss.png"))) "curve"
+
+                // a machine that runs other work at the same time tells nothing about the limit
+                let load = float ((File.ReadAllText "/proc/loadavg").Split(' ')[0])
+
+                if seconds >= 2.0 && load > 2.0 * float Environment.ProcessorCount then
+                    skiptest $"took %.1f{seconds} s under a load of %.1f{load}"
+
+                Expect.isLessThan seconds 2.0 "seconds")
+        }
+    ]
