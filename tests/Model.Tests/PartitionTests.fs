@@ -208,7 +208,6 @@ let private cover (job: Job) (c: Compiled) =
     let graph, layouts = c.Local.Graph, c.Local.Layouts
     count "cases" true
     count "two or more base axes" (c.Plan.Mesh.Axes.Count >= 2)
-    count "an uneven stage" job.Uneven
 
     count
         "routed rows split by expert"
@@ -262,12 +261,22 @@ let private fused (job: Job) =
         if not (distance < 1e-9) then
             failtestf "%s differs by %g: %A" name distance job
 
+let private covered () =
+    let total name = match seen.TryGetValue name with | true, n -> float n | false, _ -> 0.0
+
+    for name in [ "routed rows split by expert"; "a pending partial sum"; "two or more base axes" ] do
+        let share = total name / total "cases"
+        printfn $"coverage: %s{name} %.0f{100.0 * share} %%"
+        Expect.isGreaterThanOrEqual share 0.3 name
+
 let private few = { Properties.config [ typeof<OneStage> ] with maxTest = max 12 (Properties.cases / 5) }
 
 let tests =
-    testList "partition" [
+    testSequenced
+    <| testList "partition" [
         table
         testPropertyWithConfig few "a partitioned model computes what the model computes" partitioned
+        testCase "the models partitioned cover rows split by expert, pending sums and several mesh axes" covered
         testPropertyWithConfig few "a fused model computes what the model computes" fused
 
         testCase "every fusion rule applies to the model"

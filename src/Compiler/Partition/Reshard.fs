@@ -238,7 +238,7 @@ and private moveRows (shards: Shards) value (from: Copy) (want: Layout) (origin:
             DiagnosticException.Of(
                 Codes.RowsLayout,
                 origin.Path,
-                $"experts are split over mesh axes %s{names}, but tokens are not split there when they are routed",
-                "anchor the routed input as 'residual', or choose expert parallelism 1"
+                $"routed rows would have to change their split over mesh axes %s{names}; they are exchanged only between ranks of different tokens and ranks of different experts",
+                "anchor the routed input as 'residual' so that tokens are split there, or choose expert parallelism 1"
             )
         )

@@ -1,0 +1,163 @@
+/// Partition of random graphs over random meshes and axis maps: partitioned = unpartitioned, in float64.
+module DeepSeekGraph.Compiler.Tests.PropagateTests
+
+open System.Collections.Concurrent
+open Expecto
+open FsCheck
+open FsCheck.FSharp
+open DeepSeekGraph
+open DeepSeekGraph.Compiler.Partition
+open DeepSeekGraph.Reference
+open DeepSeekGraph.Testing
+
+/// A graph, mesh axis sizes, and for each mesh axis the axis names that it splits (of parameters and of tokens).
+type Case = {
+    Random: RandomGraph
+    Sizes: int[]
+    /// Per mesh axis: the parameter axis and the token axis.
+    Splits: (string * string)[]
+} with
+
+    override this.ToString() = $"mesh %A{this.Sizes} splits %A{this.Splits}%O{this.Random}"
+
+let private weightAxes = [ "heads"; "ffn"; "vocab"; "hidden"; "experts"; "experts" ]
+let private tokenAxes = [ "batch"; "seq"; "batch"; "seq"; "none" ]
+
+let private case = gen {
+    let! random = Generators.RandomGraph().Generator
+    let! sizes = Gen.elements [ [| 2 |]; [| 2; 2 |]; [| 2; 2 |]; [| 2; 3 |]; [| 3 |]; [| 4 |]; [| 2; 2; 2 |] ]
+    let! splits = Gen.arrayOfLength sizes.Length (Gen.zip (Gen.elements weightAxes) (Gen.elements tokenAxes))
+
+    return {
+        Random = random
+        Sizes = sizes
+        Splits = splits
+    }
+}
+
+type Cases =
+    static member Case() : Arbitrary<Case> =
+        Arb.fromGenShrink (
+            case,
+            fun c -> seq {
+                for i in 0 .. c.Sizes.Length - 1 do
+                    if c.Sizes.Length > 1 then
+                        {
+                            c with
+                                Sizes = Array.removeAt i c.Sizes
+                                Splits = Array.removeAt i c.Splits
+                        }
+
+                for smaller in Seq.truncate 12 (Generators.RandomGraph().Shrinker c.Random) do
+                    { c with Random = smaller }
+            }
+        )
+
+let private extentOf (graph: Graph) name =
+    graph.Types |> Array.tryPick (fun t -> t.Axes |> Array.tryFind (fun a -> a.Name = name)) |> Option.map _.Extent
+
+/// The axis map of a case. Experts are split only where tokens are: rows are exchanged between ranks of different tokens.
+let private mapOf (c: Case) (graph: Graph) : AxisMap =
+    let mesh: MeshInfo = {
+        Tensor = 1
+        Context = 1
+        Data = 1
+        Pipeline = 1
+        ExpertTensor = 1
+        Expert = 1
+        ExpertData = 1
+        Axes = c.Sizes |> Array.mapi (fun m n -> { Name = $"x%i{m}"; Size = n })
+    }
+
+    let names pick = [
+        for name in c.Splits |> Array.map pick |> Array.distinct do
+            if name <> "none" then
+                name, [ for m in 0 .. c.Sizes.Length - 1 do if pick c.Splits[m] = name then m ]
+    ]
+
+    let divides (name, axes) =
+        match extentOf graph name with
+        | Some extent -> extent % Layout.size mesh axes = 0
+        | None -> false
+
+    let tokens = names snd |> List.filter divides
+    let split = tokens |> List.collect snd
+
+    // rows are exchanged between tokens and experts only: their features stay whole
+    let features =
+        graph.Types
+        |> Array.filter _.Routed
+        |> Array.collect (fun t -> t.Names[3..])
+        |> Array.distinct
+
+    let weights =
+        names fst
+        |> List.filter divides
+        |> List.filter (fun (name, _) -> not (Array.contains name features))
+        |> List.filter (fun (name, axes) -> name <> "experts" || axes |> List.forall (fun m -> List.contains m split))
+
+    {
+        Mesh = mesh
+        // random graphs also train values of tokens' shape
+        Parameters = Map.ofList (weights @ tokens)
+        Inputs = Map.ofList tokens
+        Anchors = Map [ "residual", Map.ofList tokens ]
+    }
+
+let private seen = ConcurrentDictionary<string, int>()
+let private total name = match seen.TryGetValue name with | true, n -> float n | false, _ -> 0.0
+let private count name yes = if yes then seen.AddOrUpdate(name, 1, (fun _ n -> n + 1)) |> ignore
+
+let private cover (c: Case) (local: Partitioned) =
+    let any what = local.Layouts |> Array.exists (Array.exists what)
+    count "cases" true
+    count "split values" (any _.IsSplit)
+    count "pending partial sums" (any _.IsPartialSum)
+    count "two or more base axes" (c.Sizes.Length >= 2)
+
+    count
+        "rows split by expert"
+        (Array.exists2 (fun (t: TensorType) l -> t.Routed && Array.contains (AxisState.Split 2) l) local.Graph.Types local.Layouts)
+
+let private apart (a: DenseTensor) (b: DenseTensor) =
+    let scale = b.Data |> Array.fold (fun m x -> max m (abs x)) 1.0
+    Dense.distance a b / scale
+
+let private law (c: Case) =
+    match Autodiff.differentiate "loss" c.Random.Graph with
+    | Error wrong -> failtestf "%A" wrong
+    | Ok joint ->
+        let local =
+            try
+                Propagate.run (mapOf c joint) joint
+            with :? DiagnosticException as e ->
+                failtestf "%s\n%O" e.Message c
+
+        cover c local
+        Expect.isEmpty (Verify.check local.Graph) "a rank's graph is legal"
+        System.IO.File.WriteAllText("/tmp/case.txt", string c)
+        let whole = Feed.lookup 3 joint
+        let reference = Evaluator.run joint whole whole
+        let spmd = Spmd.runGlobal c.Sizes local.Layouts local.Graph whole
+
+        for name in reference.OutputNames do
+            let distance = apart (spmd.Output name) (reference.Output name)
+
+            if not (distance < 1e-8) then
+                failtestf "%s differs by %g\n%O" name distance c
+
+let private config = { Properties.config [ typeof<Cases> ] with maxTest = Properties.cases }
+
+let tests =
+    testSequenced
+    <| testList "Partition.Propagate" [
+        testPropertyWithConfig config "a partitioned graph computes what the graph computes" law
+
+        testCase "the cases cover splits, partial sums and several mesh axes (whole models cover rows split by expert)"
+        <| fun () ->
+            for name in [ "split values"; "pending partial sums"; "two or more base axes"; "rows split by expert" ] do
+                printfn $"""coverage: %s{name} %.0f{100.0 * total name / total "cases"} %%"""
+
+            for name in [ "split values"; "pending partial sums"; "two or more base axes" ] do
+                Expect.isGreaterThanOrEqual (total name / total "cases") 0.3 name
+    ]
