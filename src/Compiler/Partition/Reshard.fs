@@ -92,30 +92,31 @@ let private step (from: Layout) (into: Layout) : (Collective option * int list *
         Some(Some(Collective.AllGather d), axes, d, withState from axes AxisState.Replicated)
     | [], [], [], [], [], [] -> None
 
-/// Where blocks would not be contiguous: give up one split dim (gather it whole), then go on.
-let private detour (from: Layout) (into: Layout) =
-    let blocked =
-        [ 0 .. from.Length - 1 ]
-        |> List.tryPick (fun m ->
-            match move from[m] into[m] with
-            | Move.Slice d
-            | Move.Scatter d
-            | Move.Gather d
-            | Move.Exchange(_, d) -> Some(d, m)
-            | Move.Stay
-            | Move.Reduce
-            | Move.ReduceMax -> None)
+/// Where blocks would not be contiguous: whole on every dim that changes, from where slices lead on.
+let private detour (from: Layout) (into: Layout) : Layout =
+    let dims =
+        [
+            for m in 0 .. from.Length - 1 do
+                match move from[m] into[m] with
+                | Move.Slice d
+                | Move.Scatter d
+                | Move.Gather d -> d
+                | Move.Exchange(d, e) ->
+                    d
+                    e
+                | Move.Stay
+                | Move.Reduce
+                | Move.ReduceMax -> ()
+        ]
 
-    match blocked with
-    | None -> invalidOp "no way between two layouts (a bug in dsg)"
-    | Some(d, m) ->
-        match Layout.axesOn from d, from[m] with
-        | [], AxisState.Split e ->
-            let axes = Layout.axesOn from e
-            Collective.AllGather e, axes, withState from axes AxisState.Replicated
-        | [], (AxisState.Replicated | AxisState.PartialSum | AxisState.PartialMax) ->
-            invalidOp "an unsplit dim is always contiguous"
-        | axes, _state -> Collective.AllGather d, axes, withState from axes AxisState.Replicated
+    Array.map2
+        (fun state target ->
+            match state with
+            | AxisState.Split d when List.contains d dims -> AxisState.Replicated
+            | _other when state <> target -> AxisState.Replicated
+            | _other -> state)
+        from
+        into
 
 /// May this copy serve a reader in `origin`?
 let private usable (shards: Shards) value (origin: Origin) (copy: Copy) =
@@ -201,8 +202,18 @@ and private walk (shards: Shards) value (from: Copy) (want: Layout) (origin: Ori
         match step from.Layout want with
         | Some(collective, axes, dim, next) -> emit collective axes dim next
         | None ->
-            let collective, axes, next = detour from.Layout want
-            emit (Some collective) axes -1 next
+            let middle = detour from.Layout want
+
+            walk
+                shards
+                value
+                {
+                    from with
+                        Layout = middle
+                        Value = walk shards value from middle origin
+                }
+                want
+                origin
 
 /// Rows move between tokens and experts by their row set; the set itself moves by exchanging counts.
 and private moveRows (shards: Shards) value (from: Copy) (want: Layout) (origin: Origin) : int =

@@ -135,7 +135,6 @@ let private law (c: Case) =
 
         cover c local
         Expect.isEmpty (Verify.check local.Graph) "a rank's graph is legal"
-        System.IO.File.WriteAllText("/tmp/case.txt", string c)
         let whole = Feed.lookup 3 joint
         let reference = Evaluator.run joint whole whole
         let spmd = Spmd.runGlobal c.Sizes local.Layouts local.Graph whole
@@ -152,6 +151,43 @@ let tests =
     testSequenced
     <| testList "Partition.Propagate" [
         testPropertyWithConfig config "a partitioned graph computes what the graph computes" law
+
+        testCase "from every layout to every other of a 2 x 2 x 2 mesh there is a way that ends"
+        <| fun () ->
+            let states = [ AxisState.Replicated; AxisState.Split 0; AxisState.Split 1 ]
+            let starts = AxisState.PartialSum :: states
+
+            let graph =
+                let builder = Builder()
+                let origin = { Path = "x"; Unit = ModelUnit.Layer 0; Pass = Pass.Forward }
+                let t = TensorType.create DType.Float32 [ "a", 8; "b", 8 ]
+                builder.SetOutput("x", builder.Add(Op.Input("x", t), [], origin)[0])
+                builder.ToGraph()
+
+            let mesh = (mapOf { Random = { Graph = graph }; Sizes = [| 2; 2; 2 |]; Splits = Array.create 3 ("none", "none") } graph)
+            let all states = [ for x in states do for y in states do for z in states -> [| x; y; z |] ]
+            let whole = Feed.lookup 3 graph
+
+            for from in all starts do
+                for into in all states do
+                    let shards = Shards(mesh, graph)
+                    let origin = { Path = "x"; Unit = ModelUnit.Layer 0; Pass = Pass.Forward }
+                    let local = Layout.local mesh.Mesh from graph.Types[0]
+
+                    shards.Remember(
+                        0,
+                        {
+                            Layout = from
+                            Value = shards.Emit(Op.Input("x", local), [], origin, [| from |])[0]
+                            Pass = Pass.Forward
+                            Unit = origin.Unit
+                        }
+                    )
+
+                    let moved = Reshard.toLayout shards 0 into origin
+                    let made = shards.Finish()
+                    let spmd = Spmd.runGlobal [| 2; 2; 2 |] made.Layouts made.Graph whole
+                    Expect.isLessThan (Dense.distance (spmd.Assemble moved) (whole "x")) 1e-12 $"%A{from} to %A{into}"
 
         testCase "the cases cover splits, partial sums and several mesh axes (whole models cover rows split by expert)"
         <| fun () ->
