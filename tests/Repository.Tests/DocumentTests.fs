@@ -19,8 +19,7 @@ let private ledger =
 
 let private codes = List.map snd ledger
 
-let private marker =
-    "<!-- The list below is written by build/architecture.sh. -->\n"
+let private marker = "<!-- The list below is written by build/architecture.sh. -->\n"
 
 let tests =
     testList "Documents" [
@@ -28,16 +27,12 @@ let tests =
         <| fun () ->
             let text = Tree.read "ARCHITECTURE.md"
 
-            let listed =
-                text.Substring(text.IndexOf(marker, StringComparison.Ordinal) + marker.Length)
+            let listed = text.Substring(text.IndexOf(marker, StringComparison.Ordinal) + marker.Length)
 
             let wanted = Tree.outputOf "build/architecture.sh"
             let lines (text: string) = List.ofArray (text.Split '\n')
 
-            Expect.equal
-                (List.except (lines wanted) (lines listed))
-                []
-                "only in the document: run ./build.sh fix"
+            Expect.equal (List.except (lines wanted) (lines listed)) [] "only in the document: run ./build.sh fix"
 
             Expect.equal (List.except (lines listed) (lines wanted)) [] "only in the tree: run ./build.sh fix"
             Expect.isTrue (listed = wanted) "the order is that of the projects: run ./build.sh fix"
@@ -55,7 +50,8 @@ let tests =
             Tree.sourcesBelow "src"
             |> List.filter (fun file ->
                 match Seq.tryHead (File.ReadLines(Tree.path file)) with
-                | Some line -> not (line.StartsWith("//", StringComparison.Ordinal) && ".?".Contains line[line.Length - 1])
+                | Some line ->
+                    not (line.StartsWith("//", StringComparison.Ordinal) && ".?".Contains line[line.Length - 1])
                 | None -> true)
             |> fun silent -> Expect.equal silent [] "the first line is a comment, and a sentence"
 

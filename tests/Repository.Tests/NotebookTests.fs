@@ -23,13 +23,7 @@ let private options =
 
     ScriptOptions.Default
         .WithReferences(assemblies)
-        .WithImports(
-            "System",
-            "System.Collections.Generic",
-            "System.IO",
-            "System.Linq",
-            "System.Threading.Tasks"
-        )
+        .WithImports("System", "System.Collections.Generic", "System.IO", "System.Linq", "System.Threading.Tasks")
 
 /// The text of a notebook's value that is one string or an array of lines.
 let private text (value: JsonNode | null) =
@@ -100,19 +94,11 @@ let private store (cell: JsonNode) (output: string) =
 
     stream["text"] <- JsonArray [| for piece in pieces -> JsonValue.Create piece :> JsonNode | null |]
 
-    cell["outputs"] <-
-        if output = "" then
-            JsonArray()
-        else
-            JsonArray [| stream :> JsonNode | null |]
+    cell["outputs"] <- if output = "" then JsonArray() else JsonArray [| stream :> JsonNode | null |]
 
 /// One blank a level and no escapes, as Jupyter writes notebooks.
 let private jupyterForm =
-    JsonSerializerOptions(
-        WriteIndented = true,
-        IndentSize = 1,
-        Encoder = JavaScriptEncoder.UnsafeRelaxedJsonEscaping
-    )
+    JsonSerializerOptions(WriteIndented = true, IndentSize = 1, Encoder = JavaScriptEncoder.UnsafeRelaxedJsonEscaping)
 
 let private runNotebook (file: string) = task {
     let notebook =

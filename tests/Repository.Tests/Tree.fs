@@ -20,8 +20,7 @@ let path (name: string) = Path.Combine(root, name)
 let read (name: string) = File.ReadAllText(path name)
 
 /// What building and running leave behind.
-let private produced =
-    set [ ".git"; "artifacts"; "bin"; "obj"; "paket-files"; "runs"; "TestResults" ]
+let private produced = set [ ".git"; "artifacts"; "bin"; "obj"; "paket-files"; "runs"; "TestResults" ]
 
 /// Files below `folder` (relative to the root, in order of name), without what building leaves behind.
 let filesBelow (folder: string) =
@@ -35,9 +34,7 @@ let filesBelow (folder: string) =
     ]
 
     if Directory.Exists(path folder) then
-        walk (path folder)
-        |> List.map (fun file -> Path.GetRelativePath(root, file))
-        |> List.sort
+        walk (path folder) |> List.map (fun file -> Path.GetRelativePath(root, file)) |> List.sort
     else
         []
 
@@ -56,8 +53,7 @@ let linesWhere (isWrong: string -> bool) files = [
 
 /// What a script of the repository prints.
 let outputOf (script: string) =
-    let start =
-        ProcessStartInfo(path script, RedirectStandardOutput = true, WorkingDirectory = root)
+    let start = ProcessStartInfo(path script, RedirectStandardOutput = true, WorkingDirectory = root)
 
     match Process.Start start with
     | null -> failwith $"%s{script} does not start"

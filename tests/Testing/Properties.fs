@@ -21,9 +21,7 @@ module Properties =
     }
 
     /// A law in words, with built-in generators only.
-    let property name law =
-        testPropertyWithConfig (config []) name law
+    let property name law = testPropertyWithConfig (config []) name law
 
     /// A law in words, over the values of `generators`.
-    let propertyOver generators name law =
-        testPropertyWithConfig (config generators) name law
+    let propertyOver generators name law = testPropertyWithConfig (config generators) name law

@@ -12,8 +12,7 @@ module TestMain =
     let private printClosingLine (summary: TestRunSummary) =
         let failed = summary.failed.Length + summary.errored.Length
 
-        let line =
-            $"\n%d{summary.passed.Length} passed, %d{failed} failed, %d{summary.ignored.Length} skipped\n"
+        let line = $"\n%d{summary.passed.Length} passed, %d{failed} failed, %d{summary.ignored.Length} skipped\n"
 
         Console.Out.Flush()
         use output = Console.OpenStandardOutput()

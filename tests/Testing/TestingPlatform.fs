@@ -34,19 +34,11 @@ type internal ExpectoFramework(tests: Test) =
         let finished = DateTimeOffset.UtcNow
         TimingProperty(TimingInfo(finished - summary.duration, finished, summary.duration))
 
-    member private this.Publish
-        (context: ExecuteRequestContext)
-        (test: FlatTest)
-        (properties: IProperty list)
-        =
+    member private this.Publish (context: ExecuteRequestContext) (test: FlatTest) (properties: IProperty list) =
         let name = fullName test.name
 
         let node =
-            TestNode(
-                Uid = TestNodeUid name,
-                DisplayName = name,
-                Properties = PropertyBag(List.toArray properties)
-            )
+            TestNode(Uid = TestNodeUid name, DisplayName = name, Properties = PropertyBag(List.toArray properties))
 
         context.MessageBus.PublishAsync(this, TestNodeUpdateMessage(context.Request.Session.SessionUid, node))
 
@@ -61,21 +53,15 @@ type internal ExpectoFramework(tests: Test) =
         member _.DataTypesProduced = [| typeof<TestNodeUpdateMessage> |]
 
     interface ITestFramework with
-        member _.CreateTestSessionAsync _ =
-            Task.FromResult(CreateTestSessionResult(IsSuccess = true))
+        member _.CreateTestSessionAsync _ = Task.FromResult(CreateTestSessionResult(IsSuccess = true))
 
-        member _.CloseTestSessionAsync _ =
-            Task.FromResult(CloseTestSessionResult(IsSuccess = true))
+        member _.CloseTestSessionAsync _ = Task.FromResult(CloseTestSessionResult(IsSuccess = true))
 
         member this.ExecuteRequestAsync context = task {
             match context.Request with
             | :? RunTestExecutionRequest as request ->
                 let! results =
-                    evalTestsWithCancel
-                        context.CancellationToken
-                        ExpectoConfig.defaultConfig
-                        (chosen request)
-                        true
+                    evalTestsWithCancel context.CancellationToken ExpectoConfig.defaultConfig (chosen request) true
 
                 for test, summary in results do
                     do! this.Publish context test [ outcome summary; duration summary ]
@@ -92,10 +78,7 @@ module internal TestingPlatform =
         task {
             let! builder = TestApplication.CreateBuilderAsync argv
 
-            builder.RegisterTestFramework(
-                (fun _ -> TestFrameworkCapabilities()),
-                (fun _ _ -> ExpectoFramework tests)
-            )
+            builder.RegisterTestFramework((fun _ -> TestFrameworkCapabilities()), (fun _ _ -> ExpectoFramework tests))
             |> ignore
 
             use! application = builder.BuildAsync()

@@ -15,7 +15,8 @@ let tests =
             use product = a.matmul b
             Expect.equal (product.data<float32>().ToArray()) [| 19f; 22f; 43f; 50f |] "a b"
 
-        testCase "a GPU multiplies too" <| fun () ->
+        testCase "a GPU multiplies too"
+        <| fun () ->
             LibTorch.Load()
 
             if not (torch.cuda.is_available ()) then
@@ -23,8 +24,8 @@ let tests =
 
             use a = torch.ones (8L, 8L, device = torch.CUDA)
             use product = a.matmul a
-            use sum = product.sum().cpu ()
-            Expect.equal (sum.item<float32> ()) 512f "8 x 8 x 8"
+            use sum = product.sum().cpu()
+            Expect.equal (sum.item<float32>()) 512f "8 x 8 x 8"
 
         testCase "loading twice changes nothing"
         <| fun () ->
