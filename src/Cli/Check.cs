@@ -20,7 +20,7 @@ internal static class Check
     {
         var plan = PlanFile.Read(path);
         Jobs.Check(plan, path);
-        Console.WriteLine($"{path}: the plan of {Summary.Ranks(plan)} ranks holds");
+        Console.WriteLine($"{path}: the plan of {Summary.Count(Summary.Ranks(plan), "rank")} holds");
         return ExitCode.Ok;
     }
 }

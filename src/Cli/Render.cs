@@ -1,4 +1,4 @@
-// Diagnostics and tables: colours and frames on a terminal, plain text elsewhere.
+// Diagnostics and tables: styled on a terminal, plain text elsewhere.
 
 using System.Runtime.CompilerServices;
 using System.Text;
@@ -58,7 +58,7 @@ internal static class Render
     public static void Table(IReadOnlyList<string> head, IReadOnlyList<IReadOnlyList<string>> rows)
     {
         if (IsTerminal)
-            Framed(head, rows);
+            Styled(head, rows);
         else
             Console.Write(Plain(head, rows));
     }
@@ -77,13 +77,13 @@ internal static class Render
     }
 
     [MethodImpl(MethodImplOptions.NoInlining)]
-    private static void Framed(IReadOnlyList<string> head, IReadOnlyList<IReadOnlyList<string>> rows)
+    private static void Styled(IReadOnlyList<string> head, IReadOnlyList<IReadOnlyList<string>> rows)
     {
-        var table = new Table { Border = TableBorder.Rounded };
+        var table = new Table { Border = TableBorder.Simple };
         for (var i = 0; i < head.Count; i++)
         {
             var column = new TableColumn(new Cell(head[i], new Style(decoration: Decoration.Bold)));
-            table.AddColumn(i == 0 ? column : column.RightAligned());
+            table.AddColumn((i == 0 ? column : column.RightAligned()).NoWrap());
         }
 
         foreach (var row in rows)

@@ -26,7 +26,7 @@ internal static class Summary
         yield return ("recipe", Name(plan));
         yield return ("parameters", string.Create(
             CultureInfo.InvariantCulture, $"{Parameters(plan):N0} in {plan.Parameters.Count} tensors"));
-        yield return ("ranks", $"{ranks} in {plan.Stages.Count} {(plan.Stages.Count == 1 ? "stage" : "stages")}");
+        yield return ("ranks", $"{ranks} in {Count(plan.Stages.Count, "stage")}");
         yield return ("degrees", $"TP {mesh.Tensor} x CP {mesh.Context} x DP {mesh.Data} x PP {mesh.Pipeline}; "
             + $"experts ETP {mesh.ExpertTensor} x EP {mesh.Expert} x EDP {mesh.ExpertData}; "
             + $"sequence parallel {(mesh.Tensor > 1 ? "on" : "off")}");
@@ -39,6 +39,9 @@ internal static class Summary
 
     /// Name of the recipe that the plan was made from; "plan" where it does not say.
     public static string Name(PlanSet plan) => Setting(plan, "name") ?? "plan";
+
+    /// "1 rank", "8 ranks".
+    public static string Count(int number, string what) => $"{number} {what}{(number == 1 ? "" : "s")}";
 
     public static int Ranks(PlanSet plan) => Mesh.world(plan.Mesh);
 
@@ -78,11 +81,11 @@ internal static class Summary
     /// A line a stage: bytes a rank holds as predicted, and at most as measured by a run.
     public static void Memory(PlanSet plan, IReadOnlyList<MemoryRow>? measured)
     {
-        Console.WriteLine("memory of a rank in MB");
+        Console.WriteLine("memory of a rank in MB: what it holds, and its peak");
         List<string> head =
-            ["stage", "units", "parameters", "optimizer", "gradients", "activations", "peak predicted"];
+            ["stage", "units", "weights", "optimizer", "gradients", "activations", "predicted"];
         if (measured is not null)
-            head.Add("peak measured");
+            head.Add("measured");
         Render.Table(head, [.. plan.Memory.Select(Row)]);
 
         IReadOnlyList<string> Row(MemoryRow row)

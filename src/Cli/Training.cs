@@ -95,7 +95,7 @@ internal static class Training
         var mesh = plan.Mesh;
         return string.Create(
             CultureInfo.InvariantCulture,
-            $"plan: {Summary.Name(plan)}, {Summary.Parameters(plan):N0} parameters on {Summary.Ranks(plan)} ranks"
+            $"plan: {Summary.Name(plan)}, {Summary.Parameters(plan):N0} parameters on {Summary.Count(Summary.Ranks(plan), "rank")}"
             + $" (TP {mesh.Tensor} x PP {mesh.Pipeline} x DP {mesh.Data}, EP {mesh.Expert}), {plan.Layout}\n"
             + $"run: {steps} steps, learning rate {rate.Peak}, seed {seed}");
     }
