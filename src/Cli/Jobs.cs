@@ -8,14 +8,11 @@ namespace DeepSeekGraph.Cli;
 
 internal static class Jobs
 {
-    /// The plan of a job, checked; says which element type was measured to be faster where that was asked for.
+    /// The plan of a job; says which element type was measured to be faster where that was asked for.
     public static PlanSet Compile(JobChoices choices)
     {
         var named = Named(choices.Recipe);
-        var job = named with { Recipe = Change(named.Recipe, choices) };
-        var plan = job.Compile();
-        Check(plan, $"recipe {job.Name}");
-        return plan;
+        return (named with { Recipe = Change(named.Recipe, choices) }).Compile();
     }
 
     /// The recipe, or DSG0706 with the nearest names first.
@@ -26,7 +23,7 @@ internal static class Jobs
             $"there is no recipe '{name}'",
             Nearest.Help(name, Recipes.All.Select(recipe => recipe.Name)));
 
-    /// Throws what is wrong with a plan.
+    /// Throws what is wrong with a plan of unknown origin; compiling checks its own.
     public static void Check(PlanSet plan, string source)
     {
         if (Compiler.Check.run(plan) is { IsEmpty: false } wrong)
