@@ -204,7 +204,7 @@ let private table =
 let private seen = ConcurrentDictionary<string, int>()
 let private count name yes = if yes then seen.AddOrUpdate(name, 1, (fun _ n -> n + 1)) |> ignore
 
-let private cover (job: Job) (c: Compiled) =
+let private cover (c: Compiled) =
     let graph, layouts = c.Local.Graph, c.Local.Layouts
     count "cases" true
     count "two or more base axes" (c.Plan.Mesh.Axes.Count >= 2)
@@ -228,7 +228,7 @@ let private apart (a: DenseTensor) (b: DenseTensor) =
 
 let private partitioned (job: Job) =
     let c = compiled job.Config job.Recipe
-    cover job c
+    cover c
     let sizes = c.Plan.Mesh.Axes |> Seq.map _.Size |> Array.ofSeq
     let whole = Feed.lookup 7 c.Joint
     let reference = Evaluator.run c.Joint whole whole

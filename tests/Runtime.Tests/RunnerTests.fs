@@ -334,7 +334,7 @@ let private traces =
             }
             |> _.GetAwaiter().GetResult()
 
-        use trace = new RoutingTrace()
+        let trace = RoutingTrace()
         let first = choose trace [ 4.0; 3.0; 2.0; 1.0; 1.0; 2.0; 3.0; 4.0; 1.0; 4.0; 1.0; 4.0 ]
         Expect.equal first [| 1.0; 1.0; 0.0; 0.0; 0.0; 0.0; 1.0; 1.0; 0.0; 1.0; 0.0; 1.0 |] "recorded"
         trace.Replay <- true

@@ -24,6 +24,7 @@ public sealed class RankRunner : IDisposable
     private readonly SlotValue?[] _persistent;
     private readonly SortedDictionary<int, Frame> _frames = [];
     private Frame? _stepFrame;
+    private long _step;
 
     public RankRunner(PlanSet plan, StagePlan stage, RankContext rank, ICollectives collectives, CancellationToken stop)
     {
@@ -85,6 +86,7 @@ public sealed class RankRunner : IDisposable
     /// <summary>One step: all entries of the timetable, or all but the epilogue. `observe` sees each written slot before it is freed.</summary>
     public void RunStep(long step, IInputSource inputs, bool epilogue = true, System.Action<SlotValue, int>? observe = null)
     {
+        _step = step;
         try
         {
             foreach (var action in Stage.Timetable)
@@ -218,7 +220,7 @@ public sealed class RankRunner : IDisposable
             values[launch.Inputs.Length + i] = ValueAt(launch.Outputs[i], frame);
         launch.Run(new KernelCall(launch.Attributes, values.AsSpan(0, launch.Inputs.Length), values.AsSpan(launch.Inputs.Length), Rank));
         if (launch.Id == KernelId.GroupTopK)
-            Trace?.Visit(Rank.Rank, launch.Path, microbatch, values[^1].Tensor);
+            Trace?.Visit(Rank, _step, launch.Path, microbatch, values[^1]);
     }
 
     private SlotValue[] Values(int[] places, Frame frame) => [.. places.Select(p => ValueAt(p, frame))];

@@ -1,65 +1,63 @@
-// Records which experts each token chose, or makes tokens choose what an earlier run did.
+// Records which experts each token chose, or makes tokens choose what an earlier run did, whatever the layout of either.
 using System.Collections.Concurrent;
+using DeepSeekGraph.Runtime.Kernels;
 using DeepSeekGraph.Runtime.Memory;
-using static TorchSharp.torch;
+using DeepSeekGraph.Runtime.Parameters;
 
 namespace DeepSeekGraph.Runtime.Execution;
 
-/// <summary>Masks of GroupTopK by rank, module path and microbatch; for comparing runs whose sums differ in the last bit.</summary>
-public sealed class RoutingTrace : IDisposable
+/// <summary>Masks of GroupTopK by step, module path and sequence of the global batch; for comparing runs whose sums differ in the last bit.</summary>
+public sealed class RoutingTrace
 {
-    private readonly ConcurrentDictionary<(int Rank, string Path, int Microbatch), Tensor> _masks = new();
+    // one byte a position and expert: [sequence length, experts]
+    private readonly ConcurrentDictionary<(long Step, string Path, int Row), byte[]> _masks = new();
     private long _tokens;
     private long _differing;
 
     /// <summary>True: masks are replaced by the recorded ones and compared. False: they are recorded.</summary>
     public bool Replay { get; set; }
 
-    /// <summary>Tokens compared while replaying.</summary>
+    /// <summary>Tokens compared while replaying, once per MoE layer.</summary>
     public long Tokens => _tokens;
 
     /// <summary>Tokens whose set of experts differed from the recorded one.</summary>
     public long Differing => _differing;
 
-    /// <summary>Puts a mask [tokens, experts] (or [b s e]) of a rank, as if it had been recorded; it is copied.</summary>
-    public void Add(int rank, string path, int microbatch, Tensor mask)
+    /// <summary>Called after GroupTopK: `mask` is [batch, seq, experts], experts whole.</summary>
+    internal unsafe void Visit(RankContext rank, long step, string path, int microbatch, SlotValue mask)
     {
-        if (_masks.Remove((rank, path, microbatch), out var old))
-            old.Dispose();
-        _masks[(rank, path, microbatch)] = mask.clone();
-    }
-
-    public void Dispose()
-    {
-        foreach (var mask in _masks.Values)
-            mask.Dispose();
-        _masks.Clear();
-    }
-
-    /// <summary>Called after GroupTopK.</summary>
-    internal unsafe void Visit(int rank, string path, int microbatch, Tensor mask)
-    {
-        if (!Replay || !_masks.TryGetValue((rank, path, microbatch), out var recorded))
+        var global = Shard.GlobalExtents(mask.Info.Extents, mask.Info.Layout, rank.Axes);
+        var shard = Shard.Of(global, mask.Info.Layout, rank);
+        int rows = shard.Extents[0], positions = shard.Extents[1], experts = shard.Extents[2];
+        var counts = Shard.IsFirstHolder(mask.Info.Layout, rank);
+        var mine = new Span<byte>((byte*)mask.Tensor.Pointer(), rows * positions * experts);
+        long differing = 0;
+        for (var b = 0; b < rows; b++)
         {
-            if (!Replay)
-                Add(rank, path, microbatch, mask);
-            return;
+            var key = (step, path, (microbatch * global[0]) + shard.Start[0] + b);
+            var whole = Replay
+                ? _masks.GetValueOrDefault(key) ?? throw new InvalidOperationException($"no routing was recorded for step {step}, {path}, sequence {key.Item3}")
+                : _masks.GetOrAdd(key, _ => new byte[global[1] * experts]);
+            for (var s = 0; s < positions; s++)
+            {
+                var now = mine.Slice(((b * positions) + s) * experts, experts);
+                var recorded = whole.AsSpan((shard.Start[1] + s) * experts, experts);
+                if (!Replay)
+                {
+                    now.CopyTo(recorded);
+                    continue;
+                }
+
+                if (!now.SequenceEqual(recorded))
+                    differing++;
+                recorded.CopyTo(now);
+            }
         }
 
-        var experts = (int)mask.shape[^1];
-        var tokens = mask.numel() / experts;
-        byte* mine = (byte*)mask.Pointer(), theirs = (byte*)recorded.Pointer();
-        var differing = 0;
-        for (long t = 0; t < tokens; t++)
+        if (Replay && counts)
         {
-            var old = new ReadOnlySpan<byte>(theirs + (t * experts), experts);
-            var now = new Span<byte>(mine + (t * experts), experts);
-            if (!now.SequenceEqual(old))
-                differing++;
-            old.CopyTo(now);
+            Interlocked.Add(ref _tokens, (long)rows * positions);
+            Interlocked.Add(ref _differing, differing);
         }
-
-        Interlocked.Add(ref _tokens, tokens);
-        Interlocked.Add(ref _differing, differing);
     }
 }
