@@ -129,7 +129,7 @@ internal static class Reduction
     {
         if (!max)
         {
-            result.add_(value).On(result);
+            result.add_(value, Scalars.One).On(result);
             return result;
         }
 

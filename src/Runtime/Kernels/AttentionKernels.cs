@@ -83,8 +83,8 @@ internal static unsafe class AttentionKernels
             using var dkKeys = heads.Keys(dk, block);
             using var dvKeys = heads.Keys(dv, block);
             dqRows.copy_(dqPart).On(dqRows);
-            dkKeys.add_(dkPart).On(dkKeys);
-            dvKeys.add_(dvPart).On(dvKeys);
+            dkKeys.add_(dkPart, Scalars.One).On(dkKeys);
+            dvKeys.add_(dvPart, Scalars.One).On(dvKeys);
         }
 
         call.Out(0).AdoptCopy(dq);

@@ -34,7 +34,7 @@ internal static unsafe class ElementwiseKernels
     }
 
     /// <summary>a - b.</summary>
-    public static void Sub(in KernelCall call) => Binary(call, static (a, b) => a.sub(b));
+    public static void Sub(in KernelCall call) => Binary(call, static (a, b) => a.sub(b, Scalars.One));
 
     /// <summary>a * b.</summary>
     public static void Mul(in KernelCall call) => Binary(call, static (a, b) => a.mul(b));
@@ -83,9 +83,9 @@ internal static unsafe class ElementwiseKernels
     private static void AddWhole(in KernelCall call)
     {
         using var b = Align(call, 1);
-        var sum = call.In(0).add(b);
+        var sum = call.In(0).add(b, Scalars.One);
         for (var i = 2; i < call.Inputs.Length; i++)
-            sum.add_(call.In(i)).On(sum);
+            sum.add_(call.In(i), Scalars.One).On(sum);
         call.Out().Adopt(sum);
     }
 

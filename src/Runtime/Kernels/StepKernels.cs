@@ -19,7 +19,7 @@ internal static unsafe class StepKernels
     {
         Tensor a = call.In(0), target = call.Out().Tensor;
         if (target.dtype != ScalarType.Float32 || a.dtype is not (ScalarType.Float32 or ScalarType.BFloat16))
-            target.add_(a).On(target);
+            target.add_(a, Scalars.One).On(target);
         else if (Simd.IsBFloat16(a.dtype))
             Accumulate<BF16>(a, target);
         else

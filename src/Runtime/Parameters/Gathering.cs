@@ -23,7 +23,7 @@ public static class Gathering
             if (!Shard.IsFirstHolder(info.Layout, rank))
                 continue;
             using var place = Shard.Of(global, info.Layout, rank).View(sum);
-            place.add_(value.Tensor).On(place);
+            place.add_(value.Tensor, Scalars.One).On(place);
         }
 
         return sum.to_type(info.DType.ToScalarType(), copy: true);
@@ -39,7 +39,7 @@ public static class Gathering
             if (sum is null)
                 sum = part.to_type(ScalarType.Float32, copy: true);
             else
-                sum.add_(part).On(sum);
+                sum.add_(part, Scalars.One).On(sum);
         }
 
         return sum ?? throw new ArgumentException($"no stage holds '{name}'", nameof(name));
