@@ -111,7 +111,7 @@ module Pipeline =
                 Stages.run recipe.Layout mesh.Pipeline forward
                 |> Result.bind (fun stages ->
                     Autodiff.differentiate "loss" forward
-                    |> Result.map (fun joint ->
+                    |> Result.bind (fun joint ->
                         // what backward computes again is decided while values are still logical
                         let joint = Recompute.run (List.ofSeq recipe.Recompute) joint
                         // dead code is gone by now: it would cost collectives
@@ -127,13 +127,17 @@ module Pipeline =
                                 }
                                 local
 
-                        {
-                            Plan = plan
-                            Forward = forward
-                            Joint = joint
-                            Local = local
-                            Fusions = fusions
-                        }))))
+                        // what the passes above promise, proven anew from the plan alone
+                        match Check.run plan with
+                        | [] ->
+                            Ok {
+                                Plan = plan
+                                Forward = forward
+                                Joint = joint
+                                Local = local
+                                Fusions = fusions
+                            }
+                        | wrong -> Error wrong))))
 
 /// Compiles a declared model for a cluster.
 [<AbstractClass; Sealed>]

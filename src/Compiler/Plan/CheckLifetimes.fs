@@ -58,7 +58,8 @@ type private Walk(f: Findings, stage: StagePlan) =
     let reads, touchedIn = Array.zeroCreate<int> count, Array.create<Phase voption> count ValueNone
     // what was made where, to find results that nobody reads
     let made = List<struct (string * IReadOnlyList<int>)>()
-    let accumulated, zeroed, written = HashSet<int>(), HashSet<int>(), HashSet<int>()
+    let zeroed, written = HashSet<int>(), HashSet<int>()
+    let accumulated = HashSet<struct (int * int)>()
     // which tokens were ever used, by the programs of one kind
     let used = HashSet<int>()
     let mutable at = ""
@@ -147,8 +148,8 @@ type private Walk(f: Findings, stage: StagePlan) =
 
                 if phase.IsPrologue || phase.IsEpilogue then
                     wrong $"%s{name id} is added to outside the programs of a microbatch"
-                elif not (accumulated.Add id) then
-                    wrong $"%s{name id} is added to twice in a microbatch"
+                elif inputs |> Seq.exists (fun from -> not (accumulated.Add(struct (from, id)))) then
+                    wrong $"%s{name inputs[0]} is added twice to %s{name id}"
         | KernelId.AdamW
         | KernelId.RouterBias ->
             for id in outputs do

@@ -126,6 +126,14 @@ type private Runner(stage: StagePlan, programs: Dictionary<Phase, Event[]>) =
         | true, found -> ValueSome found
         | false, _ -> ValueNone
 
+/// What a slot stands for. Temporaries of a sum are numbered by stage, behind '#', and may be reduced already.
+let private meaning (lane: Lane) (slot: SlotInfo) =
+    if lane.IsMessage then
+        slot.Name
+    else
+        let name = slot.Name.Split('#')[0]
+        if name.StartsWith "reduced:" then name.Substring 8 else name
+
 /// Both ends of the k-th message or sum must mean the same value.
 let private compare (f: Findings) (plan: PlanSet) (lane: Lane) (k: int) =
     let stages = Array.ofList lane.Stages
@@ -143,7 +151,7 @@ let private compare (f: Findings) (plan: PlanSet) (lane: Lane) (k: int) =
 
         if first.Microbatch <> other.Microbatch then
             wrong $"of the %s{lane.Name}, number %i{k} is of microbatch %i{first.Microbatch} on stage %i{stages[0]} but of microbatch %i{other.Microbatch} on stage %i{stages[i]}"
-        elif slot.Name <> peer.Name then
+        elif meaning lane slot <> meaning lane peer then
             wrong $"of the %s{lane.Name}, number %i{k} is '%s{slot.Name}' on stage %i{stages[0]} but '%s{peer.Name}' on stage %i{stages[i]}"
         elif
             slot.DType <> peer.DType

@@ -51,7 +51,8 @@ let assign (graph: Graph) (stages: int) (stageOf: ModelUnit -> int) (outputStage
 
             work.Push(struct (maker, n))
 
-    for _, v in graph.Outputs do
+    // the loss has its metric: the value itself is read by nobody
+    for _, v in graph.Outputs |> Array.filter (fun (name, _) -> name <> "loss") do
         let maker = home stageOf (graph.NodeOf(root graph v))
         demand (if maker < 0 then outputStage else maker) v
 

@@ -179,7 +179,7 @@ let private accumulators (job: Job) (p: Partitioned) (parameters: ParameterInfo[
     let observed = [
         for name, v in graph.Outputs do
             match roleOf name with
-            | Role.Observed _ when maker v = stage -> snd (added |> Seq.find (fun (w, s) -> w = v && slots[s].Name = $"observe:%s{name}"))
+            | Role.Observed _ when maker v = stage -> snd (added |> Seq.find (fun (_, s) -> slots[s].Name = $"observe:%s{name}"))
             | Role.Observed _
             | Role.Gradient _
             | Role.Count _
@@ -187,7 +187,8 @@ let private accumulators (job: Job) (p: Partitioned) (parameters: ParameterInfo[
             | Role.Nothing -> ()
     ]
 
-    List.ofSeq added, input, observed
+    // an output may be another name of a value: what is added is the value
+    [ for v, slot in added -> root graph v, slot ], input, observed
 
 let private letters (units: LayoutUnit list) =
     units |> List.map (fun u -> string u.Letter) |> String.concat ""
