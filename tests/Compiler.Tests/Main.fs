@@ -6,4 +6,15 @@ open DeepSeekGraph.Testing
 
 [<EntryPoint>]
 let main argv =
-    TestMain.run argv (testList "Compiler" [ MeshTests.tests; LayoutStringTests.tests; PropagateTests.tests; PassTests.tests; TimetableTests.tests; PlanTextTests.tests; KernelOpsTests.tests ])
+    TestMain.run
+        argv
+        (testList "Compiler" [
+            MeshTests.tests
+            LayoutStringTests.tests
+            PropagateTests.tests
+            PassTests.tests
+            TimetableTests.tests
+            PlanTextTests.tests
+            KernelOpsTests.tests
+            CheckTests.tests
+        ])

@@ -1,0 +1,165 @@
+/// The check of plans: legal ones pass, damaged ones are refused or harmless, and messages say what is wrong.
+module DeepSeekGraph.Compiler.Tests.CheckTests
+
+open System.Diagnostics
+open Expecto
+open DeepSeekGraph
+open DeepSeekGraph.Compiler
+open DeepSeekGraph.Testing
+
+let private shown (wrong: Diagnostic list) = wrong |> List.truncate 5 |> List.map string |> String.concat "\n"
+
+let private legal name (plan: Lazy<PlanSet>) =
+    testCase $"a plan of %s{name} passes"
+    <| fun () -> Expect.equal (shown (Check.run plan.Value)) "" name
+
+/// Runs take longer than checks: this many of a class, spread over all that pass.
+let private runs = max 16 (Properties.cases / 10)
+
+let private subjects = [ Subjects.eight; Subjects.experts; Subjects.four; Subjects.gpipe; Subjects.deep ]
+
+let private refusedOrHarmless name (make: PlanSet -> Mutations.Mutant seq) =
+    testCase $"%s{name}: refused, or harmless when run"
+    <| fun () ->
+        let mutants =
+            subjects
+            |> List.map (fun plan -> plan, make plan.Value |> Mutations.sample 50)
+            |> List.collect (fun (plan, found) -> [ for m in found -> plan, m ])
+
+        Expect.isGreaterThanOrEqual mutants.Length 100 "mutants"
+        let passing = mutants |> List.filter (fun (_, m) -> (Check.run m.Plan).IsEmpty) |> Array.ofList
+        let every = max 1 (passing.Length / runs)
+        let baselines = System.Collections.Generic.Dictionary<PlanSet, Subjects.Outcome>(HashIdentity.Reference)
+
+        passing
+        |> Array.indexed
+        |> Array.filter (fun (i, _) -> i % every = 0)
+        |> Array.iter (fun (_, (plan, mutant)) ->
+            let baseline =
+                match baselines.TryGetValue plan.Value with
+                | true, outcome -> outcome
+                | false, _ ->
+                    let outcome = (Subjects.run plan.Value).Value
+                    baselines[plan.Value] <- outcome
+                    outcome
+
+            match Subjects.run mutant.Plan with
+            | Some outcome -> Expect.isTrue (Subjects.same baseline outcome) $"%s{mutant.Note} changes the result"
+            | None -> failtestf "%s breaks the run" mutant.Note)
+
+/// The stage's program with one phase changed.
+let private edited (plan: PlanSet) stage (phase: Phase) change = {
+    plan with
+        Stages =
+            plan.Stages
+            |> Seq.map (fun s ->
+                if s.Stage <> stage then
+                    s
+                else
+                    {
+                        s with
+                            Programs =
+                                s.Programs
+                                |> Seq.map (fun p -> if p.Phase = phase then { p with Steps = change (Array.ofSeq p.Steps) } else p)
+                                |> Array.ofSeq
+                    })
+            |> Array.ofSeq
+}
+
+let private onlyCode code text plan =
+    let wrong = Check.run plan
+    Expect.isTrue (wrong |> List.exists (fun d -> d.Code = code && d.Message.Contains(text: string))) (shown wrong)
+
+let private timetable (plan: PlanSet) stage (table: string) =
+    let actions =
+        table.Split ' '
+        |> Array.map (fun word ->
+            let phase = Phase.All |> Array.find (fun p -> p.Name = word.TrimEnd([| '0' .. '9' |]))
+            let digits = word.Substring phase.Name.Length
+            { Phase = phase; Microbatch = if digits = "" then 0 else int digits })
+
+    {
+        plan with
+            Stages = plan.Stages |> Seq.map (fun s -> if s.Stage = stage then { s with Timetable = actions } else s) |> Array.ofSeq
+    }
+
+let private messages =
+    testList "messages" [
+        testCase "a deadlock names stages, actions and what they wait for" <| fun () ->
+            // stage 0 wants the gradient of microbatch 0 before it has sent what stage 1 waits for
+            let plan = timetable Subjects.eight.Value 0 "prologue F1 F0 I1 W1 I0 W0 F2 I2 W2 F3 I3 W3 epilogue"
+            onlyCode Codes.PlanDeadlock "microbatch" plan
+
+        testCase "a stage that waits for a message nobody sends is named" <| fun () ->
+            let plan = Subjects.four.Value
+
+            let isSend (step: Step) =
+                match step with
+                | Step.Start(_, kind, _, _, _, _) -> kind.IsSend
+                | Step.Launch _
+                | Step.Wait _
+                | Step.Free _ -> false
+
+            // both stages hold the gradient back until the end of W, where it is too late for the other's I
+            let late (steps: Step[]) = Array.append (Array.filter (isSend >> not) steps) (Array.filter isSend steps)
+            let program = plan.Stages[1].Programs |> Seq.find (fun p -> p.Phase.IsI)
+            let sends = program.Steps |> Seq.filter isSend |> Array.ofSeq
+            Expect.isNonEmpty sends "stage 1 sends gradients"
+            Expect.isEmpty (Check.run (edited plan 1 Phase.I late)) "a late send is still in time"
+
+            // GPipe on one stage and 1F1B on its neighbour: one waits for gradients, the other for activations
+            let table = Timetable.build Schedule.OneFOneB 2 4 |> List.map (List.map (fun a -> a.Phase.Name + (if a.Phase.IsPrologue || a.Phase.IsEpilogue then "" else string a.Microbatch)) >> String.concat " ")
+            let early = "prologue F0 I0 W0 F1 I1 W1 F2 I2 W2 F3 I3 W3 epilogue"
+            Expect.isEmpty (Check.run (timetable Subjects.eight.Value 1 table[1])) "the timetable it has"
+            // stage 0 runs one microbatch at a time, stage 1 wants all activations first
+            let both = timetable (timetable Subjects.eight.Value 0 early) 1 "prologue F0 F1 F2 F3 I0 W0 I1 W1 I2 W2 I3 W3 epilogue"
+            onlyCode Codes.PlanDeadlock "no stage can go on: stage 0 waits in W0 for number 0 of the messages from stage 1" both
+
+        testCase "a second reduction of a gradient names slot and mesh axis" <| fun () ->
+            let plan = Subjects.eight.Value
+            let mutant = Mutations.classes |> List.find (fun (name, _) -> name = "a reduction repeated") |> snd |> fun make -> make plan |> Seq.head
+            onlyCode Codes.PlanLayout "counted more than once" mutant.Plan
+
+        testCase "a tied gradient that is not summed over its stages is told" <| fun () ->
+            let plan = Subjects.eight.Value
+            let dropped = Mutations.classes |> List.find (fun (name, _) -> name = "a reduction dropped") |> snd |> fun make -> make plan
+
+            Expect.exists
+                dropped
+                (fun m -> Check.run m.Plan |> List.exists (fun d -> d.Code = Codes.PlanUpdate && d.Message.Contains "summed over stages"))
+                "one of them"
+
+        testCase "an epilogue without updates is told" <| fun () ->
+            let plan = edited Subjects.experts.Value 0 Phase.Epilogue (fun _ -> [||])
+            onlyCode Codes.PlanUpdate "is updated 0 times" plan
+
+        testCase "a read before the wait is told" <| fun () ->
+            let plan = Subjects.experts.Value
+            let steps = edited plan 0 Phase.F (Array.filter (fun s -> not s.IsWait))
+            onlyCode Codes.PlanLifetime "before the wait" steps
+
+        testCase "an id beyond the list is told, not followed" <| fun () ->
+            let plan = edited Subjects.experts.Value 0 Phase.F (Array.insertAt 0 (Step.Free 999_999))
+            onlyCode Codes.PlanShape "999999" plan
+    ]
+
+let tests =
+    testList "Plan.Check" [
+        for name, plan in
+            [ "eight ranks", Subjects.eight; "experts", Subjects.experts; "four stages", Subjects.four; "GPipe", Subjects.gpipe; "fourteen stages", Subjects.deep ]
+            @ Subjects.others do
+            legal name plan
+
+        messages
+
+        testSequenced (testList "damaged plans" [ for name, make in Mutations.classes -> refusedOrHarmless name make ])
+
+        Properties.propertyOver [ typeof<Plans.Arbitraries> ] "random data never crashes the check" (fun (plan: PlanSet) ->
+            not (Check.run plan).IsEmpty)
+
+        testCase "the plan of 1024 ranks is checked within seconds" <| fun () ->
+            let plan = (List.last Subjects.others |> snd).Value
+            let clock = Stopwatch.StartNew()
+            Expect.isEmpty (Check.run plan) ""
+            Expect.isLessThan clock.ElapsedMilliseconds 30_000L "ms"
+    ]

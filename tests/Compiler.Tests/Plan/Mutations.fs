@@ -1,0 +1,352 @@
+/// Damaged plans: each class takes a legal plan and breaks it in every place where it can.
+module DeepSeekGraph.Compiler.Tests.Mutations
+
+open System.Collections.Generic
+open DeepSeekGraph
+
+/// A plan with one change; `Note` says which.
+type Mutant = { Note: string; Plan: PlanSet }
+
+let private withStage (plan: PlanSet) s (change: StagePlan -> StagePlan) = {
+    plan with
+        Stages = plan.Stages |> Seq.mapi (fun i stage -> if i = s then change stage else stage) |> Array.ofSeq
+}
+
+let private withSteps (plan: PlanSet) s (phase: Phase) (change: Step[] -> Step[]) =
+    withStage plan s (fun stage -> {
+        stage with
+            Programs =
+                stage.Programs
+                |> Seq.map (fun p -> if p.Phase = phase then { p with Steps = change (Array.ofSeq p.Steps) } else p)
+                |> Array.ofSeq
+    })
+
+/// Every step of a plan: stage, phase, place.
+let private places (plan: PlanSet) = [|
+    for stage in plan.Stages do
+        for program in stage.Programs do
+            for i in 0 .. program.Steps.Count - 1 -> stage.Stage, program.Phase, i, program.Steps[i]
+|]
+
+let private edit (plan: PlanSet) (note: string) (s, phase: Phase, i, _: Step) change = {
+    Note = $"%s{note} at stage %i{s}, %s{phase.Name}, step %i{i}"
+    Plan = withSteps plan s phase change
+}
+
+let private isWork (step: Step) = step.IsLaunch || step.IsStart
+
+let private deleteStep plan = seq {
+    for (_, _, i, step) as at in places plan do
+        if isWork step then
+            edit plan "delete" at (Array.removeAt i)
+}
+
+let private duplicateStep plan = seq {
+    for (_, _, i, step) as at in places plan do
+        edit plan "duplicate" at (Array.insertAt i step)
+}
+
+let private swapNeighbours (plan: PlanSet) = seq {
+    for (s, phase, i, _) as at in places plan do
+        let steps = (plan.Stages[s].Programs |> Seq.find (fun p -> p.Phase = phase)).Steps
+
+        if i + 1 < steps.Count then
+            edit plan "swap with the next" at (fun steps -> steps |> Array.mapi (fun k x -> if k = i then steps[i + 1] elif k = i + 1 then steps[i] else x))
+}
+
+let private dropWait plan = seq {
+    for (_, _, i, step) as at in places plan do
+        if step.IsWait then
+            edit plan "drop wait" at (Array.removeAt i)
+}
+
+let private dropFree plan = seq {
+    for (_, _, i, step) as at in places plan do
+        if step.IsFree then
+            edit plan "drop free" at (Array.removeAt i)
+}
+
+let private touches (step: Step) =
+    match step with
+    | Step.Launch(_, _, inputs, outputs, _)
+    | Step.Start(_, _, _, inputs, outputs, _) -> Seq.append inputs outputs |> List.ofSeq
+    | Step.Wait _ -> []
+    | Step.Free slot -> [ slot ]
+
+/// Frees a slot just before the last step that touches it.
+let private earlyFree (plan: PlanSet) = seq {
+    for (s, phase, i, step) as at in places plan do
+        match step with
+        | Step.Free slot ->
+            let steps = (plan.Stages[s].Programs |> Seq.find (fun p -> p.Phase = phase)).Steps
+            let last = [ i - 1 .. -1 .. 0 ] |> List.tryFind (fun k -> List.contains slot (touches steps[k]))
+
+            match last with
+            | Some k -> edit plan "free early" at (fun steps -> steps |> Array.removeAt i |> Array.insertAt k step)
+            | None -> ()
+        | Step.Launch _
+        | Step.Start _
+        | Step.Wait _ -> ()
+}
+
+let private changeGroup (plan: PlanSet) = seq {
+    for (_, _, i, step) as at in places plan do
+        match step with
+        | Step.Start(token, kind, group, inputs, outputs, path) ->
+            for g in plan.Groups do
+                if g.Id <> group then
+                    edit plan $"group g%i{group} becomes g%i{g.Id}" at (Array.updateAt i (Step.Start(token, kind, g.Id, inputs, outputs, path)))
+        | Step.Launch _
+        | Step.Wait _
+        | Step.Free _ -> ()
+}
+
+let private otherKinds (kind: Collective) =
+    match kind with
+    | Collective.AllReduceSum -> [ Collective.AllReduceMax; Collective.AllGather 0; Collective.ReduceScatter 0 ]
+    | Collective.AllReduceMax -> [ Collective.AllReduceSum; Collective.AllGather 0 ]
+    | Collective.AllGather d -> [ Collective.ReduceScatter d; Collective.AllGather(d + 1); Collective.AllToAll(d + 1, d); Collective.AllReduceSum ]
+    | Collective.ReduceScatter d -> [ Collective.AllGather d; Collective.ReduceScatter(abs (d - 1)); Collective.AllReduceSum ]
+    | Collective.AllToAll(a, b) -> [ Collective.AllToAll(b, a); Collective.AllGather b ]
+    | Collective.RouteToExperts -> [ Collective.AllGather 2; Collective.AllReduceMax ]
+    | Collective.RowsToExperts -> [ Collective.RowsToTokens; Collective.RouteToExperts ]
+    | Collective.RowsToTokens -> [ Collective.RowsToExperts; Collective.RouteToExperts ]
+    | Collective.Send s -> [ Collective.Recv s; Collective.AllReduceSum ]
+    | Collective.Recv s -> [ Collective.Send s; Collective.AllReduceSum ]
+
+let private changeKind plan = seq {
+    for (_, _, i, step) as at in places plan do
+        match step with
+        | Step.Start(token, kind, group, inputs, outputs, path) ->
+            for other in otherKinds kind do
+                edit plan $"%O{kind} becomes %O{other}" at (Array.updateAt i (Step.Start(token, other, group, inputs, outputs, path)))
+        | Step.Launch _
+        | Step.Wait _
+        | Step.Free _ -> ()
+}
+
+/// Writes into another slot of the same type.
+let private retargetOutput (plan: PlanSet) = seq {
+    for (s, _, i, step) as at in places plan do
+        let slots = plan.Stages[s].Slots
+
+        let twins (ids: IReadOnlyList<int>) =
+            if ids.Count = 0 then
+                Seq.empty
+            else
+                let slot = slots[ids[0]]
+
+                slots
+                |> Seq.filter (fun o ->
+                    o.Id <> slot.Id
+                    && o.DType = slot.DType
+                    && List.ofSeq o.Extents = List.ofSeq slot.Extents
+                    && List.ofSeq o.Layout = List.ofSeq slot.Layout)
+                |> Seq.truncate 2
+                |> Seq.map (fun o -> o.Id, Array.updateAt 0 o.Id (Array.ofSeq ids) :> IReadOnlyList<int>)
+
+        match step with
+        | Step.Launch(kernel, attributes, inputs, outputs, path) ->
+            for id, ids in twins outputs do
+                edit plan $"output becomes %%%i{id}" at (Array.updateAt i (Step.Launch(kernel, attributes, inputs, ids, path)))
+        | Step.Start(token, kind, group, inputs, outputs, path) ->
+            for id, ids in twins outputs do
+                edit plan $"output becomes %%%i{id}" at (Array.updateAt i (Step.Start(token, kind, group, inputs, ids, path)))
+        | Step.Wait _
+        | Step.Free _ -> ()
+}
+
+let private reorderTimetable (plan: PlanSet) = seq {
+    for stage in plan.Stages do
+        let table = Array.ofSeq stage.Timetable
+
+        for i in 0 .. table.Length - 1 do
+            for distance in [ 1; 2; 3; 5 ] do
+                if i + distance < table.Length then
+                    let swapped = table |> Array.updateAt i table[i + distance] |> Array.updateAt (i + distance) table[i]
+
+                    {
+                        Note = $"timetable of stage %i{stage.Stage}: %i{i} and %i{i + distance} change places"
+                        Plan = withStage plan stage.Stage (fun s -> { s with Timetable = swapped })
+                    }
+
+            {
+                Note = $"timetable of stage %i{stage.Stage}: %i{i} is left out"
+                Plan = withStage plan stage.Stage (fun s -> { s with Timetable = Array.removeAt i table })
+            }
+}
+
+let private isMessage (kind: Collective) = kind.IsSend || kind.IsRecv
+
+/// With its wait, or leaving the wait behind.
+let private dropMessage plan = seq {
+    for (_, _, i, step) as at in places plan do
+        match step with
+        | Step.Start(token, kind, _, _, _, _) when isMessage kind ->
+            edit plan "drop the start of a message" at (Array.removeAt i)
+
+            edit plan "drop the message" at (Array.filter (fun s ->
+                match s with
+                | Step.Start(t, _, _, _, _, _)
+                | Step.Wait t -> t <> token
+                | Step.Launch _
+                | Step.Free _ -> true))
+        | Step.Start _
+        | Step.Launch _
+        | Step.Wait _
+        | Step.Free _ -> ()
+}
+
+let private duplicateMessage plan = seq {
+    for (_, _, i, step) as at in places plan do
+        match step with
+        | Step.Start(_, kind, group, inputs, outputs, path) when isMessage kind ->
+            edit plan "send or receive again" at (fun steps ->
+                steps |> Array.insertManyAt i [ Step.Start(7777, kind, group, inputs, outputs, path); Step.Wait 7777 ])
+
+            edit plan "send or receive again at the end" at (fun steps ->
+                Array.append steps [| Step.Start(7777, kind, group, inputs, outputs, path); Step.Wait 7777 |])
+        | Step.Start _
+        | Step.Launch _
+        | Step.Wait _
+        | Step.Free _ -> ()
+}
+
+let private changePeer (plan: PlanSet) = seq {
+    for (s, _, i, step) as at in places plan do
+        match step with
+        | Step.Start(token, kind, _, inputs, outputs, path) when isMessage kind ->
+            for g in plan.Groups do
+                for other in g.Stages do
+                    if other <> s && Seq.contains s g.Stages then
+                        let changed =
+                            match kind with
+                            | Collective.Send peer when peer <> other -> Some(Collective.Send other)
+                            | Collective.Recv peer when peer <> other -> Some(Collective.Recv other)
+                            | _same -> None
+
+                        match changed with
+                        | Some kind -> edit plan $"peer becomes %i{other}" at (Array.updateAt i (Step.Start(token, kind, g.Id, inputs, outputs, path)))
+                        | None -> ()
+        | Step.Start _
+        | Step.Launch _
+        | Step.Wait _
+        | Step.Free _ -> ()
+}
+
+let private changeLayout (plan: PlanSet) = seq {
+    for stage in plan.Stages do
+        for slot in stage.Slots do
+            for m in 0 .. slot.Layout.Count - 1 do
+                for state in [ AxisState.Replicated; AxisState.Split 0; AxisState.Split 1; AxisState.PartialSum ] do
+                    if slot.Layout[m] <> state then
+                        let changed = { slot with Layout = slot.Layout |> Seq.mapi (fun k s -> if k = m then state else s) |> Array.ofSeq }
+
+                        {
+                            Note = $"stage %i{stage.Stage}, slot %%%i{slot.Id} (%s{slot.Name}): mesh axis %i{m} becomes %O{state}"
+                            Plan = withStage plan stage.Stage (fun s -> { s with Slots = s.Slots |> Seq.map (fun o -> if o.Id = slot.Id then changed else o) |> Array.ofSeq })
+                        }
+}
+
+let private isKernel kernel (step: Step) =
+    match step with
+    | Step.Launch(k, _, _, _, _) -> k = kernel
+    | Step.Start _
+    | Step.Wait _
+    | Step.Free _ -> false
+
+let private dropZero plan = seq {
+    for (_, _, i, step) as at in places plan do
+        if isKernel KernelId.Zero step || isKernel KernelId.Accumulate step then
+            edit plan "drop zero or accumulate" at (Array.removeAt i)
+}
+
+let private rename (from: int) (into: int) (step: Step) =
+    let all (ids: IReadOnlyList<int>) = ids |> Seq.map (fun id -> if id = from then into else id) |> Array.ofSeq
+
+    match step with
+    | Step.Launch(kernel, attributes, inputs, outputs, path) -> Step.Launch(kernel, attributes, all inputs, outputs, path)
+    | Step.Start(token, kind, group, inputs, outputs, path) -> Step.Start(token, kind, group, all inputs, outputs, path)
+    | Step.Wait _
+    | Step.Free _ -> step
+
+/// Readers of a sum read what was to be summed.
+let private dropReduction plan = seq {
+    for (_, phase, _, step) as at in places plan do
+        match step with
+        | Step.Start(token, Collective.AllReduceSum, _, inputs, outputs, _) when phase.IsEpilogue ->
+            edit plan "drop the reduction" at (fun steps ->
+                steps
+                |> Array.filter (fun s ->
+                    match s with
+                    | Step.Start(t, _, _, _, _, _)
+                    | Step.Wait t -> t <> token
+                    | Step.Free slot -> slot <> outputs[0]
+                    | Step.Launch _ -> true)
+                |> Array.map (rename outputs[0] inputs[0])
+                // what was freed behind the sum is freed at the end
+                |> fun steps ->
+                    let isFree (s: Step) = s = Step.Free inputs[0]
+                    if Array.exists isFree steps then Array.append (Array.filter (isFree >> not) steps) [| Step.Free inputs[0] |] else steps)
+        | Step.Start _
+        | Step.Launch _
+        | Step.Wait _
+        | Step.Free _ -> ()
+}
+
+/// Sums a sum again, into a new slot that all readers then read.
+let private repeatReduction (plan: PlanSet) = seq {
+    for (s, phase, i, step) as at in places plan do
+        match step with
+        | Step.Start(token, Collective.AllReduceSum, group, inputs, outputs, path) when phase.IsEpilogue ->
+            let slots = plan.Stages[s].Slots
+            let fresh = { slots[outputs[0]] with Id = slots.Count; Name = "again" }
+
+            let changed =
+                edit plan "reduce again" at (fun steps ->
+                    let tail = steps[i + 2 ..] |> Array.map (rename outputs[0] fresh.Id) |> Array.map (fun s -> if s = Step.Free outputs[0] then Step.Free fresh.Id else s)
+
+                    Array.concat [
+                        steps[.. i + 1]
+                        [|
+                            Step.Start(7777, Collective.AllReduceSum, group, outputs, [| fresh.Id |], path)
+                            Step.Wait 7777
+                            Step.Free outputs[0]
+                        |]
+                        tail
+                    ])
+
+            ignore token
+            ignore inputs
+            { changed with Plan = withStage changed.Plan s (fun stage -> { stage with Slots = Array.append (Array.ofSeq stage.Slots) [| fresh |] }) }
+        | Step.Start _
+        | Step.Launch _
+        | Step.Wait _
+        | Step.Free _ -> ()
+}
+
+/// All classes by name.
+let classes: (string * (PlanSet -> Mutant seq)) list = [
+    "a step deleted", deleteStep
+    "a step twice", duplicateStep
+    "neighbours swapped", swapNeighbours
+    "a wait dropped", dropWait
+    "a free dropped", dropFree
+    "a free too early", earlyFree
+    "another group", changeGroup
+    "another collective", changeKind
+    "another output", retargetOutput
+    "a timetable reordered", reorderTimetable
+    "a message dropped", dropMessage
+    "a message twice", duplicateMessage
+    "another peer", changePeer
+    "another layout declared", changeLayout
+    "a zero or accumulate dropped", dropZero
+    "a reduction dropped", dropReduction
+    "a reduction repeated", repeatReduction
+]
+
+/// `n` of a class, spread over all places.
+let sample n (mutants: Mutant seq) : Mutant[] =
+    let all = Array.ofSeq mutants
+    if all.Length <= n then all else Array.init n (fun i -> all[int (int64 i * int64 all.Length / int64 n)])
