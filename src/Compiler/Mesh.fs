@@ -103,7 +103,9 @@ module Mesh =
         [
             choose "ep" d.Expert (fun n -> { d with Expert = n }) divisors
             choose "etp" d.ExpertTensor (fun n -> { d with ExpertTensor = n }) divisors
-            choose "dp" d.Data (fun n -> { d with Data = n }) [ 1 .. min 100000 (4 * d.Data + d.ExpertTensor * d.Expert) ]
+            choose "dp" d.Data (fun n -> { d with Data = n }) [
+                1 .. min 100000 (4 * d.Data + d.ExpertTensor * d.Expert)
+            ]
         ]
         |> List.choose id
         |> function
@@ -117,11 +119,14 @@ module Mesh =
     let private refine (d: Degrees) : MeshAxis[] =
         let dense = [| "tp", int64 d.Tensor; "cp", int64 d.Context; "dp", int64 d.Data |]
 
-        let cuts =
-            1L :: (products d |> List.map snd) |> List.distinct |> List.sort |> Array.ofList |> Array.pairwise
+        let cuts = 1L :: (products d |> List.map snd) |> List.distinct |> List.sort |> Array.ofList |> Array.pairwise
 
         let ends = Array.scan (fun n (_, size) -> n * size) 1L dense
-        let owner (low: int64) = dense |> Array.indexed |> Array.findIndex (fun (i, (_, size)) -> size > 1L && ends[i] <= low && low < ends[i + 1])
+
+        let owner (low: int64) =
+            dense
+            |> Array.indexed
+            |> Array.findIndex (fun (i, (_, size)) -> size > 1L && ends[i] <= low && low < ends[i + 1])
 
         let owners = cuts |> Array.map (fst >> owner)
 
@@ -254,6 +259,5 @@ module Mesh =
         let first = stage * size mesh
 
         [| first .. first + size mesh - 1 |]
-        |> Array.groupBy (fun r ->
-            coordinates mesh r |> Array.mapi (fun i c -> if List.contains i axes then 0 else c))
+        |> Array.groupBy (fun r -> coordinates mesh r |> Array.mapi (fun i c -> if List.contains i axes then 0 else c))
         |> Array.map snd

@@ -13,11 +13,9 @@ type PlanFile private () =
     static let mark = "sha256 "
     static let utf8 = UTF8Encoding(false, true)
 
-    static let hashOf (text: string) =
-        Convert.ToHexStringLower(SHA256.HashData(utf8.GetBytes text))
+    static let hashOf (text: string) = Convert.ToHexStringLower(SHA256.HashData(utf8.GetBytes text))
 
-    static let wrong path message help =
-        DiagnosticException.Of(Codes.PlanFile, path, message, help)
+    static let wrong path message help = DiagnosticException.Of(Codes.PlanFile, path, message, help)
 
     static let load (path: string) =
         try
@@ -26,7 +24,7 @@ type PlanFile private () =
             if file.Length > largest then
                 raise (wrong path $"the file has %i{file.Length} bytes; a plan has at most %i{largest}" "")
 
-            let bytes = Array.zeroCreate<byte> (int file.Length)
+            let bytes = Array.zeroCreate<byte>(int file.Length)
             file.ReadExactly(bytes.AsSpan())
             utf8.GetString bytes
         with
@@ -35,7 +33,8 @@ type PlanFile private () =
             raise (wrong path "there is no such file" "give a plan file that dsg compile wrote")
         | :? IOException
         | :? UnauthorizedAccessException as e -> raise (wrong path $"the file cannot be read: %s{e.Message}" "")
-        | :? ArgumentException -> raise (wrong path "the file is not UTF-8 text" "give a plan file that dsg compile wrote")
+        | :? ArgumentException ->
+            raise (wrong path "the file is not UTF-8 text" "give a plan file that dsg compile wrote")
 
     /// The text form.
     static member Print(plan: PlanSet) : string = PlanText.print plan

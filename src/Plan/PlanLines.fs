@@ -61,15 +61,15 @@ let private attributes (s: Scanner) : Attribute[] =
             else
                 match Double.TryParse(word, NumberStyles.Float, CultureInfo.InvariantCulture) with
                 | true, x -> found.Add(Attribute.Float x)
-                | false, _ -> raise (malformed $"'%s{word}' is no number" "attributes are numbers, [integers] or \"text\"")
+                | false, _ ->
+                    raise (malformed $"'%s{word}' is no number" "attributes are numbers, [integers] or \"text\"")
 
     found.ToArray()
 
 let private kernel (name: string) =
     match kernels.TryGetValue name with
     | true, kernel -> kernel
-    | false, _ ->
-        raise (malformed $"there is no kernel '%s{name}'" $"the nearest are %s{nearest name kernels.Keys}")
+    | false, _ -> raise (malformed $"there is no kernel '%s{name}'" $"the nearest are %s{nearest name kernels.Keys}")
 
 let private collectives = [|
     "all_reduce"
@@ -146,7 +146,9 @@ let step (s: Scanner) : Step =
         let outputs = s.Slots()
         Step.Start(token, kind, group, inputs, outputs, path s)
     else
-        raise (malformed "this is no step" "a step is '%out = kernel ...', 't1 <- collective ...', 'wait t1' or 'free %1'")
+        raise (
+            malformed "this is no step" "a step is '%out = kernel ...', 't1 <- collective ...', 'wait t1' or 'free %1'"
+        )
 
 let timetable (s: Scanner) : Action[] =
     let actions = List<Action>()
@@ -217,7 +219,11 @@ let parameter (s: Scanner) : ParameterInfo =
         | "router_bias" -> inBrackets Update.RouterBias
         | "frozen" -> Update.Frozen
         | other ->
-            raise (malformed $"there is no update '%s{other}'" "choose one of adamw_decay, adamw, router_bias(rate), frozen")
+            raise (
+                malformed
+                    $"there is no update '%s{other}'"
+                    "choose one of adamw_decay, adamw, router_bias(rate), frozen"
+            )
 
     s.Expect "stages"
     let stages = s.Ints "a stage"

@@ -13,7 +13,8 @@ let private longestLine = 1 <<< 20
 let private keywords =
     ("recipe mesh axis layout schedule microbatches micro_batch seq_length "
      + "group parameter input memory stage slot program timetable")
-        .Split ' '
+        .Split
+        ' '
 
 /// Grows a plan line by line.
 [<Sealed>]
@@ -109,7 +110,13 @@ type private Reader() =
                 s.Expect "stages"
                 let across = s.Ints "a stage"
                 s.Close()
-                groups.Add { Id = id; Name = name; MeshAxes = along; Stages = across }
+
+                groups.Add {
+                    Id = id
+                    Name = name
+                    MeshAxes = along
+                    Stages = across
+                }
             | "parameter" ->
                 without "parameter"
                 parameters.Add(parameter s)
@@ -119,7 +126,14 @@ type private Reader() =
                 let struct (dtype, axes, extents) = shape s
                 let layout = layout s
                 s.Close()
-                inputs.Add { Name = name; DType = dtype; Axes = axes; Extents = extents; Layout = layout }
+
+                inputs.Add {
+                    Name = name
+                    DType = dtype
+                    Axes = axes
+                    Extents = extents
+                    Layout = layout
+                }
             | "memory" ->
                 without "memory"
                 let stage = s.Int "a stage"

@@ -29,13 +29,15 @@ module internal PlanWords =
 
         out.ToString()
 
-    let private kernelNames =
-        Enum.GetValues<KernelId>() |> Array.map (fun k -> KeyValuePair(k, snake (string k)))
+    let private kernelNames = Enum.GetValues<KernelId>() |> Array.map (fun k -> KeyValuePair(k, snake (string k)))
 
     let private nameOfKernel = Dictionary<KernelId, string> kernelNames
 
     let kernels =
-        Dictionary<string, KernelId>(kernelNames |> Seq.map (fun p -> KeyValuePair(p.Value, p.Key)), StringComparer.Ordinal)
+        Dictionary<string, KernelId>(
+            kernelNames |> Seq.map (fun p -> KeyValuePair(p.Value, p.Key)),
+            StringComparer.Ordinal
+        )
 
     let kernelName (kernel: KernelId) =
         match nameOfKernel.TryGetValue kernel with
@@ -75,10 +77,7 @@ module internal PlanWords =
     let nearest (word: string) (names: string seq) =
         let word = if word.Length > 40 then word.Substring(0, 40) else word
 
-        names
-        |> Seq.sortBy (fun n -> distance word n, n)
-        |> Seq.truncate 3
-        |> String.concat ", "
+        names |> Seq.sortBy (fun n -> distance word n, n) |> Seq.truncate 3 |> String.concat ", "
 
     /// The value called `word`, or what else it could be.
     let lookup (role: string) (table: (string * 'a)[]) (word: string) : 'a =
@@ -90,8 +89,7 @@ module internal PlanWords =
     /// May a text stand without quotes?
     let private isBareChar (c: char) = Char.IsAsciiLetterOrDigit c || "_.:#%+/@-".Contains c
 
-    let private isBare (text: string) =
-        text.Length > 0 && text |> Seq.forall isBareChar && text <> "->" && text <> "<-"
+    let private isBare (text: string) = text.Length > 0 && text |> Seq.forall isBareChar && text <> "->" && text <> "<-"
 
     let private append (out: StringBuilder) (c: char) =
         match c with
@@ -108,10 +106,7 @@ module internal PlanWords =
 
     /// A name: as it is if that is unmistakable, else quoted.
     let write (out: StringBuilder) (text: string) =
-        if isBare text then
-            out.Append text |> ignore
-        else
-            writeQuoted out text
+        if isBare text then out.Append text |> ignore else writeQuoted out text
 
     /// A float that reads back to the same bits and never looks like an integer.
     let float (x: float) =
@@ -131,8 +126,7 @@ module internal PlanWords =
             let text = line.Substring at
             if text.Length > 30 then text.Substring(0, 30) + "..." else text
 
-        let fail wanted =
-            raise (malformed $"%s{wanted} is expected before '%s{rest ()}'" "")
+        let fail wanted = raise (malformed $"%s{wanted} is expected before '%s{rest ()}'" "")
 
         let unescape () =
             let out = StringBuilder()
@@ -154,7 +148,13 @@ module internal PlanWords =
                         out.Append '\n' |> ignore
                         at <- at + 2
                     | 'u' when at + 6 <= line.Length ->
-                        match UInt16.TryParse(line.AsSpan(at + 2, 4), NumberStyles.AllowHexSpecifier, CultureInfo.InvariantCulture) with
+                        match
+                            UInt16.TryParse(
+                                line.AsSpan(at + 2, 4),
+                                NumberStyles.AllowHexSpecifier,
+                                CultureInfo.InvariantCulture
+                            )
+                        with
                         | true, code -> out.Append(char code) |> ignore
                         | false, _ -> fail "an escape \\uXXXX"
 

@@ -22,7 +22,15 @@ let isInner (layout: IReadOnlyList<AxisState>) dim (axes: int list) =
     axesOn layout dim |> List.except axes |> List.forall (fun m -> m > List.max axes)
 
 /// What is wrong with one collective's operands.
-let check (mesh: MeshInfo) (slots: IReadOnlyList<SlotInfo>) (group: Group) (kind: Collective) (inputs: IReadOnlyList<int>) (outputs: IReadOnlyList<int>) (report: string -> unit) : unit =
+let check
+    (mesh: MeshInfo)
+    (slots: IReadOnlyList<SlotInfo>)
+    (group: Group)
+    (kind: Collective)
+    (inputs: IReadOnlyList<int>)
+    (outputs: IReadOnlyList<int>)
+    (report: string -> unit)
+    : unit =
     let axes = List.ofSeq group.MeshAxes
     let size = Mesh.extent mesh axes
     let states id = slots[id].Layout
@@ -35,7 +43,13 @@ let check (mesh: MeshInfo) (slots: IReadOnlyList<SlotInfo>) (group: Group) (kind
         inputs.Count = i && outputs.Count = o
 
     /// Input 0 becomes output 0: states along the group's axes, and each extent times a / b.
-    let moved (from: AxisState -> bool) (wanted: string) (into: AxisState -> bool) (made: string) (grows: int -> int * int) =
+    let moved
+        (from: AxisState -> bool)
+        (wanted: string)
+        (into: AxisState -> bool)
+        (made: string)
+        (grows: int -> int * int)
+        =
         let a, b = inputs[0], outputs[0]
 
         for m in 0 .. mesh.Axes.Count - 1 do
@@ -43,11 +57,14 @@ let check (mesh: MeshInfo) (slots: IReadOnlyList<SlotInfo>) (group: Group) (kind
 
             if List.contains m axes then
                 if not (from x) then
-                    report $"%s{name a} is %s{stateName x} over mesh axis %s{mesh.Axes[m].Name}; it would have to be %s{wanted}"
+                    report
+                        $"%s{name a} is %s{stateName x} over mesh axis %s{mesh.Axes[m].Name}; it would have to be %s{wanted}"
                 elif not (into y) then
-                    report $"%s{name b} is declared %s{stateName y} over mesh axis %s{mesh.Axes[m].Name}; it becomes %s{made}"
+                    report
+                        $"%s{name b} is declared %s{stateName y} over mesh axis %s{mesh.Axes[m].Name}; it becomes %s{made}"
             elif x <> y then
-                report $"%s{name a} is %s{stateName x} and %s{name b} %s{stateName y} over mesh axis %s{mesh.Axes[m].Name}, along which nothing moves"
+                report
+                    $"%s{name a} is %s{stateName x} and %s{name b} %s{stateName y} over mesh axis %s{mesh.Axes[m].Name}, along which nothing moves"
 
         let x, y = slots[a], slots[b]
 
@@ -57,12 +74,19 @@ let check (mesh: MeshInfo) (slots: IReadOnlyList<SlotInfo>) (group: Group) (kind
 
         let sameRank = x.Extents.Count = y.Extents.Count
 
-        if x.DType <> y.DType || x.Routed <> y.Routed || x.Routed && abs (x.Density - y.Density) > 1e-9 || not sameRank || not (List.forall fits [ 0 .. x.Extents.Count - 1 ]) then
+        if
+            x.DType <> y.DType
+            || x.Routed <> y.Routed
+            || x.Routed && abs (x.Density - y.Density) > 1e-9
+            || not sameRank
+            || not (List.forall fits [ 0 .. x.Extents.Count - 1 ])
+        then
             report $"%s{name b} has not the element type and extents that %s{name a} gets"
 
     let inner id dim =
         if not (isInner (states id) dim axes) then
-            report $"dim %i{dim} of %s{name id} is cut along an axis that is not the fastest: blocks would not be in order"
+            report
+                $"dim %i{dim} of %s{name id} is cut along an axis that is not the fastest: blocks would not be in order"
 
     let isSplit d (s: AxisState) = s = AxisState.Split d
     let same (_: int) = 1, 1
@@ -70,13 +94,22 @@ let check (mesh: MeshInfo) (slots: IReadOnlyList<SlotInfo>) (group: Group) (kind
     let rows toExperts =
         let isToken (s: AxisState) = isSplit 0 s || isSplit 1 s
         let from, into = if toExperts then isToken, isSplit 2 else isSplit 2, isToken
-        let words = if toExperts then "split by token", "split by expert" else "split by expert", "split by token"
+
+        let words =
+            if toExperts then
+                "split by token", "split by expert"
+            else
+                "split by expert", "split by token"
         // the side that is split by token tells which token dim each axis cuts
         let tokens = if toExperts then inputs[0] else outputs[0]
         let over d = axes |> List.filter (fun m -> (states tokens)[m] = AxisState.Split d) |> Mesh.extent mesh
 
         let grows d =
-            let n = if d < 2 then over d elif d = 2 then size else 1
+            let n =
+                if d < 2 then over d
+                elif d = 2 then size
+                else 1
+
             if d > 2 then 1, 1
             elif (d < 2) = toExperts then n, 1
             else 1, n
@@ -88,8 +121,12 @@ let check (mesh: MeshInfo) (slots: IReadOnlyList<SlotInfo>) (group: Group) (kind
                 report $"%s{name id} does not hold rows"
 
             for d in 0..2 do
-                if axesOn (states id) d |> List.exists (fun m -> List.contains m axes) && not (isInner (states id) d axes) then
-                    report $"dim %i{d} of %s{name id} is cut along an axis that is not the fastest: blocks would not be in order"
+                if
+                    axesOn (states id) d |> List.exists (fun m -> List.contains m axes)
+                    && not (isInner (states id) d axes)
+                then
+                    report
+                        $"dim %i{d} of %s{name id} is cut along an axis that is not the fastest: blocks would not be in order"
 
     /// A row set must lie as the rows it belongs to, on batch, seq and expert.
     let setOf route rowsId =
@@ -131,7 +168,12 @@ let check (mesh: MeshInfo) (slots: IReadOnlyList<SlotInfo>) (group: Group) (kind
                 // across stages nothing changes along the mesh
                 moved (fun _ -> true) "" (fun _ -> true) "" same
             else
-                moved _.IsPartialSum "a partial sum; anything else would be counted more than once" _.IsReplicated "whole" same
+                moved
+                    _.IsPartialSum
+                    "a partial sum; anything else would be counted more than once"
+                    _.IsReplicated
+                    "whole"
+                    same
     | Collective.AllReduceMax ->
         if arity 1 1 then
             moved _.IsPartialMax "a partial maximum" _.IsReplicated "whole" same
@@ -141,7 +183,9 @@ let check (mesh: MeshInfo) (slots: IReadOnlyList<SlotInfo>) (group: Group) (kind
             inner inputs[0] d
     | Collective.ReduceScatter d ->
         if arity 1 1 && dimOf inputs[0] d then
-            moved _.IsPartialSum "a partial sum" (isSplit d) $"split on dim %i{d}" (fun k -> 1, (if k = d then size else 1))
+            moved _.IsPartialSum "a partial sum" (isSplit d) $"split on dim %i{d}" (fun k ->
+                1, (if k = d then size else 1))
+
             inner outputs[0] d
     | Collective.AllToAll(split, join) ->
         if arity 1 1 && dimOf inputs[0] split && dimOf inputs[0] join then

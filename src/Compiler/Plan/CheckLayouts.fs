@@ -21,9 +21,15 @@ let private isPartial (state: AxisState) = state.IsPartialSum || state.IsPartial
 /// What the results of an op may be on one mesh axis, given its operands' states; empty when the operands do not go together.
 let private explain (def: OpDef) (rule: Rule) (operands: AxisState[]) (results: int) : AxisState[] list =
     let blockOf (f: Factor) =
-        let asked = Array.init operands.Length (fun i -> if f.Operands[i] < 0 then AxisState.Replicated else AxisState.Split f.Operands[i])
+        let asked =
+            Array.init operands.Length (fun i ->
+                if f.Operands[i] < 0 then AxisState.Replicated else AxisState.Split f.Operands[i])
 
-        if f.Mark = Mark.Whole || asked <> operands || Array.forall (fun (s: AxisState) -> s.IsReplicated) asked then
+        if
+            f.Mark = Mark.Whole
+            || asked <> operands
+            || Array.forall (fun (s: AxisState) -> s.IsReplicated) asked
+        then
             None
         else
             Some(
@@ -70,13 +76,23 @@ type private StepCheck(plan: PlanSet, slots: IReadOnlyList<SlotInfo>, report: st
 
         fits
 
-    let sameShape a b = Seq.forall2 (=) slots[a].Extents slots[b].Extents && slots[a].Extents.Count = slots[b].Extents.Count
+    let sameShape a b =
+        Seq.forall2 (=) slots[a].Extents slots[b].Extents && slots[a].Extents.Count = slots[b].Extents.Count
+
     let sameLayout a b = Seq.forall2 (fun (x: AxisState) y -> x = y) (states a) (states b)
     let isWhole id = states id |> Seq.exists isPartial |> not
-    let require ok message = if not ok then report message
+
+    let require ok message =
+        if not ok then
+            report message
 
     /// Iota, slices and constants say by attributes which block a rank makes.
-    let special kernel (attributes: IReadOnlyList<Attribute>) (inputs: IReadOnlyList<int>) (outputs: IReadOnlyList<int>) : bool =
+    let special
+        kernel
+        (attributes: IReadOnlyList<Attribute>)
+        (inputs: IReadOnlyList<int>)
+        (outputs: IReadOnlyList<int>)
+        : bool =
         let offsets i =
             match attributes[i] with
             | Attribute.Ints axes -> [ for a in axes -> int a ]
@@ -108,16 +124,25 @@ type private StepCheck(plan: PlanSet, slots: IReadOnlyList<SlotInfo>, report: st
             let axes = offsets 1
             let from, into = inputs[0], outputs[0]
 
-            if List.isEmpty axes || axes |> List.exists (fun m -> m < 0 || m >= mesh.Axes.Count) || List.sort axes <> List.distinct axes then
+            if
+                List.isEmpty axes
+                || axes |> List.exists (fun m -> m < 0 || m >= mesh.Axes.Count)
+                || List.sort axes <> List.distinct axes
+            then
                 report "it names mesh axes that the plan has not, or in a wrong order"
             else
                 for m in 0 .. mesh.Axes.Count - 1 do
                     let expected = if List.contains m axes then AxisState.Split dim else (states from)[m]
 
-                    if (states into)[m] <> expected || List.contains m axes && (states from)[m] <> AxisState.Replicated then
-                        report $"a slice over %s{axisName m} turns %s{name from} into one %s{stateName expected}; %s{name into} is %s{stateName (states into).[m]}"
+                    if
+                        (states into)[m] <> expected || List.contains m axes && (states from)[m] <> AxisState.Replicated
+                    then
+                        report
+                            $"a slice over %s{axisName m} turns %s{name from} into one %s{stateName expected}; %s{name into} is %s{stateName (states into).[m]}"
 
-                require (isInner (states into) dim axes) $"dim %i{dim} of %s{name into} is cut along an axis that is not the fastest"
+                require
+                    (isInner (states into) dim axes)
+                    $"dim %i{dim} of %s{name into} is cut along an axis that is not the fastest"
 
                 let extent d =
                     if d = dim then slots[from].Extents[d] / Mesh.extent mesh axes else slots[from].Extents[d]
@@ -125,14 +150,20 @@ type private StepCheck(plan: PlanSet, slots: IReadOnlyList<SlotInfo>, report: st
                 require
                     (slots[from].DType = slots[into].DType
                      && slots[from].Extents.Count = slots[into].Extents.Count
-                     && [ 0 .. slots[into].Extents.Count - 1 ] |> List.forall (fun d -> slots[into].Extents[d] = extent d))
+                     && [ 0 .. slots[into].Extents.Count - 1 ]
+                        |> List.forall (fun d -> slots[into].Extents[d] = extent d))
                     $"%s{name into} is no block of %s{name from}"
 
             true
         | _ -> false
 
     /// Kernels with an op: infer types again, then explain every mesh axis.
-    let launch kernel (attributes: IReadOnlyList<Attribute>) (inputs: IReadOnlyList<int>) (outputs: IReadOnlyList<int>) =
+    let launch
+        kernel
+        (attributes: IReadOnlyList<Attribute>)
+        (inputs: IReadOnlyList<int>)
+        (outputs: IReadOnlyList<int>)
+        =
         let given = inputs |> Seq.map (fun i -> typeOf slots[i]) |> Array.ofSeq
         let made = outputs |> Seq.map (fun i -> typeOf slots[i]) |> Array.ofSeq
         let operands = KernelOps.operands kernel attributes given
@@ -147,7 +178,8 @@ type private StepCheck(plan: PlanSet, slots: IReadOnlyList<SlotInfo>, report: st
                     OpDef.infer def operands
                 with
                 | :? System.ArgumentException
-                | :? System.IndexOutOfRangeException -> Error $"it does not take %i{operands.Length} operands of these ranks"
+                | :? System.IndexOutOfRangeException ->
+                    Error $"it does not take %i{operands.Length} operands of these ranks"
 
             match inferred with
             | Error text -> report $"%s{def.Name}: %s{text}"
@@ -156,7 +188,8 @@ type private StepCheck(plan: PlanSet, slots: IReadOnlyList<SlotInfo>, report: st
             | Ok(rule, results) ->
                 let misfit =
                     Array.zip results made
-                    |> Array.tryFindIndex (fun (r, m) -> r.DType <> m.DType || r.Extents <> m.Extents || not (sameRows r m))
+                    |> Array.tryFindIndex (fun (r, m) ->
+                        r.DType <> m.DType || r.Extents <> m.Extents || not (sameRows r m))
 
                 match misfit with
                 | Some i -> report $"%s{def.Name} makes %O{results[i]} but %s{name outputs[i]} is %O{made[i]}"
@@ -169,14 +202,20 @@ type private StepCheck(plan: PlanSet, slots: IReadOnlyList<SlotInfo>, report: st
                             let list states = states |> Seq.map stateName |> String.concat ", "
 
                             if legal.IsEmpty then
-                                report $"%s{def.Name}: over mesh axis %s{axisName m} its operands are (%s{list operands}), which do not go together"
+                                report
+                                    $"%s{def.Name}: over mesh axis %s{axisName m} its operands are (%s{list operands}), which do not go together"
                             elif not (List.contains declared legal) then
-                                report $"%s{def.Name}: over mesh axis %s{axisName m} its operands are (%s{list operands}), so that its results are (%s{list legal.Head}), not (%s{list declared})"
+                                report
+                                    $"%s{def.Name}: over mesh axis %s{axisName m} its operands are (%s{list operands}), so that its results are (%s{list legal.Head}), not (%s{list declared})"
 
     /// Kernels on the state of a step.
     let state kernel (attributes: IReadOnlyList<Attribute>) (inputs: IReadOnlyList<int>) (outputs: IReadOnlyList<int>) =
         let isFloats n = attributes.Count = n && attributes |> Seq.forall _.IsFloat
-        let isScalar id = slots[id].Extents.Count = 0 && slots[id].DType = DType.Float32 && states id |> Seq.forall _.IsReplicated
+
+        let isScalar id =
+            slots[id].Extents.Count = 0
+            && slots[id].DType = DType.Float32
+            && states id |> Seq.forall _.IsReplicated
 
         match kernel with
         | KernelId.Zero -> arity inputs outputs 0 1 "zero" |> ignore
@@ -184,8 +223,14 @@ type private StepCheck(plan: PlanSet, slots: IReadOnlyList<SlotInfo>, report: st
             if arity inputs outputs 1 1 "accumulate" then
                 let from, into = inputs[0], outputs[0]
                 let sum = if slots[from].DType.IsFloat then DType.Float32 else DType.Int64
-                require (slots[into].DType = sum && sameShape from into) $"%s{name from} does not fit into %s{name into}"
-                require (sameLayout from into) $"%s{name from} lies otherwise than %s{name into}, into which it is summed"
+
+                require
+                    (slots[into].DType = sum && sameShape from into)
+                    $"%s{name from} does not fit into %s{name into}"
+
+                require
+                    (sameLayout from into)
+                    $"%s{name from} lies otherwise than %s{name into}, into which it is summed"
         | KernelId.SumSquares ->
             if outputs.Count <> 1 || inputs.Count = 0 then
                 report "sum_squares takes gradients and gives one sum"
@@ -199,28 +244,51 @@ type private StepCheck(plan: PlanSet, slots: IReadOnlyList<SlotInfo>, report: st
                         | AxisState.PartialMax -> false
 
                     let expected = if split inputs[0] then AxisState.PartialSum else AxisState.Replicated
-                    require (inputs |> Seq.forall (fun i -> split i = split inputs[0])) $"some gradients are split over %s{axisName m} and some are not"
-                    require ((states outputs[0])[m] = expected) $"%s{name outputs[0]} must be %s{stateName expected} over %s{axisName m}"
+
+                    require
+                        (inputs |> Seq.forall (fun i -> split i = split inputs[0]))
+                        $"some gradients are split over %s{axisName m} and some are not"
+
+                    require
+                        ((states outputs[0])[m] = expected)
+                        $"%s{name outputs[0]} must be %s{stateName expected} over %s{axisName m}"
 
                 require (inputs |> Seq.forall isWhole) "a gradient is a partial sum"
                 require (inputs |> Seq.forall (fun i -> slots[i].DType.IsFloat)) "a gradient is not of a floating type"
-                require (slots[outputs[0]].Extents.Count = 0 && slots[outputs[0]].DType = DType.Float32) "the sum is one fp32 number"
+
+                require
+                    (slots[outputs[0]].Extents.Count = 0 && slots[outputs[0]].DType = DType.Float32)
+                    "the sum is one fp32 number"
         | KernelId.ClipScale ->
             if arity inputs outputs 1 2 "clip_scale" then
-                require (isFloats 1 && Seq.append inputs outputs |> Seq.forall isScalar) "clip_scale takes and gives whole fp32 numbers"
+                require
+                    (isFloats 1 && Seq.append inputs outputs |> Seq.forall isScalar)
+                    "clip_scale takes and gives whole fp32 numbers"
         | KernelId.AdamW ->
             if arity inputs outputs 4 4 "adam_w" then
                 let gradient, parameter = inputs[0], outputs[3]
-                require (isFloats 4 && [ 1..3 ] |> List.forall (fun i -> isScalar inputs[i])) "adam_w takes four numbers as attributes and whole fp32 scale, lr, step"
+
+                require
+                    (isFloats 4 && [ 1..3 ] |> List.forall (fun i -> isScalar inputs[i]))
+                    "adam_w takes four numbers as attributes and whole fp32 scale, lr, step"
+
                 require (isWhole gradient) $"%s{name gradient} is still a partial sum"
 
                 for id in Seq.append [ gradient ] outputs do
-                    require (sameShape id parameter && sameLayout id parameter && slots[id].DType.IsFloat) $"%s{name id} does not lie as %s{name parameter}"
+                    require
+                        (sameShape id parameter && sameLayout id parameter && slots[id].DType.IsFloat)
+                        $"%s{name id} does not lie as %s{name parameter}"
         | KernelId.RouterBias ->
             if arity inputs outputs 1 1 "router_bias" then
                 require (isFloats 1 && isWhole inputs[0]) $"%s{name inputs[0]} is still a partial sum"
-                require (sameShape inputs[0] outputs[0] && sameLayout inputs[0] outputs[0]) $"%s{name inputs[0]} does not lie as %s{name outputs[0]}"
-                require (slots[inputs[0]].DType = DType.Int64 && slots[outputs[0]].DType = DType.Float32) "counts are i64, the bias fp32"
+
+                require
+                    (sameShape inputs[0] outputs[0] && sameLayout inputs[0] outputs[0])
+                    $"%s{name inputs[0]} does not lie as %s{name outputs[0]}"
+
+                require
+                    (slots[inputs[0]].DType = DType.Int64 && slots[outputs[0]].DType = DType.Float32)
+                    "counts are i64, the bias fp32"
         | _ -> report "it is no kernel of a step"
 
     member _.Launch(kernel, attributes, inputs, outputs) =

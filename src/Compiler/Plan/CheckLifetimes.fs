@@ -262,7 +262,12 @@ type private Walk(f: Findings, stage: StagePlan) =
         at <- $"stage %i{stage.Stage}"
 
         for id in 0 .. count - 1 do
-            if isAccumulator slots[id].Kind && reads[id] > 0 && not (zeroed.Contains id) && not (written.Contains id) then
+            if
+                isAccumulator slots[id].Kind
+                && reads[id] > 0
+                && not (zeroed.Contains id)
+                && not (written.Contains id)
+            then
                 wrong $"%s{name id} is read but never zeroed"
 
 /// Slots and tokens of every stage.

@@ -53,7 +53,8 @@ type private Lanes() =
 
             lanes.Count - 1
 
-    member this.Message(from, into) = this.Get(0, from, into, [ from; into ], $"messages from stage %i{from} to stage %i{into}")
+    member this.Message(from, into) =
+        this.Get(0, from, into, [ from; into ], $"messages from stage %i{from} to stage %i{into}")
 
     member this.Sum(group: Group) =
         this.Get(1, group.Id, 0, List.ofSeq group.Stages, $"sums over the stages of %s{group.Name}")
@@ -150,16 +151,19 @@ let private compare (f: Findings) (plan: PlanSet) (lane: Lane) (k: int) =
         let wrong message = f.Add(Codes.PlanDeadlock, at i, message)
 
         if first.Microbatch <> other.Microbatch then
-            wrong $"of the %s{lane.Name}, number %i{k} is of microbatch %i{first.Microbatch} on stage %i{stages[0]} but of microbatch %i{other.Microbatch} on stage %i{stages[i]}"
+            wrong
+                $"of the %s{lane.Name}, number %i{k} is of microbatch %i{first.Microbatch} on stage %i{stages[0]} but of microbatch %i{other.Microbatch} on stage %i{stages[i]}"
         elif meaning lane slot <> meaning lane peer then
-            wrong $"of the %s{lane.Name}, number %i{k} is '%s{slot.Name}' on stage %i{stages[0]} but '%s{peer.Name}' on stage %i{stages[i]}"
+            wrong
+                $"of the %s{lane.Name}, number %i{k} is '%s{slot.Name}' on stage %i{stages[0]} but '%s{peer.Name}' on stage %i{stages[i]}"
         elif
             slot.DType <> peer.DType
             || List.ofSeq slot.Extents <> List.ofSeq peer.Extents
             || List.ofSeq slot.Layout <> List.ofSeq peer.Layout
             || slot.Routed <> peer.Routed
         then
-            wrong $"of the %s{lane.Name}, number %i{k} ('%s{slot.Name}') has another type or layout on stage %i{stages[i]} than on stage %i{stages[0]}"
+            wrong
+                $"of the %s{lane.Name}, number %i{k} ('%s{slot.Name}') has another type or layout on stage %i{stages[i]} than on stage %i{stages[0]}"
 
 /// Runs all stages until none can go on.
 let check (f: Findings) (plan: PlanSet) : unit =

@@ -58,13 +58,26 @@ let private ascending limit (values: IReadOnlyList<int>) =
 let private checkMesh (f: Findings) (plan: PlanSet) =
     let mesh = plan.Mesh
     let wrong message = f.Add(Codes.PlanShape, "mesh", message)
-    let degrees = [ mesh.Tensor; mesh.Context; mesh.Data; mesh.Pipeline; mesh.ExpertTensor; mesh.Expert; mesh.ExpertData ]
+
+    let degrees = [
+        mesh.Tensor
+        mesh.Context
+        mesh.Data
+        mesh.Pipeline
+        mesh.ExpertTensor
+        mesh.Expert
+        mesh.ExpertData
+    ]
+
     let product ns = ns |> Seq.fold (fun n d -> n * bigint (d: int)) 1I
     let dense = product [ mesh.Tensor; mesh.Context; mesh.Data ]
 
     if degrees |> List.exists (fun n -> n < 1) || mesh.Axes |> Seq.exists (fun a -> a.Size < 1) then
         wrong "a degree or mesh axis is below 1"
-    elif product [ mesh.ExpertTensor; mesh.Expert; mesh.ExpertData ] <> dense || product (mesh.Axes |> Seq.map _.Size) <> dense then
+    elif
+        product [ mesh.ExpertTensor; mesh.Expert; mesh.ExpertData ] <> dense
+        || product (mesh.Axes |> Seq.map _.Size) <> dense
+    then
         wrong $"tp x cp x dp, etp x ep x edp and the mesh axes do not make the same %O{dense} ranks"
     elif dense * bigint mesh.Pipeline > bigint (1 <<< 24) then
         wrong $"%O{dense} x %i{mesh.Pipeline} ranks are more than a job may have"
@@ -94,7 +107,15 @@ let private checkGroups (f: Findings) (plan: PlanSet) =
             wrong "it has one stage only")
 
 /// A tensor as declared: axes, extents, one state per mesh axis; `whole`: extents are global.
-let private checkTensor (f: Findings) (plan: PlanSet) at whole (axes: IReadOnlyList<string>) (extents: IReadOnlyList<int>) (layout: IReadOnlyList<AxisState>) =
+let private checkTensor
+    (f: Findings)
+    (plan: PlanSet)
+    at
+    whole
+    (axes: IReadOnlyList<string>)
+    (extents: IReadOnlyList<int>)
+    (layout: IReadOnlyList<AxisState>)
+    =
     let wrong message = f.Add(Codes.PlanShape, at, message)
 
     let inside (state: AxisState) =
@@ -147,7 +168,10 @@ let private checkSlots (f: Findings) (plan: PlanSet) (stage: StagePlan) =
             match slot.Kind with
             | SlotKind.Parameter ->
                 match plan.Parameters |> Seq.tryFind (fun p -> p.Name = slot.Name) with
-                | Some p when Seq.contains stage.Stage p.Stages && p.DType = slot.DType && isShard plan slot p.Extents p.Layout -> ()
+                | Some p when
+                    Seq.contains stage.Stage p.Stages && p.DType = slot.DType && isShard plan slot p.Extents p.Layout
+                    ->
+                    ()
                 | Some _ -> wrong "it is not a shard of the parameter as declared"
                 | None -> wrong "there is no such parameter"
             | SlotKind.Input ->
@@ -165,7 +189,10 @@ let private checkSlots (f: Findings) (plan: PlanSet) (stage: StagePlan) =
             | SlotKind.Temporary -> ())
 
     for p in plan.Parameters do
-        if Seq.contains stage.Stage p.Stages && not (stage.Slots |> Seq.exists (fun s -> s.Name = p.Name && s.Kind.IsParameter)) then
+        if
+            Seq.contains stage.Stage p.Stages
+            && not (stage.Slots |> Seq.exists (fun s -> s.Name = p.Name && s.Kind.IsParameter))
+        then
             f.Add(Codes.PlanShape, $"stage %i{stage.Stage}", $"it holds parameter %s{p.Name} but has no slot for it")
 
 let private checkParameters (f: Findings) (plan: PlanSet) =
@@ -246,7 +273,11 @@ let private checkTimetable (f: Findings) (plan: PlanSet) (stage: StagePlan) =
     let wrong message = f.Add(Codes.PlanShape, $"stage %i{stage.Stage}, timetable", message)
 
     if List.ofSeq (stage.Programs |> Seq.map _.Phase) <> List.ofArray Phase.All then
-        f.Add(Codes.PlanShape, $"stage %i{stage.Stage}", "its programs are not prologue, F, I, W and epilogue, each once")
+        f.Add(
+            Codes.PlanShape,
+            $"stage %i{stage.Stage}",
+            "its programs are not prologue, F, I, W and epilogue, each once"
+        )
 
     let count = stage.Timetable.Count
     let last = Dictionary<int, Phase>()
@@ -255,7 +286,10 @@ let private checkTimetable (f: Findings) (plan: PlanSet) (stage: StagePlan) =
     |> Seq.iteri (fun i action ->
         let microbatch = action.Microbatch
         let shown = $"%s{action.Phase.Name}%i{microbatch}"
-        let expects before = last.TryGetValue microbatch |> fun (found, phase) -> if found then phase = before else before.IsPrologue
+
+        let expects before =
+            last.TryGetValue microbatch
+            |> fun (found, phase) -> if found then phase = before else before.IsPrologue
 
         match action.Phase with
         | Phase.Prologue ->

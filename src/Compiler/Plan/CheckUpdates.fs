@@ -15,7 +15,10 @@ type private Share =
 
 /// Accumulators are named after what they sum.
 let private prefixed (prefix: string) (name: string) =
-    if name.StartsWith(prefix, System.StringComparison.Ordinal) then ValueSome(name.Substring prefix.Length) else ValueNone
+    if name.StartsWith(prefix, System.StringComparison.Ordinal) then
+        ValueSome(name.Substring prefix.Length)
+    else
+        ValueNone
 
 /// Optimizer slots of a parameter and which output of the update they are.
 let private stateNames = [| "master:"; "m:"; "v:" |]
@@ -213,7 +216,11 @@ let private checkSources (f: Findings) (plan: PlanSet) =
             let isSum = slot.Kind.IsGradient || slot.Kind.IsCounter && not (slot.Name.StartsWith "metric:")
 
             if isSum && not (added.Contains slot.Name) then
-                f.Add(Codes.PlanUpdate, $"stage %i{stage.Stage}", $"nothing is ever added to %s{named stage.Slots slot.Id}")
+                f.Add(
+                    Codes.PlanUpdate,
+                    $"stage %i{stage.Stage}",
+                    $"nothing is ever added to %s{named stage.Slots slot.Id}"
+                )
 
 /// Updates of every stage.
 let check (f: Findings) (plan: PlanSet) : unit =

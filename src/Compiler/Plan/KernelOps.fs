@@ -76,8 +76,7 @@ let ofOp (op: Op) (inputs: TensorType[]) (_outputs: TensorType[]) : (KernelId * 
     | Op.RotaryTable s ->
         Some(
             KernelId.RotaryTable,
-            int s.Dim
-            :: List.map float [ s.Theta; s.Factor; s.Original; s.BetaFast; s.BetaSlow; s.Mscale ]
+            int s.Dim :: List.map float [ s.Theta; s.Factor; s.Original; s.BetaFast; s.BetaSlow; s.Mscale ]
         )
     | Op.Rope inverse -> Some(KernelId.Rope, [ flag inverse ])
     | Op.RopeQ inverse -> Some(KernelId.RopeQ, [ flag inverse ])
@@ -85,8 +84,7 @@ let ofOp (op: Op) (inputs: TensorType[]) (_outputs: TensorType[]) : (KernelId * 
     | Op.RopeKvGrad nope -> Some(KernelId.RopeKvGrad, [ int nope ])
     | Op.Attention scale -> Some(KernelId.Attention, [ float scale ])
     | Op.AttentionGrad scale -> Some(KernelId.AttentionGrad, [ float scale ])
-    | Op.GroupTopK s ->
-        Some(KernelId.GroupTopK, [ int s.TopK; int s.Groups; int s.KeepGroups; flag s.ZeroMasked ])
+    | Op.GroupTopK s -> Some(KernelId.GroupTopK, [ int s.TopK; int s.Groups; int s.KeepGroups; flag s.ZeroMasked ])
     | Op.Route _ -> plain KernelId.Route
     | Op.Permute fused -> plain (if fused then KernelId.PermuteFused else KernelId.Permute)
     | Op.Unpermute fused -> plain (if fused then KernelId.UnpermuteFused else KernelId.Unpermute)
@@ -105,8 +103,7 @@ let ofOp (op: Op) (inputs: TensorType[]) (_outputs: TensorType[]) : (KernelId * 
     | Op.LocalSlice(d, axes, _) -> Some(KernelId.LocalSlice, [ int d; ints axes ])
 
 /// The kernels that have no op: they work on the state of a step.
-let isStepKernel (kernel: KernelId) =
-    kernel >= KernelId.Zero && kernel <= KernelId.RouterBias
+let isStepKernel (kernel: KernelId) = kernel >= KernelId.Zero && kernel <= KernelId.RouterBias
 
 /// Operand types with axes named so that ops which match by name find each other: a slot keeps the name its value was born with.
 let operands (kernel: KernelId) (attributes: IReadOnlyList<Attribute>) (inputs: TensorType[]) : TensorType[] =
@@ -128,13 +125,22 @@ let operands (kernel: KernelId) (attributes: IReadOnlyList<Attribute>) (inputs: 
         try
             let terms = (Axes.parse spec).Operands
             let letter i d = terms |> Array.tryItem i |> Option.bind (Array.tryItem d)
-            rename (fun i d -> match letter i d with Some l -> l.Name | None -> own i d)
+
+            rename (fun i d ->
+                match letter i d with
+                | Some l -> l.Name
+                | None -> own i d)
         with :? System.ArgumentException ->
             inputs
     | _ -> rename own
 
 /// The op that a launch computes, from its attributes and local types; or what is wrong with them.
-let toOp (kernel: KernelId) (attributes: IReadOnlyList<Attribute>) (inputs: TensorType[]) (outputs: TensorType[]) : Result<Op, string> =
+let toOp
+    (kernel: KernelId)
+    (attributes: IReadOnlyList<Attribute>)
+    (inputs: TensorType[])
+    (outputs: TensorType[])
+    : Result<Op, string> =
     let wrong () =
         let given = attributes |> Seq.map string |> String.concat ", "
         Error $"kernel %O{kernel} takes other attributes than (%s{given})"
@@ -153,8 +159,7 @@ let toOp (kernel: KernelId) (attributes: IReadOnlyList<Attribute>) (inputs: Tens
         else
             Error $"kernel %O{kernel} names a dim of an operand that lacks it"
 
-    let result k =
-        if outputs.Length = 1 then Ok(k outputs[0]) else Error $"kernel %O{kernel} has one output"
+    let result k = if outputs.Length = 1 then Ok(k outputs[0]) else Error $"kernel %O{kernel} has one output"
 
     let numbers = [
         for a in attributes do
@@ -169,7 +174,8 @@ let toOp (kernel: KernelId) (attributes: IReadOnlyList<Attribute>) (inputs: Tens
 
     match kernel, List.ofSeq attributes with
     | KernelId.Full, [ Attribute.Float value ] -> result (fun t -> Op.Constant(value, t))
-    | KernelId.Iota, [ Attribute.Ints _ ] when outputs.Length = 1 && outputs[0].Rank = 1 -> Ok(Op.Iota outputs[0].Axes[0])
+    | KernelId.Iota, [ Attribute.Ints _ ] when outputs.Length = 1 && outputs[0].Rank = 1 ->
+        Ok(Op.Iota outputs[0].Axes[0])
     | KernelId.Add, ([] | [ Attribute.Ints _ ]) -> Ok Op.Add
     | KernelId.Sub, [ Attribute.Ints _ ] -> Ok Op.Sub
     | KernelId.Mul, [ Attribute.Ints _ ] -> Ok Op.Mul

@@ -25,13 +25,15 @@ let rec private cuts parts (costs: int64 list) : int64 list list list =
 
 let tests =
     testList "Partition.LayoutString" [
-        testCase "Megatron's examples expand" <| fun () ->
+        testCase "Megatron's examples expand"
+        <| fun () ->
             Expect.equal (letters "E|(tt|)*2,(t|)*4,mL") [ "E"; "tt"; "tt"; "t"; "t"; "t"; "t"; "mL" ] ""
             let h100 = letters "Et|(tt|)*30mL"
             Expect.equal (h100.Length, h100[0], h100[1], h100[31]) (32, "Et", "tt", "mL") ""
             Expect.equal (letters "Et*3|(t|t)*2L") [ "Ettt"; "t"; "tt"; "tL" ] ""
 
-        testCase "broken strings are refused with the place" <| fun () ->
+        testCase "broken strings are refused with the place"
+        <| fun () ->
             for text, what in
                 [
                     "Et|x", "'x' at 3"
@@ -47,13 +49,15 @@ let tests =
                 | Ok stages -> failtestf "%s gives %A" text stages
                 | Error wrong -> Expect.stringContains wrong.Head.Message what text
 
-        testCase "a wrong number of layers names both values and a legal string" <| fun () ->
+        testCase "a wrong number of layers names both values and a legal string"
+        <| fun () ->
             let wrong = LayoutString.check (parsed "Ett|tmL") 5 1 2 1 |> List.exactlyOne
             Expect.equal wrong.Code Codes.LayoutUnits ""
             Expect.stringContains wrong.Message "3 layers (t) but the model has 5" ""
             Expect.stringContains wrong.Help "Ettt|ttmL" ""
 
-        testCase "units out of order or out of place are refused" <| fun () ->
+        testCase "units out of order or out of place are refused"
+        <| fun () ->
             let messages text layers mtp pp vp =
                 LayoutString.check (parsed text) layers mtp pp vp |> List.map _.Message |> String.concat "\n"
 
@@ -66,7 +70,8 @@ let tests =
             Expect.equal (messages "Et|t|t|mL" 3 1 2 2) "" ""
             Expect.equal (messages "E|||tL" 1 0 4 1) "" "stages in the middle may be empty"
 
-        testCase "DeepSeek-V3's table is legal" <| fun () ->
+        testCase "DeepSeek-V3's table is legal"
+        <| fun () ->
             for pp, vp in [ 1, 1; 4, 1; 8, 1; 4, 2; 16, 1; 8, 2; 4, 4 ] do
                 let stages = parsed (LayoutString.deepSeekV3 pp vp).Value
                 Expect.equal (LayoutString.check stages 61 1 pp vp) [] $"pp %i{pp} vp %i{vp}"
@@ -82,22 +87,26 @@ let tests =
             | Ok stages -> not stages.IsEmpty
             | Error wrong -> not wrong.IsEmpty)
 
-        Properties.property "an automatic cut is as good as the best of all cuts" (fun (costs: byte list) (stages: byte) ->
-            let costs = 7L :: (costs |> List.truncate 8 |> List.map int64)
-            let stages = 1 + int stages % costs.Length
-            let lengths = LayoutString.cut costs stages
+        Properties.property
+            "an automatic cut is as good as the best of all cuts"
+            (fun (costs: byte list) (stages: byte) ->
+                let costs = 7L :: (costs |> List.truncate 8 |> List.map int64)
+                let stages = 1 + int stages % costs.Length
+                let lengths = LayoutString.cut costs stages
 
-            let parts, rest =
-                lengths |> List.mapFold (fun rest n -> List.splitAt n rest) costs
+                let parts, rest = lengths |> List.mapFold (fun rest n -> List.splitAt n rest) costs
 
-            let dearest parts = parts |> List.map List.sum |> List.max
-            rest.IsEmpty && lengths |> List.forall (fun n -> n > 0) && dearest parts = (cuts stages costs |> List.map dearest |> List.min))
+                let dearest parts = parts |> List.map List.sum |> List.max
 
-        testCase "the automatic layout is a legal layout" <| fun () ->
+                rest.IsEmpty
+                && lengths |> List.forall (fun n -> n > 0)
+                && dearest parts = (cuts stages costs |> List.map dearest |> List.min))
+
+        testCase "the automatic layout is a legal layout"
+        <| fun () ->
             for pp in 1..7 do
                 match LayoutString.auto 3L [ 10L; 10L; 20L; 20L; 20L ] [ 25L ] 12L pp with
-                | Ok stages ->
-                    Expect.equal (LayoutString.check stages 5 1 pp 1) [] (LayoutString.print stages)
+                | Ok stages -> Expect.equal (LayoutString.check stages 5 1 pp 1) [] (LayoutString.print stages)
                 | Error wrong -> failtestf "%A" wrong
 
             Expect.isError (LayoutString.auto 1L [ 1L ] [] 1L 4) "more stages than units"

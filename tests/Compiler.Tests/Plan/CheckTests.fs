@@ -16,7 +16,13 @@ let private legal name (plan: Lazy<PlanSet>) =
 /// Runs take longer than checks: this many of a class, spread over all that pass.
 let private runs = max 16 (Properties.cases / 10)
 
-let private subjects = [ Subjects.eight; Subjects.experts; Subjects.four; Subjects.gpipe; Subjects.deep ]
+let private subjects = [
+    Subjects.eight
+    Subjects.experts
+    Subjects.four
+    Subjects.gpipe
+    Subjects.deep
+]
 
 let private refusedOrHarmless name (make: PlanSet -> Mutations.Mutant seq) =
     testCase $"%s{name}: refused, or harmless when run"
@@ -60,7 +66,14 @@ let private edited (plan: PlanSet) stage (phase: Phase) change = {
                         s with
                             Programs =
                                 s.Programs
-                                |> Seq.map (fun p -> if p.Phase = phase then { p with Steps = change (Array.ofSeq p.Steps) } else p)
+                                |> Seq.map (fun p ->
+                                    if p.Phase = phase then
+                                        {
+                                            p with
+                                                Steps = change (Array.ofSeq p.Steps)
+                                        }
+                                    else
+                                        p)
                                 |> Array.ofSeq
                     })
             |> Array.ofSeq
@@ -76,21 +89,30 @@ let private timetable (plan: PlanSet) stage (table: string) =
         |> Array.map (fun word ->
             let phase = Phase.All |> Array.find (fun p -> p.Name = word.TrimEnd([| '0' .. '9' |]))
             let digits = word.Substring phase.Name.Length
-            { Phase = phase; Microbatch = if digits = "" then 0 else int digits })
+
+            {
+                Phase = phase
+                Microbatch = if digits = "" then 0 else int digits
+            })
 
     {
         plan with
-            Stages = plan.Stages |> Seq.map (fun s -> if s.Stage = stage then { s with Timetable = actions } else s) |> Array.ofSeq
+            Stages =
+                plan.Stages
+                |> Seq.map (fun s -> if s.Stage = stage then { s with Timetable = actions } else s)
+                |> Array.ofSeq
     }
 
 let private messages =
     testList "messages" [
-        testCase "a deadlock names stages, actions and what they wait for" <| fun () ->
+        testCase "a deadlock names stages, actions and what they wait for"
+        <| fun () ->
             // stage 0 wants the gradient of microbatch 0 before it has sent what stage 1 waits for
             let plan = timetable Subjects.eight.Value 0 "prologue F1 F0 I1 W1 I0 W0 F2 I2 W2 F3 I3 W3 epilogue"
             onlyCode Codes.PlanDeadlock "microbatch" plan
 
-        testCase "a stage that waits for a message nobody sends is named" <| fun () ->
+        testCase "a stage that waits for a message nobody sends is named"
+        <| fun () ->
             let plan = Subjects.four.Value
 
             let isSend (step: Step) =
@@ -108,37 +130,70 @@ let private messages =
             Expect.isEmpty (Check.run (edited plan 1 Phase.I late)) "a late send is still in time"
 
             // GPipe on one stage and 1F1B on its neighbour: one waits for gradients, the other for activations
-            let table = Timetable.build Schedule.OneFOneB 2 4 |> List.map (List.map (fun a -> a.Phase.Name + (if a.Phase.IsPrologue || a.Phase.IsEpilogue then "" else string a.Microbatch)) >> String.concat " ")
+            let table =
+                Timetable.build Schedule.OneFOneB 2 4
+                |> List.map (
+                    List.map (fun a ->
+                        a.Phase.Name + (if a.Phase.IsPrologue || a.Phase.IsEpilogue then "" else string a.Microbatch))
+                    >> String.concat " "
+                )
+
             let early = "prologue F0 I0 W0 F1 I1 W1 F2 I2 W2 F3 I3 W3 epilogue"
             Expect.isEmpty (Check.run (timetable Subjects.eight.Value 1 table[1])) "the timetable it has"
             // stage 0 runs one microbatch at a time, stage 1 wants all activations first
-            let both = timetable (timetable Subjects.eight.Value 0 early) 1 "prologue F0 F1 F2 F3 I0 W0 I1 W1 I2 W2 I3 W3 epilogue"
-            onlyCode Codes.PlanDeadlock "no stage can go on: stage 0 waits in W0 for number 0 of the messages from stage 1" both
+            let both =
+                timetable
+                    (timetable Subjects.eight.Value 0 early)
+                    1
+                    "prologue F0 F1 F2 F3 I0 W0 I1 W1 I2 W2 I3 W3 epilogue"
 
-        testCase "a second reduction of a gradient names slot and mesh axis" <| fun () ->
+            onlyCode
+                Codes.PlanDeadlock
+                "no stage can go on: stage 0 waits in W0 for number 0 of the messages from stage 1"
+                both
+
+        testCase "a second reduction of a gradient names slot and mesh axis"
+        <| fun () ->
             let plan = Subjects.eight.Value
-            let mutant = Mutations.classes |> List.find (fun (name, _) -> name = "a reduction repeated") |> snd |> fun make -> make plan |> Seq.head
+
+            let mutant =
+                Mutations.classes
+                |> List.find (fun (name, _) -> name = "a reduction repeated")
+                |> snd
+                |> fun make -> make plan |> Seq.head
+
             onlyCode Codes.PlanLayout "counted more than once" mutant.Plan
 
-        testCase "a tied gradient that is not summed over its stages is told" <| fun () ->
+        testCase "a tied gradient that is not summed over its stages is told"
+        <| fun () ->
             let plan = Subjects.eight.Value
-            let dropped = Mutations.classes |> List.find (fun (name, _) -> name = "a reduction dropped") |> snd |> fun make -> make plan
+
+            let dropped =
+                Mutations.classes
+                |> List.find (fun (name, _) -> name = "a reduction dropped")
+                |> snd
+                |> fun make -> make plan
 
             Expect.exists
                 dropped
-                (fun m -> Check.run m.Plan |> List.exists (fun d -> d.Code = Codes.PlanUpdate && d.Message.Contains "summed over stages"))
+                (fun m ->
+                    Check.run m.Plan
+                    |> List.exists (fun d -> d.Code = Codes.PlanUpdate && d.Message.Contains "summed over stages"))
                 "one of them"
 
-        testCase "an epilogue without updates is told" <| fun () ->
+        testCase "an epilogue without updates is told"
+        <| fun () ->
             let plan = edited Subjects.experts.Value 0 Phase.Epilogue (fun _ -> [||])
             onlyCode Codes.PlanUpdate "is updated 0 times" plan
 
-        testCase "a read before the wait is told" <| fun () ->
+        testCase "a read before the wait is told"
+        <| fun () ->
             let plan = Subjects.experts.Value
             let steps = edited plan 0 Phase.F (Array.filter (fun s -> not s.IsWait))
             onlyCode Codes.PlanLifetime "before the wait" steps
 
-        testCase "an id beyond the list is told, not followed" <| fun () ->
+        testCase "an id beyond the list is told, not followed"
+        <| fun () ->
             let plan = edited Subjects.experts.Value 0 Phase.F (Array.insertAt 0 (Step.Free 999_999))
             onlyCode Codes.PlanShape "999999" plan
     ]
@@ -146,7 +201,13 @@ let private messages =
 let tests =
     testList "Plan.Check" [
         for name, plan in
-            [ "eight ranks", Subjects.eight; "experts", Subjects.experts; "four stages", Subjects.four; "GPipe", Subjects.gpipe; "fourteen stages", Subjects.deep ]
+            [
+                "eight ranks", Subjects.eight
+                "experts", Subjects.experts
+                "four stages", Subjects.four
+                "GPipe", Subjects.gpipe
+                "fourteen stages", Subjects.deep
+            ]
             @ Subjects.others do
             legal name plan
 
@@ -154,10 +215,13 @@ let tests =
 
         testSequenced (testList "damaged plans" [ for name, make in Mutations.classes -> refusedOrHarmless name make ])
 
-        Properties.propertyOver [ typeof<Plans.Arbitraries> ] "random data never crashes the check" (fun (plan: PlanSet) ->
-            not (Check.run plan).IsEmpty)
+        Properties.propertyOver
+            [ typeof<Plans.Arbitraries> ]
+            "random data never crashes the check"
+            (fun (plan: PlanSet) -> not (Check.run plan).IsEmpty)
 
-        testCase "the plan of 1024 ranks is checked within seconds" <| fun () ->
+        testCase "the plan of 1024 ranks is checked within seconds"
+        <| fun () ->
             let plan = (List.last Subjects.others |> snd).Value
             let clock = Stopwatch.StartNew()
             Expect.isEmpty (Check.run plan) ""

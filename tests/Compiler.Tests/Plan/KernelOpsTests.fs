@@ -51,12 +51,21 @@ let private samples = [
     },
     [ x ]
     Op.Route 2, [ TensorType.create DType.Bool [ "batch", 2; "seq", 4; "experts", 8 ] ]
-    Op.Permute true, [ x; { TensorType.create DType.Bool [ "batch", 2; "seq", 4; "experts", 8 ] with Routed = true; Density = 0.25 } ]
+    Op.Permute true,
+    [
+        x
+        {
+            TensorType.create DType.Bool [ "batch", 2; "seq", 4; "experts", 8 ] with
+                Routed = true
+                Density = 0.25
+        }
+    ]
 ]
 
 let tests =
     testList "Plan.KernelOps" [
-        testCase "the launch of an op is the op" <| fun () ->
+        testCase "the launch of an op is the op"
+        <| fun () ->
             for op, inputs in samples do
                 let inputs = Array.ofList inputs
 
@@ -66,7 +75,8 @@ let tests =
                     let kernel, attributes = (KernelOps.ofOp op inputs outputs).Value
                     Expect.equal (KernelOps.toOp kernel (Array.ofList attributes) inputs outputs) (Ok op) ""
 
-        testCase "a launch keeps its meaning when slots have other names" <| fun () ->
+        testCase "a launch keeps its meaning when slots have other names"
+        <| fun () ->
             for op, inputs in samples do
                 let inputs = Array.ofList inputs
 
@@ -93,7 +103,8 @@ let tests =
                         | Ok(_, results) ->
                             Expect.equal (results |> Array.map _.Extents) (outputs |> Array.map _.Extents) $"%A{op}"
 
-        testCase "every kernel refuses foreign attributes" <| fun () ->
+        testCase "every kernel refuses foreign attributes"
+        <| fun () ->
             for kernel in Enum.GetValues<KernelId>() do
                 let nonsense = [| Attribute.Text "x"; Attribute.Int -1L; Attribute.Float nan |]
                 Expect.isError (KernelOps.toOp kernel nonsense [| x |] [| x |]) (string kernel)

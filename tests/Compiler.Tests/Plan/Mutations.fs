@@ -17,7 +17,14 @@ let private withSteps (plan: PlanSet) s (phase: Phase) (change: Step[] -> Step[]
         stage with
             Programs =
                 stage.Programs
-                |> Seq.map (fun p -> if p.Phase = phase then { p with Steps = change (Array.ofSeq p.Steps) } else p)
+                |> Seq.map (fun p ->
+                    if p.Phase = phase then
+                        {
+                            p with
+                                Steps = change (Array.ofSeq p.Steps)
+                        }
+                    else
+                        p)
                 |> Array.ofSeq
     })
 
@@ -51,7 +58,12 @@ let private swapNeighbours (plan: PlanSet) = seq {
         let steps = (plan.Stages[s].Programs |> Seq.find (fun p -> p.Phase = phase)).Steps
 
         if i + 1 < steps.Count then
-            edit plan "swap with the next" at (fun steps -> steps |> Array.mapi (fun k x -> if k = i then steps[i + 1] elif k = i + 1 then steps[i] else x))
+            edit plan "swap with the next" at (fun steps ->
+                steps
+                |> Array.mapi (fun k x ->
+                    if k = i then steps[i + 1]
+                    elif k = i + 1 then steps[i]
+                    else x))
 }
 
 let private dropWait plan = seq {
@@ -95,7 +107,11 @@ let private changeGroup (plan: PlanSet) = seq {
         | Step.Start(token, kind, group, inputs, outputs, path) ->
             for g in plan.Groups do
                 if g.Id <> group then
-                    edit plan $"group g%i{group} becomes g%i{g.Id}" at (Array.updateAt i (Step.Start(token, kind, g.Id, inputs, outputs, path)))
+                    edit
+                        plan
+                        $"group g%i{group} becomes g%i{g.Id}"
+                        at
+                        (Array.updateAt i (Step.Start(token, kind, g.Id, inputs, outputs, path)))
         | Step.Launch _
         | Step.Wait _
         | Step.Free _ -> ()
@@ -105,8 +121,17 @@ let private otherKinds (kind: Collective) =
     match kind with
     | Collective.AllReduceSum -> [ Collective.AllReduceMax; Collective.AllGather 0; Collective.ReduceScatter 0 ]
     | Collective.AllReduceMax -> [ Collective.AllReduceSum; Collective.AllGather 0 ]
-    | Collective.AllGather d -> [ Collective.ReduceScatter d; Collective.AllGather(d + 1); Collective.AllToAll(d + 1, d); Collective.AllReduceSum ]
-    | Collective.ReduceScatter d -> [ Collective.AllGather d; Collective.ReduceScatter(abs (d - 1)); Collective.AllReduceSum ]
+    | Collective.AllGather d -> [
+        Collective.ReduceScatter d
+        Collective.AllGather(d + 1)
+        Collective.AllToAll(d + 1, d)
+        Collective.AllReduceSum
+      ]
+    | Collective.ReduceScatter d -> [
+        Collective.AllGather d
+        Collective.ReduceScatter(abs (d - 1))
+        Collective.AllReduceSum
+      ]
     | Collective.AllToAll(a, b) -> [ Collective.AllToAll(b, a); Collective.AllGather b ]
     | Collective.RouteToExperts -> [ Collective.AllGather 2; Collective.AllReduceMax ]
     | Collective.RowsToExperts -> [ Collective.RowsToTokens; Collective.RouteToExperts ]
@@ -119,7 +144,11 @@ let private changeKind plan = seq {
         match step with
         | Step.Start(token, kind, group, inputs, outputs, path) ->
             for other in otherKinds kind do
-                edit plan $"%O{kind} becomes %O{other}" at (Array.updateAt i (Step.Start(token, other, group, inputs, outputs, path)))
+                edit
+                    plan
+                    $"%O{kind} becomes %O{other}"
+                    at
+                    (Array.updateAt i (Step.Start(token, other, group, inputs, outputs, path)))
         | Step.Launch _
         | Step.Wait _
         | Step.Free _ -> ()
@@ -148,10 +177,18 @@ let private retargetOutput (plan: PlanSet) = seq {
         match step with
         | Step.Launch(kernel, attributes, inputs, outputs, path) ->
             for id, ids in twins outputs do
-                edit plan $"output becomes %%%i{id}" at (Array.updateAt i (Step.Launch(kernel, attributes, inputs, ids, path)))
+                edit
+                    plan
+                    $"output becomes %%%i{id}"
+                    at
+                    (Array.updateAt i (Step.Launch(kernel, attributes, inputs, ids, path)))
         | Step.Start(token, kind, group, inputs, outputs, path) ->
             for id, ids in twins outputs do
-                edit plan $"output becomes %%%i{id}" at (Array.updateAt i (Step.Start(token, kind, group, inputs, ids, path)))
+                edit
+                    plan
+                    $"output becomes %%%i{id}"
+                    at
+                    (Array.updateAt i (Step.Start(token, kind, group, inputs, ids, path)))
         | Step.Wait _
         | Step.Free _ -> ()
 }
@@ -163,7 +200,8 @@ let private reorderTimetable (plan: PlanSet) = seq {
         for i in 0 .. table.Length - 1 do
             for distance in [ 1; 2; 3; 5 ] do
                 if i + distance < table.Length then
-                    let swapped = table |> Array.updateAt i table[i + distance] |> Array.updateAt (i + distance) table[i]
+                    let swapped =
+                        table |> Array.updateAt i table[i + distance] |> Array.updateAt (i + distance) table[i]
 
                     {
                         Note = $"timetable of stage %i{stage.Stage}: %i{i} and %i{i + distance} change places"
@@ -172,7 +210,11 @@ let private reorderTimetable (plan: PlanSet) = seq {
 
             {
                 Note = $"timetable of stage %i{stage.Stage}: %i{i} is left out"
-                Plan = withStage plan stage.Stage (fun s -> { s with Timetable = Array.removeAt i table })
+                Plan =
+                    withStage plan stage.Stage (fun s -> {
+                        s with
+                            Timetable = Array.removeAt i table
+                    })
             }
 }
 
@@ -185,12 +227,16 @@ let private dropMessage plan = seq {
         | Step.Start(token, kind, _, _, _, _) when isMessage kind ->
             edit plan "drop the start of a message" at (Array.removeAt i)
 
-            edit plan "drop the message" at (Array.filter (fun s ->
-                match s with
-                | Step.Start(t, _, _, _, _, _)
-                | Step.Wait t -> t <> token
-                | Step.Launch _
-                | Step.Free _ -> true))
+            edit
+                plan
+                "drop the message"
+                at
+                (Array.filter (fun s ->
+                    match s with
+                    | Step.Start(t, _, _, _, _, _)
+                    | Step.Wait t -> t <> token
+                    | Step.Launch _
+                    | Step.Free _ -> true))
         | Step.Start _
         | Step.Launch _
         | Step.Wait _
@@ -202,7 +248,8 @@ let private duplicateMessage plan = seq {
         match step with
         | Step.Start(_, kind, group, inputs, outputs, path) when isMessage kind ->
             edit plan "send or receive again" at (fun steps ->
-                steps |> Array.insertManyAt i [ Step.Start(7777, kind, group, inputs, outputs, path); Step.Wait 7777 ])
+                steps
+                |> Array.insertManyAt i [ Step.Start(7777, kind, group, inputs, outputs, path); Step.Wait 7777 ])
 
             edit plan "send or receive again at the end" at (fun steps ->
                 Array.append steps [| Step.Start(7777, kind, group, inputs, outputs, path); Step.Wait 7777 |])
@@ -226,7 +273,12 @@ let private changePeer (plan: PlanSet) = seq {
                             | _same -> None
 
                         match changed with
-                        | Some kind -> edit plan $"peer becomes %i{other}" at (Array.updateAt i (Step.Start(token, kind, g.Id, inputs, outputs, path)))
+                        | Some kind ->
+                            edit
+                                plan
+                                $"peer becomes %i{other}"
+                                at
+                                (Array.updateAt i (Step.Start(token, kind, g.Id, inputs, outputs, path)))
                         | None -> ()
         | Step.Start _
         | Step.Launch _
@@ -238,13 +290,30 @@ let private changeLayout (plan: PlanSet) = seq {
     for stage in plan.Stages do
         for slot in stage.Slots do
             for m in 0 .. slot.Layout.Count - 1 do
-                for state in [ AxisState.Replicated; AxisState.Split 0; AxisState.Split 1; AxisState.PartialSum ] do
+                for state in
+                    [
+                        AxisState.Replicated
+                        AxisState.Split 0
+                        AxisState.Split 1
+                        AxisState.PartialSum
+                    ] do
                     if slot.Layout[m] <> state then
-                        let changed = { slot with Layout = slot.Layout |> Seq.mapi (fun k s -> if k = m then state else s) |> Array.ofSeq }
+                        let changed = {
+                            slot with
+                                Layout = slot.Layout |> Seq.mapi (fun k s -> if k = m then state else s) |> Array.ofSeq
+                        }
 
                         {
-                            Note = $"stage %i{stage.Stage}, slot %%%i{slot.Id} (%s{slot.Name}): mesh axis %i{m} becomes %O{state}"
-                            Plan = withStage plan stage.Stage (fun s -> { s with Slots = s.Slots |> Seq.map (fun o -> if o.Id = slot.Id then changed else o) |> Array.ofSeq })
+                            Note =
+                                $"stage %i{stage.Stage}, slot %%%i{slot.Id} (%s{slot.Name}): mesh axis %i{m} becomes %O{state}"
+                            Plan =
+                                withStage plan stage.Stage (fun s -> {
+                                    s with
+                                        Slots =
+                                            s.Slots
+                                            |> Seq.map (fun o -> if o.Id = slot.Id then changed else o)
+                                            |> Array.ofSeq
+                                })
                         }
 }
 
@@ -265,7 +334,8 @@ let private rename (from: int) (into: int) (step: Step) =
     let all (ids: IReadOnlyList<int>) = ids |> Seq.map (fun id -> if id = from then into else id) |> Array.ofSeq
 
     match step with
-    | Step.Launch(kernel, attributes, inputs, outputs, path) -> Step.Launch(kernel, attributes, all inputs, outputs, path)
+    | Step.Launch(kernel, attributes, inputs, outputs, path) ->
+        Step.Launch(kernel, attributes, all inputs, outputs, path)
     | Step.Start(token, kind, group, inputs, outputs, path) -> Step.Start(token, kind, group, all inputs, outputs, path)
     | Step.Wait _
     | Step.Free _ -> step
@@ -287,7 +357,11 @@ let private dropReduction plan = seq {
                 // what was freed behind the sum is freed at the end
                 |> fun steps ->
                     let isFree (s: Step) = s = Step.Free inputs[0]
-                    if Array.exists isFree steps then Array.append (Array.filter (isFree >> not) steps) [| Step.Free inputs[0] |] else steps)
+
+                    if Array.exists isFree steps then
+                        Array.append (Array.filter (isFree >> not) steps) [| Step.Free inputs[0] |]
+                    else
+                        steps)
         | Step.Start _
         | Step.Launch _
         | Step.Wait _
@@ -300,11 +374,19 @@ let private repeatReduction (plan: PlanSet) = seq {
         match step with
         | Step.Start(token, Collective.AllReduceSum, group, inputs, outputs, path) when phase.IsEpilogue ->
             let slots = plan.Stages[s].Slots
-            let fresh = { slots[outputs[0]] with Id = slots.Count; Name = "again" }
+
+            let fresh = {
+                slots[outputs[0]] with
+                    Id = slots.Count
+                    Name = "again"
+            }
 
             let changed =
                 edit plan "reduce again" at (fun steps ->
-                    let tail = steps[i + 2 ..] |> Array.map (rename outputs[0] fresh.Id) |> Array.map (fun s -> if s = Step.Free outputs[0] then Step.Free fresh.Id else s)
+                    let tail =
+                        steps[i + 2 ..]
+                        |> Array.map (rename outputs[0] fresh.Id)
+                        |> Array.map (fun s -> if s = Step.Free outputs[0] then Step.Free fresh.Id else s)
 
                     Array.concat [
                         steps[.. i + 1]
@@ -318,7 +400,15 @@ let private repeatReduction (plan: PlanSet) = seq {
 
             ignore token
             ignore inputs
-            { changed with Plan = withStage changed.Plan s (fun stage -> { stage with Slots = Array.append (Array.ofSeq stage.Slots) [| fresh |] }) }
+
+            {
+                changed with
+                    Plan =
+                        withStage changed.Plan s (fun stage -> {
+                            stage with
+                                Slots = Array.append (Array.ofSeq stage.Slots) [| fresh |]
+                        })
+            }
         | Step.Start _
         | Step.Launch _
         | Step.Wait _
@@ -349,4 +439,8 @@ let classes: (string * (PlanSet -> Mutant seq)) list = [
 /// `n` of a class, spread over all places.
 let sample n (mutants: Mutant seq) : Mutant[] =
     let all = Array.ofSeq mutants
-    if all.Length <= n then all else Array.init n (fun i -> all[int (int64 i * int64 all.Length / int64 n)])
+
+    if all.Length <= n then
+        all
+    else
+        Array.init n (fun i -> all[int (int64 i * int64 all.Length / int64 n)])

@@ -23,14 +23,26 @@ let private sample = {
                     {
                         Phase = Phase.F
                         Steps = [|
-                            Step.Launch(KernelId.RmsNorm, [| Attribute.Float 1e-6 |], [| 3; 7 |], [| 12 |], "model.norm")
+                            Step.Launch(
+                                KernelId.RmsNorm,
+                                [| Attribute.Float 1e-6 |],
+                                [| 3; 7 |],
+                                [| 12 |],
+                                "model.norm"
+                            )
                             Step.Start(4, Collective.AllGather 1, 2, [| 5 |], [| 6 |], "path")
                             Step.Wait 4
                             Step.Free 5
                         |]
                     }
                 |]
-                Timetable = [| { Phase = Phase.Prologue; Microbatch = 0 }; { Phase = Phase.F; Microbatch = 3 } |]
+                Timetable = [|
+                    {
+                        Phase = Phase.Prologue
+                        Microbatch = 0
+                    }
+                    { Phase = Phase.F; Microbatch = 3 }
+                |]
             }
         |]
 }
@@ -46,31 +58,42 @@ let private large =
         Stage = s
         Units = "tttt"
         Slots = [|
-            for i in 0..799 -> {
-                Id = i
-                Name = $"%%%i{i}"
-                Kind = SlotKind.Temporary
-                DType = DType.BFloat16
-                Axes = [| "batch"; "seq"; "hidden" |]
-                Extents = [| 1; 4096; 7168 |]
-                Routed = false
-                Density = 1.0
-                Layout = [| AxisState.Replicated; AxisState.Split 0; AxisState.PartialSum |]
-            }
+            for i in 0..799 ->
+                {
+                    Id = i
+                    Name = $"%%%i{i}"
+                    Kind = SlotKind.Temporary
+                    DType = DType.BFloat16
+                    Axes = [| "batch"; "seq"; "hidden" |]
+                    Extents = [| 1; 4096; 7168 |]
+                    Routed = false
+                    Density = 1.0
+                    Layout = [| AxisState.Replicated; AxisState.Split 0; AxisState.PartialSum |]
+                }
         |]
         Programs = [|
-            for phase in [ Phase.F; Phase.I; Phase.W ] -> {
-                Phase = phase
-                Steps = [|
-                    for i in 0..1049 ->
-                        Step.Launch(KernelId.Contract, [| Attribute.Text "b s k+, n k+ -> b s n" |], [| i % 800; (i + 1) % 800 |], [| (i + 2) % 800 |], $"model.layers.%i{i / 40}.self_attn")
-                |]
-            }
+            for phase in [ Phase.F; Phase.I; Phase.W ] ->
+                {
+                    Phase = phase
+                    Steps = [|
+                        for i in 0..1049 ->
+                            Step.Launch(
+                                KernelId.Contract,
+                                [| Attribute.Text "b s k+, n k+ -> b s n" |],
+                                [| i % 800; (i + 1) % 800 |],
+                                [| (i + 2) % 800 |],
+                                $"model.layers.%i{i / 40}.self_attn"
+                            )
+                    |]
+                }
         |]
         Timetable = [| for i in 0..63 -> { Phase = Phase.F; Microbatch = i } |]
     }
 
-    { sample with Stages = Array.init 16 stage }
+    {
+        sample with
+            Stages = Array.init 16 stage
+    }
 
 let tests =
     testList "Plan.PlanText" [
@@ -79,14 +102,22 @@ let tests =
             | Ok again -> again = plan
             | Error wrong -> failtestf "%A" wrong)
 
-        property "damaged text never crashes the reader, and every diagnostic names a line" (fun (plan: PlanSet, at: int, bytes: byte list) ->
-            let text = Encoding.Latin1.GetBytes(PlanText.print plan)
-            let at = abs (at % text.Length)
-            bytes |> List.iteri (fun i b -> if at + i < text.Length then text[at + i] <- b)
+        property
+            "damaged text never crashes the reader, and every diagnostic names a line"
+            (fun (plan: PlanSet, at: int, bytes: byte list) ->
+                let text = Encoding.Latin1.GetBytes(PlanText.print plan)
+                let at = abs (at % text.Length)
 
-            match PlanText.parse (Encoding.Latin1.GetString text) with
-            | Ok _ -> true
-            | Error wrong -> wrong |> List.forall (fun d -> d.At.Contains "line" && d.Message <> "" && d.Code.StartsWith "DSG060"))
+                bytes
+                |> List.iteri (fun i b ->
+                    if at + i < text.Length then
+                        text[at + i] <- b)
+
+                match PlanText.parse (Encoding.Latin1.GetString text) with
+                | Ok _ -> true
+                | Error wrong ->
+                    wrong
+                    |> List.forall (fun d -> d.At.Contains "line" && d.Message <> "" && d.Code.StartsWith "DSG060"))
 
         property "text cut off anywhere never crashes the reader" (fun (plan: PlanSet, at: int) ->
             let text = PlanText.print plan
@@ -96,7 +127,8 @@ let tests =
             | Error(_ :: _) -> true
             | Error [] -> false)
 
-        testCase "steps are one readable line each" <| fun () ->
+        testCase "steps are one readable line each"
+        <| fun () ->
             let text = PlanText.print sample
 
             for line in
@@ -109,29 +141,43 @@ let tests =
                 ] do
                 Expect.stringContains text (line + "\n") ""
 
-        testCase "an unknown version is refused with both versions" <| fun () ->
+        testCase "an unknown version is refused with both versions"
+        <| fun () ->
             let wrong = refused ((PlanText.print sample).Replace("dsg-plan 1", "dsg-plan 2"))
             Expect.equal wrong.Code Codes.PlanVersion ""
             Expect.stringContains wrong.Message "version 2" ""
             Expect.stringContains wrong.Message "version 1" ""
 
-        testCase "an unknown kernel is refused with the nearest names and the line" <| fun () ->
+        testCase "an unknown kernel is refused with the nearest names and the line"
+        <| fun () ->
             let wrong = refused ((PlanText.print sample).Replace("rms_norm ", "rms_nrom "))
             Expect.stringContains wrong.Message "rms_nrom" ""
             Expect.stringContains wrong.Help "rms_norm" ""
             Expect.stringContains wrong.At "line" ""
 
-        testCase "text that is no plan is refused" <| fun () ->
-            for text in [ ""; "\n"; "hello"; "dsg-plan"; "dsg-plan 99999999999999999999"; "dsg-plan 1\nfree %1"; "dsg-plan 1\nslot %1" ] do
+        testCase "text that is no plan is refused"
+        <| fun () ->
+            for text in
+                [
+                    ""
+                    "\n"
+                    "hello"
+                    "dsg-plan"
+                    "dsg-plan 99999999999999999999"
+                    "dsg-plan 1\nfree %1"
+                    "dsg-plan 1\nslot %1"
+                ] do
                 Expect.stringStarts (refused text).Code "DSG060" text
 
             Expect.stringContains (refused ("dsg-plan 1\nrecipe \"" + String('x', 2_000_000))).Message "characters" ""
 
-        testCase "comments and blank lines mean nothing" <| fun () ->
+        testCase "comments and blank lines mean nothing"
+        <| fun () ->
             let text = (PlanText.print sample).Replace("\nlayout", "\n# a remark\n\nlayout")
             Expect.equal (PlanText.parse text) (Ok sample) ""
 
-        testCase "a file keeps plan and hash, and a changed file is refused" <| fun () ->
+        testCase "a file keeps plan and hash, and a changed file is refused"
+        <| fun () ->
             let path = Path.Combine(Path.GetTempPath(), $"%s{Path.GetRandomFileName()}.plan")
 
             try
@@ -149,7 +195,8 @@ let tests =
             finally
                 File.Delete path
 
-        testCase "files that are missing, folders or binary are refused" <| fun () ->
+        testCase "files that are missing, folders or binary are refused"
+        <| fun () ->
             let binary = Path.GetTempFileName()
             File.WriteAllBytes(binary, [| 0xffuy; 0xfeuy; 0uy; 0x80uy |])
 
@@ -161,7 +208,8 @@ let tests =
 
             Expect.throwsT<DiagnosticException> (fun () -> PlanFile.Write("/nowhere/plan", sample) |> ignore) ""
 
-        testCase "fifty thousand steps print and parse within seconds" <| fun () ->
+        testCase "fifty thousand steps print and parse within seconds"
+        <| fun () ->
             let clock = Stopwatch.StartNew()
             let text = PlanText.print large
             Expect.equal (PlanText.parse text |> Result.map _.Stages.Count) (Ok 16) ""

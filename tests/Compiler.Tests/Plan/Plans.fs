@@ -6,10 +6,45 @@ open System.Collections.Generic
 open FsCheck.FSharp
 open DeepSeekGraph
 
-let private names = Gen.elements [ "tp"; "model.embed"; "%12"; "a b"; "quote\"d"; "back\\slash"; "new\nline"; ""; "münze"; "->"; "R"; "routed"; "t4"; "-3" ]
+let private names =
+    Gen.elements [
+        "tp"
+        "model.embed"
+        "%12"
+        "a b"
+        "quote\"d"
+        "back\\slash"
+        "new\nline"
+        ""
+        "münze"
+        "->"
+        "R"
+        "routed"
+        "t4"
+        "-3"
+    ]
+
 let private number = Gen.choose (0, 1000)
-let private many n (gen: FsCheck.Gen<'a>) = Gen.choose (0, n) |> Gen.bind (fun k -> Gen.arrayOfLength k gen) |> Gen.map (fun a -> a :> IReadOnlyList<'a>)
-let private real = Gen.elements [ 0.0; -0.0; 1.0; 0.1; 1e-6; -2.5e300; 1.0 / 3.0; infinity; 4096.0; Double.Epsilon ]
+
+let private many n (gen: FsCheck.Gen<'a>) =
+    Gen.choose (0, n)
+    |> Gen.bind (fun k -> Gen.arrayOfLength k gen)
+    |> Gen.map (fun a -> a :> IReadOnlyList<'a>)
+
+let private real =
+    Gen.elements [
+        0.0
+        -0.0
+        1.0
+        0.1
+        1e-6
+        -2.5e300
+        1.0 / 3.0
+        infinity
+        4096.0
+        Double.Epsilon
+    ]
+
 let private slotKinds = [
     SlotKind.Parameter
     SlotKind.Optimizer
@@ -109,8 +144,12 @@ let private stage = gen {
     let! stage = number
     let! units = names
     let! slots = many 4 slot
-    let! programs = many 3 (Gen.map2 (fun phase steps -> { Phase = phase; Steps = steps }) (Gen.elements Phase.All) (many 6 step))
-    let! timetable = many 6 (Gen.map2 (fun phase i -> { Phase = phase; Microbatch = i }) (Gen.elements Phase.All) number)
+
+    let! programs =
+        many 3 (Gen.map2 (fun phase steps -> { Phase = phase; Steps = steps }) (Gen.elements Phase.All) (many 6 step))
+
+    let! timetable =
+        many 6 (Gen.map2 (fun phase i -> { Phase = phase; Microbatch = i }) (Gen.elements Phase.All) number)
 
     return {
         Stage = stage
@@ -127,7 +166,13 @@ let private parameter = gen {
     let! axes, extents = shape
     let! layout = many 3 state
     let! init = Gen.oneof [ Gen.elements [ Init.Zeros; Init.Ones ]; Gen.map Init.Normal real ]
-    let! update = Gen.oneof [ Gen.elements [ Update.AdamW true; Update.AdamW false; Update.Frozen ]; Gen.map Update.RouterBias real ]
+
+    let! update =
+        Gen.oneof [
+            Gen.elements [ Update.AdamW true; Update.AdamW false; Update.Frozen ]
+            Gen.map Update.RouterBias real
+        ]
+
     let! stages = many 3 number
 
     return {
@@ -149,22 +194,55 @@ let plan = gen {
     let! layout = names
     let! schedule = names
     let! counts = Gen.arrayOfLength 3 number
-    let! groups = many 3 (Gen.map3 (fun id (axes, stages) name -> { Id = id; Name = name; MeshAxes = axes; Stages = stages }) number (Gen.zip (many 3 number) (many 3 number)) names)
+
+    let! groups =
+        many
+            3
+            (Gen.map3
+                (fun id (axes, stages) name -> {
+                    Id = id
+                    Name = name
+                    MeshAxes = axes
+                    Stages = stages
+                })
+                number
+                (Gen.zip (many 3 number) (many 3 number))
+                names)
+
     let! parameters = many 3 parameter
-    let! inputs = many 2 (Gen.map3 (fun name dtype ((axes, extents), layout) -> { Name = name; DType = dtype; Axes = axes; Extents = extents; Layout = layout }: InputInfo) names dtype (Gen.zip shape (many 3 state)))
+
+    let! inputs =
+        many
+            2
+            (Gen.map3
+                (fun name dtype ((axes, extents), layout) ->
+                    {
+                        Name = name
+                        DType = dtype
+                        Axes = axes
+                        Extents = extents
+                        Layout = layout
+                    }
+                    : InputInfo)
+                names
+                dtype
+                (Gen.zip shape (many 3 state)))
+
     let! stages = many 3 stage
 
     let! memory =
-        many 2 (
-            Gen.map (fun (n: int) -> {
-                Stage = n
-                Parameters = int64 n * 5_000_000_000L
-                Optimizer = -1L
-                Gradients = 0L
-                Activations = int64 n
-                Peak = 7L
-            }) number
-        )
+        many
+            2
+            (Gen.map
+                (fun (n: int) -> {
+                    Stage = n
+                    Parameters = int64 n * 5_000_000_000L
+                    Optimizer = -1L
+                    Gradients = 0L
+                    Activations = int64 n
+                    Peak = 7L
+                })
+                number)
 
     return {
         Version = 1
@@ -192,21 +270,28 @@ let plan = gen {
     }
 }
 
-let private without (list: IReadOnlyList<'a>) : IReadOnlyList<'a> seq =
-    seq { for i in 0 .. list.Count - 1 -> list |> Seq.indexed |> Seq.filter (fun (k, _) -> k <> i) |> Seq.map snd |> Array.ofSeq :> IReadOnlyList<'a> }
+let private without (list: IReadOnlyList<'a>) : IReadOnlyList<'a> seq = seq {
+    for i in 0 .. list.Count - 1 ->
+        list |> Seq.indexed |> Seq.filter (fun (k, _) -> k <> i) |> Seq.map snd |> Array.ofSeq :> IReadOnlyList<'a>
+}
 
 /// Smaller plans: one item of one list left out.
 let shrink (p: PlanSet) : PlanSet seq = seq {
     for x in without p.Stages do
         yield { p with Stages = x }
+
     for x in without p.Parameters do
         yield { p with Parameters = x }
+
     for x in without p.Inputs do
         yield { p with Inputs = x }
+
     for x in without p.Groups do
         yield { p with Groups = x }
+
     for x in without p.Recipe do
         yield { p with Recipe = x }
+
     for x in without p.Memory do
         yield { p with Memory = x }
 

@@ -54,7 +54,8 @@ let others = [
     "tensor parallel by four", lazy compile 2 (base'.WithParallelism(4, 1, 4, 1))
     "data parallel by four", lazy compile 2 (base'.WithParallelism(1, 1, 2, 4))
     "nothing fused", lazy compile 2 (base'.WithParallelism(2, 2, 2, 2).WithFusion false)
-    "bf16, recomputed", lazy compile 2 (base'.WithParallelism(2, 2, 4, 4).WithDType(DType.BFloat16).WithRecompute "core_attn")
+    "bf16, recomputed",
+    lazy compile 2 (base'.WithParallelism(2, 2, 4, 4).WithDType(DType.BFloat16).WithRecompute "core_attn")
     "deepseek_v3_tiny", lazy Recipes.Tiny.Compile()
     "deepseek_v3_proxy", lazy Recipes.Proxy.Compile()
     "deepseek_v3_pretrain", lazy Recipes.Pretrain.Compile()
@@ -73,36 +74,36 @@ let private tokens (plan: PlanSet) =
     let columns = plan.Inputs |> Seq.find (fun i -> i.Name = "tokens") |> fun i -> i.Extents[1]
     let data = Array.init (rows * columns) (fun i -> int64 ((i * 7 + i / 5) % 16))
 
-    { new IBatchSource with
-        member _.Get _ = TrainingBatch(rows, columns, data)
+    {
+        new IBatchSource with
+            member _.Get _ = TrainingBatch(rows, columns, data)
     }
 
 let private floats (whole: torch.Tensor) =
-    use flat = whole.to_type(torch.ScalarType.Float32).contiguous ()
+    use flat = whole.to_type(torch.ScalarType.Float32).contiguous()
     flat.data<float32>().ToArray()
 
 /// One whole step of all ranks; none when they fail or get stuck.
 let run (plan: PlanSet) : Outcome option =
-    let step =
-        task {
-            use stop = new CancellationTokenSource(TimeSpan.FromSeconds 60.0)
-            use! trainer = Trainer.StartAsync(plan, TrainerOptions(Batches = tokens plan), stop.Token)
-            let steps = trainer.RunAsync(1L, stop.Token).GetAsyncEnumerator stop.Token
-            let! _ = steps.MoveNextAsync()
-            let metrics = steps.Current
+    let step = task {
+        use stop = new CancellationTokenSource(TimeSpan.FromSeconds 60.0)
+        use! trainer = Trainer.StartAsync(plan, TrainerOptions(Batches = tokens plan), stop.Token)
+        let steps = trainer.RunAsync(1L, stop.Token).GetAsyncEnumerator stop.Token
+        let! _ = steps.MoveNextAsync()
+        let metrics = steps.Current
 
-            let named prefix (tensors: System.Collections.Generic.IReadOnlyDictionary<string, torch.Tensor>) = [
-                for KeyValue(name, tensor) in tensors do
-                    use tensor = tensor
-                    prefix + name, floats tensor
-            ]
+        let named prefix (tensors: System.Collections.Generic.IReadOnlyDictionary<string, torch.Tensor>) = [
+            for KeyValue(name, tensor) in tensors do
+                use tensor = tensor
+                prefix + name, floats tensor
+        ]
 
-            return {
-                Loss = metrics.Loss
-                GradNorm = metrics.GradNorm
-                Tensors = Map(named "grad:" (trainer.GatherGradients()) @ named "" (trainer.GatherParameters()))
-            }
+        return {
+            Loss = metrics.Loss
+            GradNorm = metrics.GradNorm
+            Tensors = Map(named "grad:" (trainer.GatherGradients()) @ named "" (trainer.GatherParameters()))
         }
+    }
 
     try
         Some(step.GetAwaiter().GetResult())
@@ -119,6 +120,4 @@ let same (a: Outcome) (b: Outcome) =
         let norm (v: float32[]) = v |> Array.sumBy (fun e -> float e * float e) |> sqrt
         norm (Array.map2 (-) x y) <= 1e-4 * (norm x + 1e-4)
 
-    close a.Loss b.Loss
-    && close a.GradNorm b.GradNorm
-    && a.Tensors.Keys |> Seq.forall near
+    close a.Loss b.Loss && close a.GradNorm b.GradNorm && a.Tensors.Keys |> Seq.forall near

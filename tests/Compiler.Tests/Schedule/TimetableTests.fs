@@ -15,7 +15,12 @@ let private shapes = [
 let private makespan (sent: Phase) (tables: Action list list) =
     let ended = System.Collections.Generic.Dictionary<struct (int * Phase * int), int>()
     let last = tables.Length - 1
-    let queues = tables |> List.map (List.filter (fun a -> a.Phase <> Phase.Prologue && a.Phase <> Phase.Epilogue)) |> Array.ofList
+
+    let queues =
+        tables
+        |> List.map (List.filter (fun a -> a.Phase <> Phase.Prologue && a.Phase <> Phase.Epilogue))
+        |> Array.ofList
+
     let clock = Array.create tables.Length 0
 
     let ready stage (a: Action) =
@@ -65,7 +70,8 @@ let private peak (table: Action list) =
 
 let tests =
     testList "Schedule.Timetable" [
-        testCase "each microbatch goes through F, I and W once, in this order" <| fun () ->
+        testCase "each microbatch goes through F, I and W once, in this order"
+        <| fun () ->
             for schedule, p, m in shapes do
                 for table in Timetable.build schedule p m do
                     let place phase i = table |> List.findIndex (fun a -> a.Phase = phase && a.Microbatch = i)
@@ -75,9 +81,12 @@ let tests =
 
                     if m <= 8 then
                         for i in 0 .. m - 1 do
-                            Expect.isTrue (place Phase.F i < place Phase.I i && place Phase.I i < place Phase.W i) "order"
+                            Expect.isTrue
+                                (place Phase.F i < place Phase.I i && place Phase.I i < place Phase.W i)
+                                "order"
 
-        testCase "makespans are those of the replay table" <| fun () ->
+        testCase "makespans are those of the replay table"
+        <| fun () ->
             for p, m, t in [ 4, 8, 33; 8, 32, 117; 16, 64, 237 ] do
                 for schedule in Schedule.All do
                     let tables = Timetable.build schedule p m
@@ -85,7 +94,8 @@ let tests =
                     // a cotangent that goes on before the weight gradients saves one W a stage
                     Expect.equal (makespan Phase.I tables) (t - (p - 1)) $"%s{schedule.Name} p %i{p} m %i{m}"
 
-        testCase "1F1B holds p - r microbatches, GPipe all" <| fun () ->
+        testCase "1F1B holds p - r microbatches, GPipe all"
+        <| fun () ->
             for schedule, p, m in shapes do
                 Timetable.build schedule p m
                 |> List.iteri (fun r table ->
@@ -96,7 +106,8 @@ let tests =
 
                     Expect.equal (peak table) expected $"%s{schedule.Name} p %i{p} m %i{m} stage %i{r}")
 
-        testCase "a schedule's name leads to it, and others are refused" <| fun () ->
+        testCase "a schedule's name leads to it, and others are refused"
+        <| fun () ->
             for schedule in Schedule.All do
                 Expect.equal (Timetable.parse schedule.Name) (Ok schedule) ""
 
