@@ -12,6 +12,9 @@ internal static class Render
     /// More would hide the first, which often is the cause of the others.
     private const int MostFindings = 4;
 
+    /// What a styled cell takes besides its text.
+    private const int CellFrame = 3;
+
     /// A person looks at the output: not a file or pipe, and not told to be plain.
     public static bool IsTerminal { get; } = !Console.IsOutputRedirected && Fancy;
 
@@ -57,7 +60,7 @@ internal static class Render
     /// The first column to the left, the others to the right.
     public static void Table(IReadOnlyList<string> head, IReadOnlyList<IReadOnlyList<string>> rows)
     {
-        if (IsTerminal)
+        if (IsTerminal && Widths(head, rows).Sum(width => width + CellFrame) < Console.WindowWidth)
             Styled(head, rows);
         else
             Console.Write(Plain(head, rows));
@@ -65,7 +68,7 @@ internal static class Render
 
     internal static string Plain(IReadOnlyList<string> head, IReadOnlyList<IReadOnlyList<string>> rows)
     {
-        var widths = head.Select((title, i) => rows.Select(row => row[i].Length).Append(title.Length).Max()).ToArray();
+        var widths = Widths(head, rows);
         var text = new StringBuilder();
         foreach (var row in rows.Prepend(head))
         {
@@ -75,6 +78,9 @@ internal static class Render
 
         return text.ToString();
     }
+
+    private static int[] Widths(IReadOnlyList<string> head, IReadOnlyList<IReadOnlyList<string>> rows)
+        => [.. head.Select((title, i) => rows.Select(row => row[i].Length).Append(title.Length).Max())];
 
     [MethodImpl(MethodImplOptions.NoInlining)]
     private static void Styled(IReadOnlyList<string> head, IReadOnlyList<IReadOnlyList<string>> rows)

@@ -53,14 +53,13 @@ internal static class Summary
     {
         (string Name, Func<Collective, bool> Is)[] kinds =
         [
-            ("all-reduce", c => c.IsAllReduceSum || c.IsAllReduceMax),
-            ("all-gather", c => c.IsAllGather),
-            ("reduce-scatter", c => c.IsReduceScatter),
+            ("reduce", c => c.IsAllReduceSum || c.IsAllReduceMax),
+            ("gather", c => c.IsAllGather),
+            ("scatter", c => c.IsReduceScatter),
             ("all-to-all", c => c.IsAllToAll || c.IsRouteToExperts || c.IsRowsToExperts || c.IsRowsToTokens),
-            ("send", c => c.IsSend),
-            ("receive", c => c.IsRecv),
+            ("messages", c => c.IsSend || c.IsRecv),
         ];
-        Console.WriteLine("what each rank does in a step");
+        Console.WriteLine("a step of each rank: kernels; all-reduce, all-gather, reduce-scatter, all-to-all; sent and received");
         Render.Table(["stage", "units", "kernels", .. kinds.Select(kind => kind.Name)], [.. plan.Stages.Select(Row)]);
 
         IReadOnlyList<string> Row(StagePlan stage)
