@@ -34,7 +34,7 @@ internal static unsafe class ElementwiseKernels
     }
 
     /// <summary>a - b.</summary>
-    public static void Sub(in KernelCall call) => Binary(call, static (a, b) => a.sub(b, Scalars.One));
+    public static void Sub(in KernelCall call) => Binary(call, static (a, b) => a.sub(b));
 
     /// <summary>a * b.</summary>
     public static void Mul(in KernelCall call) => Binary(call, static (a, b) => a.mul(b));
