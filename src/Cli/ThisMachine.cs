@@ -33,7 +33,7 @@ internal static class ThisMachine
             $"recipe {Summary.Name(plan)}",
             string.Create(
                 CultureInfo.InvariantCulture,
-                $"its {ranks} ranks hold {needed / 1e9:N1} GB;"
+                $"the plan needs {Summary.Count(ranks, "rank")} and {needed / 1e9:N1} GB;"
                 + $" this process runs up to {MostRanks} ranks in {present / 1e9:N1} GB"),
             "`dsg compile` and `dsg check` need no such machine; to run, choose deepseek_v3_tiny or a smaller batch");
     }

@@ -8,8 +8,7 @@ open DeepSeekGraph.Cli
 open DeepSeekGraph.Cli.Tests
 
 let private diagnostics (text: string) =
-    text.Split '\n'
-    |> Array.filter _.StartsWith("error DSG", StringComparison.Ordinal)
+    text.Split '\n' |> Array.filter _.StartsWith("error DSG", StringComparison.Ordinal)
 
 /// Exit code 1, one diagnostic of this code that names the words given, and an untouched folder.
 let private refused name code (words: string list) (arguments: string list) = test $"%s{name} is one %s{code}" {
@@ -20,15 +19,11 @@ let private refused name code (words: string list) (arguments: string list) = te
         File.WriteAllText(Path.Combine(folder, "used", "file"), "x")
         let text = Dsg.writeText folder
 
-        let before =
-            Directory.GetFileSystemEntries(folder, "*", SearchOption.AllDirectories)
-            |> Array.sort
+        let before = Directory.GetFileSystemEntries(folder, "*", SearchOption.AllDirectories) |> Array.sort
 
         let result = Dsg.run folder (arguments |> List.map _.Replace("TEXT", text))
 
-        let after =
-            Directory.GetFileSystemEntries(folder, "*", SearchOption.AllDirectories)
-            |> Array.sort
+        let after = Directory.GetFileSystemEntries(folder, "*", SearchOption.AllDirectories) |> Array.sort
 
         let found = diagnostics result.Error
         Expect.equal (result.Code, found.Length) (1, 1) $"exit code and diagnostics in: %s{result.Error}"
@@ -55,8 +50,7 @@ let tests =
                         [ "compile"; "-h" ]
                         [ "recipes"; "show"; "-h" ]
                     ] do
-                    let result =
-                        Dsg.start folder (Path.Combine(folder, "dsg.dll")) arguments |> Dsg.finish
+                    let result = Dsg.start folder (Path.Combine(folder, "dsg.dll")) arguments |> Dsg.finish
 
                     Expect.equal (result.Code, result.Error) (0, "") $"dsg %A{arguments}"
                     Expect.stringContains result.Out "Usage:" "help text")
@@ -69,11 +63,7 @@ let tests =
         }
 
         refused "an unknown command" "DSG0901" [ "'pretrian'"; "choose from pretrain" ] [ "pretrian" ]
-        refused "an unknown option" "DSG0901" [ "'--stesp'"; "choose from --steps" ] [
-            "pretrain"
-            "--stesp"
-            "5"
-        ]
+        refused "an unknown option" "DSG0901" [ "'--stesp'"; "choose from --steps" ] [ "pretrain"; "--stesp"; "5" ]
         refused "a word too many" "DSG0901" [ "'b'" ] [ "show"; "a"; "b" ]
         refused "a word for a number" "DSG0902" [ "at   --steps" ] [ "pretrain"; "--steps"; "many" ]
         refused "no steps" "DSG0902" [ "at   --steps" ] [ "pretrain"; "--steps"; "0" ]
@@ -124,13 +114,7 @@ let tests =
             "fp32"
         ]
         refused "missing data" "DSG0810" [ "nowhere" ] [ "pretrain"; "--data"; "nowhere"; "--dtype"; "fp32" ]
-        refused "empty data" "DSG0811" [ "empty.txt" ] [
-            "pretrain"
-            "--data"
-            "empty.txt"
-            "--dtype"
-            "fp32"
-        ]
+        refused "empty data" "DSG0811" [ "empty.txt" ] [ "pretrain"; "--data"; "empty.txt"; "--dtype"; "fp32" ]
 
         refused "an output folder in use" "DSG0815" [ "'used'" ] [
             "pretrain"
@@ -183,9 +167,6 @@ let tests =
         test "a swap of neighbours is nearer than another word" {
             Expect.equal (Seq.head (Nearest.Names("--pt", [ "--ep"; "--tp"; "--pp" ]))) "--tp" "nearest"
 
-            Expect.equal
-                (Seq.head (Nearest.Names("pretrian", [ "run"; "check"; "pretrain" ])))
-                "pretrain"
-                "nearest"
+            Expect.equal (Seq.head (Nearest.Names("pretrian", [ "run"; "check"; "pretrain" ]))) "pretrain" "nearest"
         }
     ]

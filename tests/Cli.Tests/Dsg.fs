@@ -55,8 +55,7 @@ let finish (child: Process) =
         Error = error.Result
     }
 
-let run (folder: string) (arguments: string list) =
-    start folder program arguments |> finish
+let run (folder: string) (arguments: string list) = start folder program arguments |> finish
 
 [<DllImport("libc", EntryPoint = "kill")>]
 extern int private kill(int pid, int signal)
@@ -67,8 +66,7 @@ let interrupt (child: Process) = kill (child.Id, 2) |> ignore
 let writeText (folder: string) =
     let path = Path.Combine(folder, "text.txt")
 
-    let words =
-        "plans are data; ranks run them, and every loss falls as it should, step by step".Split ' '
+    let words = "plans are data; ranks run them, and every loss falls as it should, step by step".Split ' '
 
     let text = [| for i in 0..2000 -> words[(i * i + i / 7) % words.Length] |]
     File.WriteAllText(path, String.concat " " text)

@@ -12,8 +12,7 @@ open DeepSeekGraph.Cli.Tests
 
 let private small = [ "--dtype"; "fp32"; "--seq-length"; "32"; "--global-batch"; "4" ]
 
-let private metrics folder run =
-    MetricsFile.Read(Path.Combine(folder, run, "metrics.jsonl"))
+let private metrics folder run = MetricsFile.Read(Path.Combine(folder, run, "metrics.jsonl"))
 
 /// All that does not depend on the clock.
 let private numbers (steps: StepMetrics seq) = [
@@ -27,8 +26,7 @@ let private succeed folder arguments =
 
 let tests =
     testList "Run" [
-        test
-            "8 ranks: metrics, plan and curve are written; the same seed and the plan file repeat it bit for bit" {
+        test "8 ranks: metrics, plan and curve are written; the same seed and the plan file repeat it bit for bit" {
             Dsg.inFolder (fun folder ->
                 let data = Dsg.writeText folder
                 let out = succeed folder ([ "pretrain"; "--steps"; "3"; "--data"; data ] @ small)
@@ -36,8 +34,7 @@ let tests =
                 Expect.equal first.Count 3 "steps"
                 Expect.isLessThan first[2].Loss first[0].Loss "loss falls"
 
-                let line =
-                    File.ReadLines(Path.Combine(folder, "runs/0001/metrics.jsonl")) |> Seq.head
+                let line = File.ReadLines(Path.Combine(folder, "runs/0001/metrics.jsonl")) |> Seq.head
 
                 use json = JsonDocument.Parse line
 
@@ -90,13 +87,9 @@ let tests =
 
                 Expect.equal (numbers (metrics folder "again")) (numbers first) "run PLAN"
 
-                succeed folder ([ "pretrain"; "--steps"; "3"; "--data"; data ] @ small)
-                |> ignore
+                succeed folder ([ "pretrain"; "--steps"; "3"; "--data"; data ] @ small) |> ignore
 
-                Expect.equal
-                    (numbers (metrics folder "runs/0002"))
-                    (numbers first)
-                    "the same seed, the next folder"
+                Expect.equal (numbers (metrics folder "runs/0002")) (numbers first) "the same seed, the next folder"
 
                 succeed folder ([ "compile"; "--out"; "made.txt" ] @ small) |> ignore
 
@@ -120,8 +113,7 @@ let tests =
                 let out =
                     succeed
                         folder
-                        ([ "pretrain"; "--steps"; "2"; "--tp"; "1"; "--data"; data; "--out"; "one" ]
-                         @ small)
+                        ([ "pretrain"; "--steps"; "2"; "--tp"; "1"; "--data"; data; "--out"; "one" ] @ small)
 
                 Expect.stringContains out "TP 1 x CP 1 x DP 1 x PP 1" "degrees"
                 Expect.equal (metrics folder "one").Count 2 "steps")
@@ -131,8 +123,7 @@ let tests =
             Dsg.inFolder (fun folder ->
                 let data = Dsg.writeText folder
 
-                succeed folder ([ "compile"; "--tp"; "1"; "--out"; "plan.txt" ] @ small)
-                |> ignore
+                succeed folder ([ "compile"; "--tp"; "1"; "--out"; "plan.txt" ] @ small) |> ignore
 
                 let path = Path.Combine(folder, "plan.txt")
                 let lines = File.ReadAllLines path
@@ -140,6 +131,15 @@ let tests =
                 let result = Dsg.run folder [ "run"; "plan.txt"; "--data"; data ]
                 Expect.equal result.Code 1 "exit code"
                 Expect.stringContains result.Error "error DSG0603" "its hash does not fit"
+
+                // without its hash line a plan is taken as it is, and checked
+                let isHash (l: string) = l.StartsWith("sha256", StringComparison.Ordinal)
+                let isFree (l: string) = l.TrimStart().StartsWith("free", StringComparison.Ordinal)
+                let first = lines |> Array.findIndex isFree
+                File.WriteAllLines(path, lines |> Array.removeAt first |> Array.filter (isHash >> not))
+                let result = Dsg.run folder [ "run"; "plan.txt"; "--data"; data ]
+                Expect.equal result.Code 1 "exit code"
+                Expect.stringContains result.Error "error DSG0605" "a slot is never freed"
                 Expect.isFalse (Directory.Exists(Path.Combine(folder, "runs"))) "nothing written")
         }
 
@@ -154,13 +154,11 @@ let tests =
             Dsg.inFolder (fun folder ->
                 let data = Dsg.writeText folder
 
-                let child =
-                    Dsg.start folder Dsg.program ([ "pretrain"; "--steps"; "5000"; "--data"; data ] @ small)
+                let child = Dsg.start folder Dsg.program ([ "pretrain"; "--steps"; "5000"; "--data"; data ] @ small)
 
                 let mutable line = child.StandardOutput.ReadLine()
 
-                while not (isNull line)
-                      && not ((nonNull line).StartsWith("step", StringComparison.Ordinal)) do
+                while not (isNull line) && not ((nonNull line).StartsWith("step", StringComparison.Ordinal)) do
                     line <- child.StandardOutput.ReadLine()
 
                 let begin' = Stopwatch.GetTimestamp()
