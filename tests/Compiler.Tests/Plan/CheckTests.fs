@@ -13,6 +13,11 @@ let private legal name (plan: Lazy<PlanSet>) =
     testCase $"a plan of %s{name} passes"
     <| fun () -> Expect.equal (shown (Check.run plan.Value)) "" name
 
+/// Is a damaged plan refused for more than its memory table?
+let private passes (plan: PlanSet) =
+    let plan = { plan with Memory = plan.Stages |> Seq.map Lowering.Memory.row |> Array.ofSeq }
+    (Check.run plan).IsEmpty
+
 /// Runs take longer than checks: this many of a class, spread over all that pass.
 let private runs = max 16 (Properties.cases / 10)
 
@@ -33,7 +38,7 @@ let private refusedOrHarmless name (make: PlanSet -> Mutations.Mutant seq) =
             |> List.collect (fun (plan, found) -> [ for m in found -> plan, m ])
 
         Expect.isGreaterThanOrEqual mutants.Length 100 "mutants"
-        let passing = mutants |> List.filter (fun (_, m) -> (Check.run m.Plan).IsEmpty) |> Array.ofList
+        let passing = mutants |> List.filter (fun (_, m) -> passes m.Plan) |> Array.ofList
         let every = max 1 (passing.Length / runs)
         let baselines = System.Collections.Generic.Dictionary<PlanSet, Subjects.Outcome>(HashIdentity.Reference)
 
@@ -191,6 +196,13 @@ let private messages =
             let plan = Subjects.experts.Value
             let steps = edited plan 0 Phase.F (Array.filter (fun s -> not s.IsWait))
             onlyCode Codes.PlanLifetime "before the wait" steps
+
+        testCase "a memory table that does not fit the steps is told"
+        <| fun () ->
+            let plan = Subjects.four.Value
+            let less = { plan.Memory[2] with Peak = plan.Memory[2].Peak - 1L }
+            let plan = { plan with Memory = plan.Memory |> Seq.map (fun r -> if r.Stage = 2 then less else r) |> Array.ofSeq }
+            onlyCode Codes.PlanShape "memory table says a peak" plan
 
         testCase "an id beyond the list is told, not followed"
         <| fun () ->
