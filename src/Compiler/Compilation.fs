@@ -47,12 +47,18 @@ module Pipeline =
 
                 if axis.Extent % size <> 0 then
                     let names = axes |> List.map (fun m -> mesh.Axes[m].Name) |> String.concat " x "
-                    let legal = [ for n in 1 .. axis.Extent do if axis.Extent % n = 0 && n <= 4096 then string n ]
+
+                    let legal = [
+                        for n in 1 .. axis.Extent do
+                            if axis.Extent % n = 0 && n <= 4096 then
+                                string n
+                    ]
 
                     {
                         Code = Codes.NotDivisible
                         At = $"%s{path}, recipe %s{recipe.Name}"
-                        Message = $"axis '%s{axis.Name}' (%i{axis.Extent}) does not split over mesh axes %s{names} (%i{size})"
+                        Message =
+                            $"axis '%s{axis.Name}' (%i{axis.Extent}) does not split over mesh axes %s{names} (%i{size})"
                         Help = $"""choose a product of degrees from %s{String.concat " " legal}"""
                     }
         ]
@@ -71,7 +77,14 @@ module Pipeline =
 
     let private batches (recipe: Recipe) (mesh: MeshInfo) : Result<int, Diagnostic list> =
         let wrong message help =
-            Error [ { Code = Codes.BatchSize; At = "recipe.batch"; Message = message; Help = help } ]
+            Error [
+                {
+                    Code = Codes.BatchSize
+                    At = "recipe.batch"
+                    Message = message
+                    Help = help
+                }
+            ]
 
         let together = recipe.MicroBatch * mesh.Data
 
@@ -91,7 +104,10 @@ module Pipeline =
 
     /// THE list of passes, in order.
     let run (recipe: Recipe) (declared: Graph) : Result<Compiled, Diagnostic list> =
-        let all (lists: Diagnostic list list) = match List.concat lists with [] -> Ok() | wrong -> Error wrong
+        let all (lists: Diagnostic list list) =
+            match List.concat lists with
+            | [] -> Ok()
+            | wrong -> Error wrong
 
         Mesh.create recipe.Degrees
         |> Result.bind (fun mesh ->
@@ -155,7 +171,9 @@ type Compilation private () =
         | Error wrong -> raise (DiagnosticException(Array.ofList wrong))
 
     /// The plan, or every mistake found.
-    static member TryCompile(graph: Graph, recipe: Recipe, diagnostics: byref<IReadOnlyList<Diagnostic>>) : PlanSet | null =
+    static member TryCompile
+        (graph: Graph, recipe: Recipe, diagnostics: byref<IReadOnlyList<Diagnostic>>)
+        : PlanSet | null =
         match Pipeline.run recipe graph with
         | Ok compiled ->
             diagnostics <- [||]

@@ -117,11 +117,16 @@ type Recipe = private {
 
     member this.WithDType(dtype: DType) = { this with dtype = dtype }
     member this.WithFusion(fuse: bool) = { this with fuse = fuse }
-    member this.WithRecompute([<ParamArray>] names: string[]) = { this with recompute = List.ofArray names }
+
+    member this.WithRecompute([<ParamArray>] names: string[]) = {
+        this with
+            recompute = List.ofArray names
+    }
+
     member this.WithOptimizer(optimizer: Optimizer) = { this with optimizer = optimizer }
 
     /// `key=value` lines in a fixed order: a record of the choices, kept in the plan.
-    member this.Lines : IReadOnlyList<string> =
+    member this.Lines: IReadOnlyList<string> =
         let number (x: float) = x.ToString("R", CultureInfo.InvariantCulture)
 
         [|

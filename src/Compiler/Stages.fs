@@ -8,11 +8,16 @@ open DeepSeekGraph
 let count (graph: Graph) : struct (int * int) =
     let units = graph.Nodes |> Array.map _.Origin.Unit |> Array.distinct
 
-    let most pick =
-        units |> Array.choose pick |> Array.fold (fun n i -> max n (i + 1)) 0
+    let most pick = units |> Array.choose pick |> Array.fold (fun n i -> max n (i + 1)) 0
 
-    struct (most (fun u -> match u with ModelUnit.Layer i -> Some i | _other -> None),
-            most (fun u -> match u with ModelUnit.Mtp i -> Some i | _other -> None))
+    struct (most (fun u ->
+                match u with
+                | ModelUnit.Layer i -> Some i
+                | _other -> None),
+            most (fun u ->
+                match u with
+                | ModelUnit.Mtp i -> Some i
+                | _other -> None))
 
 /// Forward FLOPs of each unit, in mega so that they stay integers.
 let private costs (graph: Graph) : ModelUnit -> int64 =

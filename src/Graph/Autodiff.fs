@@ -16,8 +16,7 @@ let private activity (graph: Graph) =
     for node in graph.Nodes do
         let flows =
             trained node.Op
-            || (Array.exists (fun v -> active[v]) node.Inputs
-                && not (Catalog.define node.Op).Vjp.IsStop)
+            || (Array.exists (fun v -> active[v]) node.Inputs && not (Catalog.define node.Op).Vjp.IsStop)
 
         for v in node.Outputs do
             active[v] <- flows && graph.Types[v].DType.IsFloat
@@ -43,7 +42,11 @@ let private reverse (lossValue: int) (graph: Graph) : Result<Graph, Diagnostic l
     let errors = List<Diagnostic>()
     let lossNode = graph.NodeOf lossValue
 
-    let origin path part = { Path = path; Unit = part; Pass = Pass.Backward }
+    let origin path part = {
+        Path = path
+        Unit = part
+        Pass = Pass.Backward
+    }
 
     /// The cotangent with its primal's axis names: rules bind by position, so names may come from another operand.
     let rec named (value: int) (cotangent: int) =
@@ -101,7 +104,11 @@ let private reverse (lossValue: int) (graph: Graph) : Result<Graph, Diagnostic l
                 ValueSome sum[0]
 
     let seed = Op.Constant(1.0, graph.Types[lossValue])
-    contribute lossValue lossNode.Origin.Unit (builder.Add(seed, [], origin lossNode.Origin.Path lossNode.Origin.Unit)[0])
+
+    contribute
+        lossValue
+        lossNode.Origin.Unit
+        (builder.Add(seed, [], origin lossNode.Origin.Path lossNode.Origin.Unit)[0])
 
     for n in graph.Nodes.Length - 1 .. -1 .. 0 do
         let node = graph.Nodes[n]
@@ -139,7 +146,14 @@ let private reverse (lossValue: int) (graph: Graph) : Result<Graph, Diagnostic l
 
 let differentiate (loss: string) (graph: Graph) : Result<Graph, Diagnostic list> =
     let refuse at message help =
-        Error [ { Code = Codes.NotDifferentiable; At = at; Message = message; Help = help } ]
+        Error [
+            {
+                Code = Codes.NotDifferentiable
+                At = at
+                Message = message
+                Help = help
+            }
+        ]
 
     match graph.TryOutput loss with
     | ValueNone ->

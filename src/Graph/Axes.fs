@@ -39,7 +39,10 @@ type Rule = {
 [<RequireQualifiedAccess>]
 module Axes =
     let private parseLetter (word: string) =
-        let marked mark = { Name = word.TrimEnd('+', '>', '^'); Mark = mark }
+        let marked mark = {
+            Name = word.TrimEnd('+', '>', '^')
+            Mark = mark
+        }
 
         match word[word.Length - 1] with
         | '+' -> marked Mark.Sum
@@ -70,7 +73,10 @@ module Axes =
     let private expand width (letters: Letter[]) =
         letters
         |> Array.collect (fun l ->
-            if l.Name = "..." then Array.init width (fun i -> { l with Name = $"..%i{i}" }) else [| l |])
+            if l.Name = "..." then
+                Array.init width (fun i -> { l with Name = $"..%i{i}" })
+            else
+                [| l |])
 
     /// Factors from letters bound to dims; `strict` asks for equal axis names where a letter occurs twice.
     let private factorsOf strict signature (operands: Letter[][]) (results: Letter[][]) (types: TensorType[]) =
@@ -136,7 +142,8 @@ module Axes =
 
             match wrongRank with
             | Some i ->
-                Error $"input %i{i} is %O{types[i]}, of rank %i{types[i].Rank}; the op wants rank %i{operands[i].Length}"
+                Error
+                    $"input %i{i} is %O{types[i]}, of rank %i{types[i].Rank}; the op wants rank %i{operands[i].Length}"
             | None ->
                 factorsOf strict signature operands results types
                 |> Result.map (fun factors ->

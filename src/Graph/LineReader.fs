@@ -18,8 +18,7 @@ type internal Token =
 module internal Tokens =
     let bad (message: string) = raise (BadText message)
 
-    let private isWord (c: char) =
-        Char.IsAsciiLetterOrDigit c || c = '_' || c = '.' || c = '+' || c = '-'
+    let private isWord (c: char) = Char.IsAsciiLetterOrDigit c || c = '_' || c = '.' || c = '+' || c = '-'
 
     /// A quoted text that starts at `start`; gives it and where it ends.
     let private readQuoted (line: string) (start: int) =
@@ -28,10 +27,7 @@ module internal Tokens =
 
         while i < line.Length && line[i] <> '"' do
             if line[i] = '\\' && i + 1 < line.Length && line[i + 1] = 'u' then
-                match
-                    i + 6 <= line.Length
-                    && Seq.forall Char.IsAsciiHexDigit (line.Substring(i + 2, 4))
-                with
+                match i + 6 <= line.Length && Seq.forall Char.IsAsciiHexDigit (line.Substring(i + 2, 4)) with
                 | true -> text.Append(char (Convert.ToInt32(line.Substring(i + 2, 4), 16))) |> ignore
                 | false -> bad "\\u needs four hexadecimal digits"
 

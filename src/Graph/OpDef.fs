@@ -130,7 +130,10 @@ module OpDef =
     /// A custom axis rule for exactly `count` operands.
     let taking (count: int) (infer: TensorType[] -> Result<Rule, string>) =
         AxisRule.Custom(fun types ->
-            if types.Length = count then infer types else Error $"takes %i{count} inputs, not %i{types.Length}")
+            if types.Length = count then
+                infer types
+            else
+                Error $"takes %i{count} inputs, not %i{types.Length}")
 
     /// A custom axis rule for any number of operands but none.
     let takingSome (infer: TensorType[] -> Result<Rule, string>) =

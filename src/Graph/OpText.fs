@@ -17,8 +17,7 @@ exception internal BadText of string
 /// Attributes of one op, as parsed.
 [<Sealed>]
 type internal Attrs(op: string, given: (string * Attr) list) =
-    let bad (key: string) (kind: string) =
-        raise (BadText $"attribute '%s{key}' of %s{op} must be %s{kind}")
+    let bad (key: string) (kind: string) = raise (BadText $"attribute '%s{key}' of %s{op} must be %s{kind}")
 
     let find key =
         match given |> List.tryFind (fun (k, _) -> k = key) with
@@ -73,20 +72,16 @@ type internal Attrs(op: string, given: (string * Attr) list) =
 module internal OpText =
     let private int key (n: int) = key, Attr.Word(string n)
 
-    let private flag key (b: bool) =
-        key, Attr.Word(if b then "true" else "false")
+    let private flag key (b: bool) = key, Attr.Word(if b then "true" else "false")
 
     let private text key (s: string) = key, Attr.Quoted s
     let private word key (s: string) = key, Attr.Word s
 
-    let private float key (x: float) =
-        key, Attr.Word(x.ToString("R", CultureInfo.InvariantCulture))
+    let private float key (x: float) = key, Attr.Word(x.ToString("R", CultureInfo.InvariantCulture))
 
-    let private ints key (list: int list) =
-        key, Attr.Items(list |> List.map (string >> Attr.Word))
+    let private ints key (list: int list) = key, Attr.Items(list |> List.map (string >> Attr.Word))
 
-    let private texts key (list: string list) =
-        key, Attr.Items(List.map Attr.Quoted list)
+    let private texts key (list: string list) = key, Attr.Items(List.map Attr.Quoted list)
 
     let private init (init: Init) =
         match init with

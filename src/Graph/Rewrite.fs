@@ -12,6 +12,7 @@ type Rebuild(source: Graph) =
 
     member _.Source = source
     member _.Builder = builder
+
     member _.Item
         with get (old: int) = map[old]
         and set (old: int) (value: int) = map[old] <- value
@@ -24,8 +25,7 @@ type Rebuild(source: Graph) =
             map[node.Outputs[i]] <- outputs[i]
 
     /// The node as it is, on mapped inputs.
-    member this.Copy(node: Node) =
-        this.Put(node, node.Op, [ for v in node.Inputs -> map[v] ])
+    member this.Copy(node: Node) = this.Put(node, node.Op, [ for v in node.Inputs -> map[v] ])
 
     /// Carries named outputs and cotangent records over.
     member _.Finish() =

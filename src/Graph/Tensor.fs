@@ -9,7 +9,13 @@ open System.Collections.Generic
 type Declaration() =
     let builder = Builder()
     let diagnostics = List<Diagnostic>()
-    let mutable origin = { Path = ""; Unit = ModelUnit.Shared; Pass = Pass.Forward }
+
+    let mutable origin = {
+        Path = ""
+        Unit = ModelUnit.Shared
+        Pass = Pass.Forward
+    }
+
     let units = Dictionary<int, ModelUnit>()
 
     let unitOf (value: int) =
@@ -20,7 +26,10 @@ type Declaration() =
     /// Outside any unit, a node belongs where the latest of its operands is; parameters are no earlier than the embedding.
     let placed (inputs: int list) =
         match origin.Unit with
-        | ModelUnit.Shared -> { origin with Unit = inputs |> List.fold (fun part v -> max part (unitOf v)) ModelUnit.Shared }
+        | ModelUnit.Shared -> {
+            origin with
+                Unit = inputs |> List.fold (fun part v -> max part (unitOf v)) ModelUnit.Shared
+          }
         | _unit -> origin
 
     member _.Builder: Builder = builder
@@ -38,7 +47,12 @@ type Declaration() =
 
     /// Records a mistake at the scope being declared.
     member _.Report(code: string, message: string, help: string) =
-        diagnostics.Add { Code = code; At = origin.Path; Message = message; Help = help }
+        diagnostics.Add {
+            Code = code
+            At = origin.Path
+            Message = message
+            Help = help
+        }
 
     /// Adds an op; a mistake is recorded and yields placeholders (-1).
     member internal this.Apply(op: Op, inputs: int list) : int[] =
@@ -54,13 +68,27 @@ type Declaration() =
 
                 values
             | Error text ->
-                let code = if text.Contains "fp32 but" || text.Contains "bf16 but" then Codes.TypeClash else Codes.AxisClash
+                let code =
+                    if text.Contains "fp32 but" || text.Contains "bf16 but" then
+                        Codes.TypeClash
+                    else
+                        Codes.AxisClash
+
                 this.Report(code, text, "")
                 Array.create 3 -1
 
     /// Adds an op without operands; it belongs to no unit, whoever reads it holds it.
     member internal _.Source(op: Op, name: string) : int =
-        let value = builder.Add(op, [], { Path = name; Unit = ModelUnit.Shared; Pass = Pass.Forward })[0]
+        let value =
+            builder.Add(
+                op,
+                [],
+                {
+                    Path = name
+                    Unit = ModelUnit.Shared
+                    Pass = Pass.Forward
+                }
+            )[0]
 
         if op.IsParameter then
             units.TryAdd(value, ModelUnit.Embed) |> ignore
@@ -90,8 +118,7 @@ type Tensor(declaration: Declaration, value: int) =
     /// Value id in the graph; -1 for the placeholder after a mistake.
     member _.Value: int = value
 
-    member _.Type: TensorType =
-        if value < 0 then TensorType.scalar DType.Float32 else declaration.Builder.Type value
+    member _.Type: TensorType = if value < 0 then TensorType.scalar DType.Float32 else declaration.Builder.Type value
 
     /// Extent of a named axis; 1 for the placeholder.
     member this.Extent(axis: string) =
@@ -119,9 +146,11 @@ type Tensor(declaration: Declaration, value: int) =
     member _.Cast(dtype: DType) = apply (Op.Cast dtype)
     member _.Slice(axis: string, start: int, length: int) = apply (Op.Slice(axis, start, length))
     member _.Rename(from: string, into: string) = apply (Op.Rename(from, into))
+
     /// A new axis in front of dim `dim`, repeated.
     member _.Broadcast(axis: string, extent: int, dim: int) =
         apply (Op.Broadcast({ Name = axis; Extent = extent }, dim))
+
     /// Identity whose result must lie as the recipe says for this anchor.
     member _.Anchor(name: string) = apply (Op.Anchor name)
     /// Identity without gradient.
@@ -163,7 +192,12 @@ type ModelScope private (declaration: Declaration, path: string, part: ModelUnit
     member _.Scope(name: string, unit: ModelUnit, body: Func<ModelScope, 'T>) : 'T =
         let inner = ModelScope(declaration, (if name = "" then path else join name), unit)
         let outer = declaration.Origin
-        declaration.Origin <- { outer with Path = inner.Path; Unit = unit }
+
+        declaration.Origin <- {
+            outer with
+                Path = inner.Path
+                Unit = unit
+        }
 
         try
             body.Invoke inner
@@ -174,8 +208,7 @@ type ModelScope private (declaration: Declaration, path: string, part: ModelUnit
     member _.Apply(op: Op, [<ParamArray>] inputs: Tensor[]) : Tensor[] =
         declaration.Apply(op, [ for x in inputs -> x.Value ]) |> Array.map (fun v -> Tensor(declaration, v))
 
-    member private _.Source(op: Op, name: string) : Tensor =
-        Tensor(declaration, declaration.Source(op, name))
+    member private _.Source(op: Op, name: string) : Tensor = Tensor(declaration, declaration.Source(op, name))
 
     /// Declares a parameter named by the path, fp32 as declared (the precision pass decides what it computes in).
     member this.Parameter
@@ -213,8 +246,7 @@ type ModelScope private (declaration: Declaration, path: string, part: ModelUnit
         this.Source(Op.Constant(value, t), "constant")
 
     /// 0, 1, 2, ... along a named axis.
-    member this.Iota(axis: string, extent: int) : Tensor =
-        this.Source(Op.Iota { Name = axis; Extent = extent }, axis)
+    member this.Iota(axis: string, extent: int) : Tensor = this.Source(Op.Iota { Name = axis; Extent = extent }, axis)
 
     /// Names a result of the model (loss, metric:..., count:..., logits).
     member _.Output(name: string, x: Tensor) =

@@ -22,8 +22,7 @@ type TensorType = {
     member this.Elements = this.Axes |> Array.fold (fun n a -> n * int64 a.Extent) 1L
 
     /// Bytes stored when routing is balanced.
-    member this.Bytes =
-        int64 (ceil (float this.Elements * this.Density)) * int64 this.DType.Bytes
+    member this.Bytes = int64 (ceil (float this.Elements * this.Density)) * int64 this.DType.Bytes
 
     /// Position of the axis named `name`, or -1.
     member this.IndexOf(name: string) =

@@ -48,8 +48,7 @@ let rec private printAttr (attr: Attr) =
         let items = list |> List.map printAttr |> String.concat ", "
         $"[%s{items}]"
 
-let private printValues (values: int[]) =
-    values |> Array.map (fun v -> $"%%%i{v}") |> String.concat ", "
+let private printValues (values: int[]) = values |> Array.map (fun v -> $"%%%i{v}") |> String.concat ", "
 
 let private printPass (pass: Pass) =
     match pass with
@@ -62,21 +61,13 @@ let private printNode (graph: Graph) (node: Node) =
         match OpText.attributes node.Op with
         | [] -> ""
         | list ->
-            let pairs =
-                list |> List.map (fun (k, v) -> $"%s{k}=%s{printAttr v}") |> String.concat ", "
+            let pairs = list |> List.map (fun (k, v) -> $"%s{k}=%s{printAttr v}") |> String.concat ", "
 
             $"(%s{pairs})"
 
-    let operands =
-        if node.Inputs.Length = 0 then
-            ""
-        else
-            " " + printValues node.Inputs
+    let operands = if node.Inputs.Length = 0 then "" else " " + printValues node.Inputs
 
-    let types =
-        node.Outputs
-        |> Array.map (fun v -> printType graph.Types[v])
-        |> String.concat ", "
+    let types = node.Outputs |> Array.map (fun v -> printType graph.Types[v]) |> String.concat ", "
 
     let at = node.Origin
 
@@ -120,11 +111,7 @@ let private readAttr (r: LineReader) () : string * Attr =
     let key = r.Word "an attribute's name"
     r.Expect '='
 
-    key,
-    (if r.Is '[' then
-         Attr.Items(r.Enclosed('[', ']', scalar))
-     else
-         scalar ())
+    key, (if r.Is '[' then Attr.Items(r.Enclosed('[', ']', scalar)) else scalar ())
 
 /// An axis, or the density of rows.
 let private readAxis (r: LineReader) () : Choice<Axis, float> =
@@ -286,9 +273,7 @@ let private assemble (lines: (int * Line) list) (fail: int -> string -> unit) : 
 
         for v, t in List.zip (List.ofArray node.Outputs) ts do
             if v >= count then
-                fail
-                    number
-                    $"values are numbered from 0 without gaps; there are %i{count}, so %%%i{v} is none"
+                fail number $"values are numbered from 0 without gaps; there are %i{count}, so %%%i{v} is none"
             elif made[v] then
                 fail number $"%%%i{v} is made twice"
             else
@@ -306,15 +291,12 @@ let private assemble (lines: (int * Line) list) (fail: int -> string -> unit) : 
 
     for number, line in lines do
         match line with
-        | Line.Primal(v, primal) when known number v "cotangent" && known number primal "primal" ->
-            primals[v] <- primal
+        | Line.Primal(v, primal) when known number v "cotangent" && known number primal "primal" -> primals[v] <- primal
         | Line.Primal _
         | Line.Output _
         | Line.Node _ -> ()
 
-    let sound =
-        nodes
-        |> List.forall (fun (_, n, _) -> n.Outputs |> Array.forall (fun v -> v < count))
+    let sound = nodes |> List.forall (fun (_, n, _) -> n.Outputs |> Array.forall (fun v -> v < count))
 
     let kept = if sound then [| for _, n, _ in nodes -> n |] else [||]
     Graph(kept, types, outputs, primals)
@@ -342,11 +324,7 @@ let parse (text: string) : Result<Graph, Diagnostic list> =
                     fail number message
         ]
 
-        let graph =
-            if errors.Count = 0 then
-                assemble read fail
-            else
-                Graph([||], [||], [||], [||])
+        let graph = if errors.Count = 0 then assemble read fail else Graph([||], [||], [||], [||])
 
         let errors = List.ofSeq errors
 

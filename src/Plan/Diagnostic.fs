@@ -17,12 +17,9 @@ type Diagnostic = {
 } with
 
     override this.ToString() =
-        let line label text =
-            if String.IsNullOrEmpty text then "" else $"\n  %s{label}%s{text}"
+        let line label text = if String.IsNullOrEmpty text then "" else $"\n  %s{label}%s{text}"
 
-        $"error %s{this.Code}: %s{this.Message}"
-        + line "at   " this.At
-        + line "help: " this.Help
+        $"error %s{this.Code}: %s{this.Message}" + line "at   " this.At + line "help: " this.Help
 
 /// Carries diagnostics across the languages: user mistakes never surface as stack traces.
 [<Sealed>]
@@ -34,4 +31,11 @@ type DiagnosticException(diagnostics: IReadOnlyList<Diagnostic>) =
 
     /// One diagnostic, thrown by C# as `throw DiagnosticException.Of(code, at, message, help)`.
     static member Of(code: string, at: string, message: string, help: string) =
-        DiagnosticException [| { Code = code; At = at; Message = message; Help = help } |]
+        DiagnosticException [|
+            {
+                Code = code
+                At = at
+                Message = message
+                Help = help
+            }
+        |]

@@ -71,11 +71,9 @@ let private keys axis (s: Sketch) =
             [ s.On(Op.Rename(Position.ropeDim, Position.qkDim), [ turned ]) ]
         )
 
-    let nope =
-        s.On(Op.Rename(Position.kvDim, Position.qkDim), [ s.On(Op.Slice(Position.kvDim, 0, 3), [ kv ]) ])
+    let nope = s.On(Op.Rename(Position.kvDim, Position.qkDim), [ s.On(Op.Slice(Position.kvDim, 0, 3), [ kv ]) ])
 
-    let v =
-        s.On(Op.Rename(Position.kvDim, Position.vDim), [ s.On(Op.Slice(Position.kvDim, 3, 2), [ kv ]) ])
+    let v = s.On(Op.Rename(Position.kvDim, Position.vDim), [ s.On(Op.Slice(Position.kvDim, 3, 2), [ kv ]) ])
 
     s.Loss [ s.On(Op.Concat Position.qkDim, [ nope; wide ]); v ]
 
@@ -112,11 +110,9 @@ let tests =
             let attentions = after.Nodes |> Array.filter (fun n -> n.Op.IsAttention)
             Expect.equal (attentions |> Array.map _.Origin.Pass) [| Pass.Forward; Pass.Recompute |] ""
         testCase "rotated queries fuse"
-        <| fun () ->
-            Expect.equal (fusedTimes "mla_rope_q" (queries [ "batch", 2; "seq", 3; "heads", 2 ])) 1 ""
+        <| fun () -> Expect.equal (fusedTimes "mla_rope_q" (queries [ "batch", 2; "seq", 3; "heads", 2 ])) 1 ""
         testCase "queries whose second axis is not the sequence do not fuse, even of equal extents"
-        <| fun () ->
-            Expect.equal (fusedTimes "mla_rope_q" (queries [ "batch", 2; "heads", 3; "seq", 3 ])) 0 ""
+        <| fun () -> Expect.equal (fusedTimes "mla_rope_q" (queries [ "batch", 2; "heads", 3; "seq", 3 ])) 0 ""
         testCase "keys and values fuse"
         <| fun () -> Expect.equal (fusedTimes "mla_rope_kv" (keys "seq")) 1 ""
         testCase "keys rotated along another axis do not fuse, even of equal extents"

@@ -31,26 +31,20 @@ let tests =
                 | Ok [] -> ()
                 | Ok wrong -> failtestf "%A" wrong
                 | Error found -> failtestf "%O" found.Head)
-        Properties.propertyOver
-            generators
-            "the joint graph is legal and keeps the loss"
-            (fun (random: RandomGraph) ->
-                let joint = joint random.Graph
-                Expect.isEmpty (Verify.check joint) "illegal"
-                let feed = Feed.lookup 3 random.Graph
-                let before = (Evaluator.run random.Graph feed feed).Output "loss"
-                let after = (Evaluator.run joint feed feed).Output "loss"
-                Expect.equal after before "")
-        Properties.propertyOver
-            generators
-            "a cotangent has the type of its primal"
-            (fun (random: RandomGraph) ->
-                let joint = joint random.Graph
+        Properties.propertyOver generators "the joint graph is legal and keeps the loss" (fun (random: RandomGraph) ->
+            let joint = joint random.Graph
+            Expect.isEmpty (Verify.check joint) "illegal"
+            let feed = Feed.lookup 3 random.Graph
+            let before = (Evaluator.run random.Graph feed feed).Output "loss"
+            let after = (Evaluator.run joint feed feed).Output "loss"
+            Expect.equal after before "")
+        Properties.propertyOver generators "a cotangent has the type of its primal" (fun (random: RandomGraph) ->
+            let joint = joint random.Graph
 
-                joint.Primals
-                |> Array.iteri (fun v primal ->
-                    if primal >= 0 then
-                        Expect.equal joint.Types[v] joint.Types[primal] ""))
+            joint.Primals
+            |> Array.iteri (fun v primal ->
+                if primal >= 0 then
+                    Expect.equal joint.Types[v] joint.Types[primal] ""))
         testCase "gradients come once a unit, their sum is the gradient" (fun () ->
             let s = Sketch()
             let p = s.Param("p", [ "hidden", 3 ])

@@ -6,15 +6,11 @@ open DeepSeekGraph
 
 let private f32 axes = TensorType.create DType.Float32 axes
 
-let private bind strict text types =
-    Axes.bind strict (Axes.parse text) (Array.ofList types)
+let private bind strict text types = Axes.bind strict (Axes.parse text) (Array.ofList types)
 
 let private resultOf text types =
     match bind false text types with
-    | Ok rule ->
-        rule.ResultAxes
-        |> Array.map (Array.map (fun a -> a.Name, a.Extent) >> List.ofArray)
-        |> List.ofArray
+    | Ok rule -> rule.ResultAxes |> Array.map (Array.map (fun a -> a.Name, a.Extent) >> List.ofArray) |> List.ofArray
     | Error text -> failtest text
 
 let private errorOf strict text types =
@@ -28,15 +24,9 @@ let private w = f32 [ "ffn", 5; "hidden", 4 ]
 let tests =
     testList "Axes" [
         testCase "a result has the axes of its letters" (fun () ->
-            Expect.equal
-                (resultOf "b s k+, n k+ -> b s n" [ x; w ])
-                [ [ "batch", 2; "seq", 3; "ffn", 5 ] ]
-                "")
+            Expect.equal (resultOf "b s k+, n k+ -> b s n" [ x; w ]) [ [ "batch", 2; "seq", 3; "ffn", 5 ] ] "")
         testCase "... stands for any leading dims" (fun () ->
-            Expect.equal
-                (resultOf "... k+, n k+ -> n ..." [ x; w ])
-                [ [ "ffn", 5; "batch", 2; "seq", 3 ] ]
-                ""
+            Expect.equal (resultOf "... k+, n k+ -> n ..." [ x; w ]) [ [ "ffn", 5; "batch", 2; "seq", 3 ] ] ""
 
             Expect.equal (resultOf "... k+ -> ..." [ f32 [ "k", 3 ] ]) [ [] ] "")
         testCase "several results" (fun () ->

@@ -16,8 +16,7 @@ let private deepSeek = {
     Mscale = 1.0
 }
 
-let private top spec scores =
-    (Formulas.groupTopK spec (Dense.ofList scores)).Data |> List.ofArray
+let private top spec scores = (Formulas.groupTopK spec (Dense.ofList scores)).Data |> List.ofArray
 
 let private close (expected: float list) (actual: DenseTensor) =
     for e, a in List.zip expected (List.ofArray actual.Data) do
@@ -68,8 +67,7 @@ let tests =
 
             close [ 2.0; 0.0; 2.0 * cos 3.0; 2.0 * sin 3.0 ] table)
         testCase "rotation turns pairs, and back" (fun () ->
-            let table =
-                Formulas.rotaryTable { deepSeek with Dim = 2; Factor = 1.0 } (Dense.ofList [ 1.0 ])
+            let table = Formulas.rotaryTable { deepSeek with Dim = 2; Factor = 1.0 } (Dense.ofList [ 1.0 ])
 
             let x = {
                 Extents = [| 1; 2 |]
@@ -115,8 +113,7 @@ let tests =
                 Data = Array.ofList values
             }
 
-            let results =
-                Formulas.attention 1.0 (at 2 [ 1.0; 0.0 ]) (at 2 [ 2.0; 5.0 ]) (at 2 [ 3.0; 7.0 ])
+            let results = Formulas.attention 1.0 (at 2 [ 1.0; 0.0 ]) (at 2 [ 2.0; 5.0 ]) (at 2 [ 3.0; 7.0 ])
 
             close [ 3.0; 5.0 ] results[0]
             close [ 2.0; log 2.0 ] results[1])
@@ -132,11 +129,7 @@ let tests =
                 Data = Array.ofList values
             }
 
-            let given name =
-                if name = "a" then
-                    square [ 1.0; 2.0; 3.0; 4.0 ]
-                else
-                    square [ 5.0; 6.0; 7.0; 8.0 ]
+            let given name = if name = "a" then square [ 1.0; 2.0; 3.0; 4.0 ] else square [ 5.0; 6.0; 7.0; 8.0 ]
 
             let run = Evaluator.run (s.ToGraph()) given given
             close [ 17.0; 23.0; 39.0; 53.0 ] (run.Output "ab")
@@ -146,8 +139,7 @@ let tests =
             let s = Sketch()
             let route = s.Route("scores", [ "batch", 1; "seq", 2; "experts", 4 ], 1)
 
-            let rows =
-                s.On(Op.RouteProbs, [ s.Param("p", [ "batch", 1; "seq", 2; "experts", 4 ]); route ])
+            let rows = s.On(Op.RouteProbs, [ s.Param("p", [ "batch", 1; "seq", 2; "experts", 4 ]); route ])
 
             s.Output("exp", s.On(Op.Exp, [ rows ]))
             let graph = s.ToGraph()
@@ -169,16 +161,13 @@ let tests =
             let shards = Array.init 6 (fun r -> Dense.scalar (float r))
 
             Expect.throwsT<System.InvalidOperationException>
-                (fun () ->
-                    Shard.assemble [| AxisState.Replicated; AxisState.PartialSum |] sizes shards
-                    |> ignore)
+                (fun () -> Shard.assemble [| AxisState.Replicated; AxisState.PartialSum |] sizes shards |> ignore)
                 "")
         testCase "the slower mesh axis is major" (fun () ->
             let whole = Dense.init [| 6 |] (fun i -> float i[0])
             let layout = [| AxisState.Split 0; AxisState.Split 0 |]
 
-            let at c =
-                (Shard.shard layout sizes c whole).Data[0]
+            let at c = (Shard.shard layout sizes c whole).Data[0]
 
             Expect.equal [ at [| 1; 0 |]; at [| 0; 1 |] ] [ 1.0; 2.0 ] "")
     ]

@@ -9,12 +9,9 @@ let private generators = [ typeof<Generators> ]
 
 let tests =
     testList "Generators" [
-        Properties.propertyOver
-            generators
-            "a random graph is legal and has a scalar loss"
-            (fun (random: RandomGraph) ->
-                Expect.isEmpty (Verify.check random.Graph) ""
-                Expect.equal random.Graph.Types[random.Graph.Output "loss"].Rank 0 "")
+        Properties.propertyOver generators "a random graph is legal and has a scalar loss" (fun (random: RandomGraph) ->
+            Expect.isEmpty (Verify.check random.Graph) ""
+            Expect.equal random.Graph.Types[random.Graph.Output "loss"].Rank 0 "")
         Properties.propertyOver generators "a shrunk graph is legal and smaller" (fun (random: RandomGraph) ->
             for smaller in Shrink.graph random.Graph |> Seq.truncate 8 do
                 Expect.isEmpty (Verify.check smaller) ""

@@ -22,8 +22,7 @@ let private withoutGradient =
         "LocalSlice"
     ]
 
-let private uses case (graph: Graph) =
-    graph.Nodes |> Array.exists (fun n -> OpSamples.caseOf n.Op = case)
+let private uses case (graph: Graph) = graph.Nodes |> Array.exists (fun n -> OpSamples.caseOf n.Op = case)
 
 let private differentiates (graph: Graph) () =
     match GradientCheck.mismatches 1e-5 8 1 graph with
@@ -43,9 +42,7 @@ let tests =
         for case, samples in OpSamples.all do
             testList case [
                 testCase "has a sample that uses it" (fun () ->
-                    Expect.isTrue
-                        (samples |> List.exists (fun s -> uses case s.Graph))
-                        "no sample uses the op")
+                    Expect.isTrue (samples |> List.exists (fun s -> uses case s.Graph)) "no sample uses the op")
                 for sample in samples do
                     testCase $"%s{sample.Name}: legal" (fun () ->
                         Expect.isEmpty (Verify.check sample.Graph) "the sample is illegal")
@@ -53,9 +50,7 @@ let tests =
                     if withoutGradient.Contains case then
                         testCase $"%s{sample.Name}: refuses a gradient" (refuses sample.Graph)
                     else
-                        testCase
-                            $"%s{sample.Name}: gradient = central differences"
-                            (differentiates sample.Graph)
+                        testCase $"%s{sample.Name}: gradient = central differences" (differentiates sample.Graph)
 
                         testCase $"%s{sample.Name}: joint graph is legal" (fun () ->
                             match Autodiff.differentiate "loss" sample.Graph with

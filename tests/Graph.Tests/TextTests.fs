@@ -81,16 +81,11 @@ let tests =
                         | Ok joint -> roundTrips joint
                         | Error _ -> ())
         ]
-        Properties.propertyOver
-            [ typeof<Generators> ]
-            "a random graph round-trips"
-            (fun (random: RandomGraph) -> roundTrips random.Graph)
+        Properties.propertyOver [ typeof<Generators> ] "a random graph round-trips" (fun (random: RandomGraph) ->
+            roundTrips random.Graph)
         testCase "a line reads as designed" (fun () -> Expect.equal (Text.print (parsed example)) example "")
         testCase "blank lines and comments do not count" (fun () ->
-            Expect.equal
-                (Text.print (parsed (example.Replace("%1 =", "\n  # a remark\n\n %1 ="))))
-                example
-                "")
+            Expect.equal (Text.print (parsed (example.Replace("%1 =", "\n  # a remark\n\n %1 =")))) example "")
         testCase "odd names and numbers are exact" (fun () ->
             let s = Sketch()
 
@@ -101,8 +96,7 @@ let tests =
 
             let x = s.Param("tab\there", [ "rows", 2; "two words", 3; "7", 1 ])
 
-            let y =
-                s.On(Op.Scale(0.1 + 0.2), [ s.On(Op.Offset -0.0, [ s.On(Op.Offset infinity, [ x ]) ]) ])
+            let y = s.On(Op.Scale(0.1 + 0.2), [ s.On(Op.Offset -0.0, [ s.On(Op.Offset infinity, [ x ]) ]) ])
 
             s.Output("out, %3", s.On(Op.Offset 1e-300, [ y ]))
             roundTrips (s.ToGraph()))

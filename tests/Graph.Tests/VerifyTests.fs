@@ -10,8 +10,7 @@ let private graph =
     let p = s.Param("p", [ "hidden", 4 ])
     s.Loss [ s.On(Op.Silu, [ p ]) ]
 
-let private changed nodes types outputs =
-    Graph(nodes, types, outputs, Array.create (Array.length types) -1)
+let private changed nodes types outputs = Graph(nodes, types, outputs, Array.create (Array.length types) -1)
 
 let private finds name (broken: Graph) (part: string) =
     testCase name (fun () ->
@@ -31,14 +30,10 @@ let tests =
             "wrong type"
             (changed
                 graph.Nodes
-                (graph.Types
-                 |> Array.mapi (fun v t -> if v = 1 then { t with DType = DType.BFloat16 } else t))
+                (graph.Types |> Array.mapi (fun v t -> if v = 1 then { t with DType = DType.BFloat16 } else t))
                 graph.Outputs)
             "the graph says bf16[hidden 4]"
-        finds
-            "made twice"
-            (changed [| yield! graph.Nodes; graph.Nodes[1] |] graph.Types graph.Outputs)
-            "is made twice"
+        finds "made twice" (changed [| yield! graph.Nodes; graph.Nodes[1] |] graph.Types graph.Outputs) "is made twice"
         finds "output of nothing" (changed graph.Nodes graph.Types [| "loss", 99 |]) "not made by any node"
         finds
             "a parameter declared twice"

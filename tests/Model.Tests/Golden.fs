@@ -18,8 +18,7 @@ let root =
 
     up (DirectoryInfo AppContext.BaseDirectory)
 
-let path (case: string) (file: string) =
-    Path.Combine(root, "tests", "golden", case, file)
+let path (case: string) (file: string) = Path.Combine(root, "tests", "golden", case, file)
 
 /// One case, cut to its first sequences and positions: causality leaves their logits what they are.
 type Case = {
@@ -75,20 +74,15 @@ let parameter (case: Case) (name: string) : float32[] =
 let input (case: Case) (name: string) : float[] =
     let positions = case.SeqLength
 
-    let counted depth =
-        min positions (case.IdsLength - 1 - depth)
+    let counted depth = min positions (case.IdsLength - 1 - depth)
 
-    let mask depth =
-        Array.init (case.Batch * positions) (fun i -> if i % positions < counted depth then 1.0 else 0.0)
+    let mask depth = Array.init (case.Batch * positions) (fun i -> if i % positions < counted depth then 1.0 else 0.0)
 
     match name with
     | "tokens" -> [|
         for b in 0 .. case.Batch - 1 do
             for s in 0 .. positions + case.Depths ->
-                if s < case.IdsLength then
-                    float case.Ids[b * case.IdsLength + s]
-                else
-                    0.0
+                if s < case.IdsLength then float case.Ids[b * case.IdsLength + s] else 0.0
       |]
     | "loss_mask" -> mask 0
     | "mtp_mask" -> mask 1

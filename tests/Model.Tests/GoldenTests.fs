@@ -14,17 +14,14 @@ let private evaluate (case: Case) (graph: Graph) =
         Data = data
     }
 
-    Evaluator.run graph (fun n -> dense n (input case n)) (fun n ->
-        dense n (parameter case n |> Array.map float))
+    Evaluator.run graph (fun n -> dense n (input case n)) (fun n -> dense n (parameter case n |> Array.map float))
 
-let private close what (ours: float[]) (reference: float32[]) =
-    Expect.isLessThan (distance ours reference) 2e-5 what
+let private close what (ours: float[]) (reference: float32[]) = Expect.isLessThan (distance ours reference) 2e-5 what
 
 let private logits (case: Case) (values: Evaluated) (name: string) =
     let columns = int (case.Reference.Info name).Shape[1]
 
-    let ours, reference =
-        cut case columns (values.Output name).Data (case.Reference.ReadFloat32 name)
+    let ours, reference = cut case columns (values.Output name).Data (case.Reference.ReadFloat32 name)
 
     close name ours reference
 

@@ -97,7 +97,9 @@ type Job = {
         && this.Layout.Split '|'
            |> Array.map (Seq.filter ((=) 't') >> Seq.length)
            |> Array.distinct
-           |> Array.length > 1
+           |> Array.length
+            >
+            1
 
 /// Does the compiler take it? (Megatron's rules: MTP behind every layer, not on the first stage.)
 let legal (job: Job) =
@@ -155,27 +157,52 @@ let private jobs (pipelines: int list) = gen {
 let shrink (job: Job) : Job seq =
     seq {
         if job.Pipeline > 1 then
-            { job with Pipeline = job.Pipeline - 1; Cuts = List.truncate (job.Pipeline - 2) job.Cuts }
+            {
+                job with
+                    Pipeline = job.Pipeline - 1
+                    Cuts = List.truncate (job.Pipeline - 2) job.Cuts
+            }
 
-        if job.Expert > 1 then { job with Expert = job.Expert / 2 }
-        if job.Tensor > 1 then { job with Tensor = job.Tensor / 2 }
-        if job.Data > 1 then { job with Data = job.Data / 2 }
-        if job.Layers > 1 && job.Pipeline = 1 then { job with Layers = job.Layers - 1; Cuts = [] }
-        if job.Mtp > 0 && job.Pipeline = 1 then { job with Mtp = 0; Cuts = [] }
-        if job.Recompute then { job with Recompute = false }
-        if job.Yarn then { job with Yarn = false }
-        if job.GPipe then { job with GPipe = false }
-        if job.Microbatches > 1 then { job with Microbatches = 1 }
-        if job.SeqLength > 4 then { job with SeqLength = 4 }
+        if job.Expert > 1 then
+            { job with Expert = job.Expert / 2 }
+
+        if job.Tensor > 1 then
+            { job with Tensor = job.Tensor / 2 }
+
+        if job.Data > 1 then
+            { job with Data = job.Data / 2 }
+
+        if job.Layers > 1 && job.Pipeline = 1 then
+            {
+                job with
+                    Layers = job.Layers - 1
+                    Cuts = []
+            }
+
+        if job.Mtp > 0 && job.Pipeline = 1 then
+            { job with Mtp = 0; Cuts = [] }
+
+        if job.Recompute then
+            { job with Recompute = false }
+
+        if job.Yarn then
+            { job with Yarn = false }
+
+        if job.GPipe then
+            { job with GPipe = false }
+
+        if job.Microbatches > 1 then
+            { job with Microbatches = 1 }
+
+        if job.SeqLength > 4 then
+            { job with SeqLength = 4 }
     }
     |> Seq.filter legal
 
 /// Jobs of one stage: what partition does.
 type OneStage =
-    static member Job() : Arbitrary<Job> =
-        Arb.fromGenShrink (jobs [ 1 ] |> Gen.where legal, shrink)
+    static member Job() : Arbitrary<Job> = Arb.fromGenShrink (jobs [ 1 ] |> Gen.where legal, shrink)
 
 /// Jobs of any number of stages.
 type AnyStages =
-    static member Job() : Arbitrary<Job> =
-        Arb.fromGenShrink (jobs [ 1; 2; 2; 3; 4 ] |> Gen.where legal, shrink)
+    static member Job() : Arbitrary<Job> = Arb.fromGenShrink (jobs [ 1; 2; 2; 3; 4 ] |> Gen.where legal, shrink)

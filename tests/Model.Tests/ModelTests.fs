@@ -23,13 +23,9 @@ let tinyMoe (hidden: int) (experts: int) =
     Model.Of(fun m ids ->
         let x = m.Embedding("embed", ids, 64, hidden)
 
-        let x =
-            x
-            + m.Scope("attn", fun s -> Attention.Mla(s, s.RmsNorm("norm", x), heads = 4, kvLora = 32))
+        let x = x + m.Scope("attn", fun s -> Attention.Mla(s, s.RmsNorm("norm", x), heads = 4, kvLora = 32))
 
-        let x =
-            x
-            + m.Scope("moe", fun s -> Experts.Moe(s, s.RmsNorm("norm", x), experts, topK = 2, ffn = 64))
+        let x = x + m.Scope("moe", fun s -> Experts.Moe(s, s.RmsNorm("norm", x), experts, topK = 2, ffn = 64))
 
         m.Linear("head", m.RmsNorm("norm", x), struct ("vocab", 64)))
 
@@ -68,9 +64,7 @@ let private units =
 
         for node in graph.Nodes do
             for v in node.Inputs do
-                Expect.isTrue
-                    (source v || part v <= node.Origin.Unit)
-                    $"%s{node.Origin.Path} reads later %O{part v}"
+                Expect.isTrue (source v || part v <= node.Origin.Unit) $"%s{node.Origin.Path} reads later %O{part v}"
 
         Expect.equal
             (graph.Nodes
@@ -91,8 +85,7 @@ let private units =
             ]
             "units"
 
-        let final =
-            graph.Nodes |> Array.find (fun n -> n.Origin.Path = "model" && n.Op.IsRmsNorm)
+        let final = graph.Nodes |> Array.find (fun n -> n.Origin.Path = "model" && n.Op.IsRmsNorm)
 
         Expect.equal final.Origin.Unit (ModelUnit.Layer 3) "the final norm is with the last layer"
 
@@ -126,10 +119,7 @@ let private differentiates =
                 ]
 
                 let gradients =
-                    joint.Outputs
-                    |> Array.map fst
-                    |> Array.filter (fun n -> n.StartsWith "grad:")
-                    |> Array.distinct
+                    joint.Outputs |> Array.map fst |> Array.filter (fun n -> n.StartsWith "grad:") |> Array.distinct
 
                 Expect.equal (List.sort (List.ofArray gradients)) (List.sort trained) "gradients"
 
@@ -161,17 +151,13 @@ let private refused =
     <| fun () ->
         let text = File.ReadAllText(published "v3_tiny_yarn")
 
-        let changed (from: string) (into: string) () =
-            ConfigJson.Parse(text.Replace(from, into))
+        let changed (from: string) (into: string) () = ConfigJson.Parse(text.Replace(from, into))
 
         Expect.equal (codes (fun () -> ConfigJson.Read "nowhere")) [ Codes.ConfigUnreadable ] "missing"
         Expect.equal (codes (fun () -> ConfigJson.Parse "[1]")) [ Codes.ConfigUnreadable ] "no object"
         Expect.equal (codes (fun () -> ConfigJson.Parse "{")) [ Codes.ConfigUnreadable ] "no JSON"
 
-        Expect.equal
-            (codes (changed "\"hidden_size\": 64" "\"hidden_size\": \"x\""))
-            [ Codes.ConfigUnreadable ]
-            "type"
+        Expect.equal (codes (changed "\"hidden_size\": 64" "\"hidden_size\": \"x\"")) [ Codes.ConfigUnreadable ] "type"
 
         Expect.equal (codes (changed "\"hidden_size\": 64," "")) [ Codes.ConfigUnreadable ] "absent"
         Expect.equal (codes (changed "sigmoid" "softmax")) [ Codes.ConfigUnsupported ] "scores"
@@ -265,16 +251,12 @@ let private gathers =
         use case = load "v3_tiny_mtp" 1 8
 
         for entry in case.Map.Entries do
-            for struct (tensor, _, values) in
-                case.Map.Scatter(entry.Parameter, parameter case entry.Parameter) do
+            for struct (tensor, _, values) in case.Map.Scatter(entry.Parameter, parameter case entry.Parameter) do
                 Expect.equal values (case.Weights.ReadFloat32 tensor) tensor
 
         let short = Func<string, float32[]>(fun _ -> Array.zeroCreate 3)
 
-        Expect.equal
-            (codes (fun () -> case.Map.Gather("lm_head.weight", short)))
-            [ Codes.WeightsMismatch ]
-            "size"
+        Expect.equal (codes (fun () -> case.Map.Gather("lm_head.weight", short))) [ Codes.WeightsMismatch ] "size"
 
 let tests =
     testList "declarations" [

@@ -31,7 +31,11 @@ let private options (config: DeepSeekV3Config) (plan: PlanSet) (trace: RoutingTr
     )
 
 /// Loss, MTP loss and gradient norm of each step; `trace` records or replays which experts tokens choose.
-let private traced (trace: RoutingTrace | null) (config: DeepSeekV3Config) (recipe: Recipe) : (float * float * float) list =
+let private traced
+    (trace: RoutingTrace | null)
+    (config: DeepSeekV3Config)
+    (recipe: Recipe)
+    : (float * float * float) list =
     let plan = DeepSeekV3(config).Compile recipe
 
     task {
@@ -81,8 +85,7 @@ let private agrees (job: Job) =
             failtestf "%s: relative difference %g\none  %A\nmany %A\n%A" job.Layout distance one many job
 
 /// Settings drawn once, by a fixed seed: the issue's "20 random legal settings".
-let private drawn =
-    FsCheck.FSharp.Gen.sampleWithSeed (FsCheck.Rnd(2026UL, 1UL)) 10 20 (AnyStages.Job().Generator)
+let private drawn = FsCheck.FSharp.Gen.sampleWithSeed (FsCheck.Rnd(2026UL, 1UL)) 10 20 (AnyStages.Job().Generator)
 
 let private covered =
     testCase "the settings drawn cover rows split by expert, pending sums, several mesh axes and uneven stages"
@@ -110,7 +113,8 @@ let tests =
         for i, job in Array.indexed drawn do
             let degrees = $"tp %i{job.Tensor} pp %i{job.Pipeline} ep %i{job.Expert} dp %i{job.Data}"
 
-            testCase $"setting %i{i}, %s{degrees}, layout '%s{job.Layout}', trains as one rank does" <| fun () -> agrees job
+            testCase $"setting %i{i}, %s{degrees}, layout '%s{job.Layout}', trains as one rank does"
+            <| fun () -> agrees job
 
         testCase "recorded routing replays under another layout, and no token chooses otherwise"
         <| fun () ->

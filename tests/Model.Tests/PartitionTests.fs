@@ -102,7 +102,10 @@ let private fallsOut tp ep dp mesh =
 
 let private partialAxes (c: Compiled) (parameter: string) =
     let v = c.Local.Graph.Outputs |> Array.find (fun (n, _) -> n = $"grad:%s{parameter}") |> snd
-    Layout.partials c.Local.Layouts[v] |> List.map (fun m -> c.Plan.Mesh.Axes[m].Name) |> String.concat "+"
+
+    Layout.partials c.Local.Layouts[v]
+    |> List.map (fun m -> c.Plan.Mesh.Axes[m].Name)
+    |> String.concat "+"
 
 let private table =
     testList "what must fall out" [
@@ -140,7 +143,12 @@ let private table =
 
             Expect.equal
                 (traffic c ModelUnit.Head true)
-                [ "all_gather tp hidden"; "all_reduce tp seq"; "all_reduce tp seq"; "all_reduce_max tp seq" ]
+                [
+                    "all_gather tp hidden"
+                    "all_reduce tp seq"
+                    "all_reduce tp seq"
+                    "all_reduce_max tp seq"
+                ]
                 "head"
 
             Expect.equal
@@ -202,7 +210,10 @@ let private table =
 
 /// What the random cases covered; extents of 1 never split, since axes of size 1 are dropped.
 let private seen = ConcurrentDictionary<string, int>()
-let private count name yes = if yes then seen.AddOrUpdate(name, 1, (fun _ n -> n + 1)) |> ignore
+
+let private count name yes =
+    if yes then
+        seen.AddOrUpdate(name, 1, (fun _ n -> n + 1)) |> ignore
 
 let private cover (c: Compiled) =
     let graph, layouts = c.Local.Graph, c.Local.Layouts
@@ -219,7 +230,8 @@ let private cover (c: Compiled) =
         "a pending partial sum"
         (graph.Types
          |> Array.indexed
-         |> Array.exists (fun (v, _) -> graph.NodeOf(v).Op.IsCollective |> not && layouts[v] |> Array.exists _.IsPartialSum))
+         |> Array.exists (fun (v, _) ->
+             graph.NodeOf(v).Op.IsCollective |> not && layouts[v] |> Array.exists _.IsPartialSum))
 
 /// Relative distance of two tensors, on the scale of the second.
 let private apart (a: DenseTensor) (b: DenseTensor) =
@@ -262,14 +274,25 @@ let private fused (job: Job) =
             failtestf "%s differs by %g: %A" name distance job
 
 let private covered () =
-    let total name = match seen.TryGetValue name with | true, n -> float n | false, _ -> 0.0
+    let total name =
+        match seen.TryGetValue name with
+        | true, n -> float n
+        | false, _ -> 0.0
 
-    for name in [ "routed rows split by expert"; "a pending partial sum"; "two or more base axes" ] do
+    for name in
+        [
+            "routed rows split by expert"
+            "a pending partial sum"
+            "two or more base axes"
+        ] do
         let share = total name / total "cases"
         printfn $"coverage: %s{name} %.0f{100.0 * share} %%"
         Expect.isGreaterThanOrEqual share 0.3 name
 
-let private few = { Properties.config [ typeof<OneStage> ] with maxTest = max 12 (Properties.cases / 5) }
+let private few = {
+    Properties.config [ typeof<OneStage> ] with
+        maxTest = max 12 (Properties.cases / 5)
+}
 
 let tests =
     testSequenced

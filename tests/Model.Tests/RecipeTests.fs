@@ -23,8 +23,7 @@ let private fuses =
         match Pipeline.run recipe (DeepSeekV3(Presets.Tiny).Declare(2, recipe.SeqLength)) with
         | Error wrong -> failtest $"%A{wrong}"
         | Ok compiled ->
-            let count op =
-                compiled.Forward.Nodes |> Array.filter (fun n -> op n.Op) |> Array.length
+            let count op = compiled.Forward.Nodes |> Array.filter (fun n -> op n.Op) |> Array.length
 
             Expect.equal (count _.IsRopeQ, count _.IsRopeKv) (5, 5) "rotation: four layers and one of MTP"
             Expect.equal (count _.IsPermuteWithProbs) 4 "routing: three layers and one of MTP"

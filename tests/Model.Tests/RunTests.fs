@@ -13,8 +13,7 @@ open DeepSeekGraph.Runtime.Parameters
 open DeepSeekGraph.Runtime.Training
 open DeepSeekGraph.Models.Tests.Golden
 
-let private tensor (data: float32[]) (extents: int seq) =
-    torch.tensor(data).reshape [| for e in extents -> int64 e |]
+let private tensor (data: float32[]) (extents: int seq) = torch.tensor(data).reshape [| for e in extents -> int64 e |]
 
 let private floats (whole: torch.Tensor) =
     use flat = whole.to_type(torch.ScalarType.Float32).contiguous()
@@ -28,11 +27,7 @@ let private inputs (case: Case) =
         | Op.Input(name, t) when t.Rank > 0 ->
             let x = tensor (Array.map float32 (input case name)) t.Extents
 
-            values[name] <-
-                if t.DType.IsFloat then
-                    x
-                else
-                    x.to_type torch.ScalarType.Int64
+            values[name] <- if t.DType.IsFloat then x else x.to_type torch.ScalarType.Int64
         | _other -> ()
 
     values :> IReadOnlyDictionary<string, torch.Tensor>
@@ -41,9 +36,7 @@ let private inputs (case: Case) =
 let private run (case: Case) (recipe: Recipe) (check: Trainer -> unit) =
     let plan =
         case.Model.Compile(
-            recipe
-                .WithName("golden")
-                .WithBatch(case.Batch, case.Batch / Compilation.Mesh(recipe).Data, case.SeqLength)
+            recipe.WithName("golden").WithBatch(case.Batch, case.Batch / Compilation.Mesh(recipe).Data, case.SeqLength)
         )
 
     let extents = Dictionary<string, IReadOnlyList<int>>()
@@ -51,20 +44,17 @@ let private run (case: Case) (recipe: Recipe) (check: Trainer -> unit) =
     for p in plan.Parameters do
         extents[p.Name] <- p.Extents
 
-    let weight name : torch.Tensor | null =
-        tensor (parameter case name) extents[name]
+    let weight name : torch.Tensor | null = tensor (parameter case name) extents[name]
 
     task {
-        use! trainer =
-            Trainer.StartAsync(plan, TrainerOptions(Weights = Func<string, torch.Tensor | null> weight))
+        use! trainer = Trainer.StartAsync(plan, TrainerOptions(Weights = Func<string, torch.Tensor | null> weight))
 
         do! trainer.ForwardBackwardAsync([| inputs case |], null, CancellationToken.None)
         check trainer
     }
     |> _.GetAwaiter().GetResult()
 
-let private close what (ours: float[]) (reference: float32[]) =
-    Expect.isLessThan (distance ours reference) 2e-5 what
+let private close what (ours: float[]) (reference: float32[]) = Expect.isLessThan (distance ours reference) 2e-5 what
 
 let private golden name seqLength (losses: (string * string) list) how (recipe: Recipe) =
     testCase $"%s{name}, %s{how}"
@@ -87,15 +77,13 @@ let private plain = [ "metric:loss", "loss" ]
 let private multi = [ "metric:loss", "main_loss"; "metric:mtp_loss", "mtp_loss" ]
 let private one = Recipe.Default.WithParallelism(1, 1, 1, 1)
 
-let private eight =
-    Recipe.Default.WithParallelism(tensor = 2, pipeline = 2, expert = 2, data = 2)
+let private eight = Recipe.Default.WithParallelism(tensor = 2, pipeline = 2, expert = 2, data = 2)
 
 /// Sequences that count on from a start of their own.
 type private Counting(rows: int, columns: int, vocab: int) =
     interface IBatchSource with
         member _.Get step =
-            let token i =
-                int64 ((int step * 7 + i / columns * 5 + i % columns) % vocab)
+            let token i = int64 ((int step * 7 + i / columns * 5 + i % columns) % vocab)
 
             TrainingBatch(rows, columns, Array.init (rows * columns) token)
 
@@ -103,12 +91,10 @@ type private Counting(rows: int, columns: int, vocab: int) =
 let private losses (model: Model) (vocab: int) (recipe: Recipe) =
     let plan = model.Compile recipe
 
-    let batches =
-        Counting(recipe.GlobalBatch, recipe.SeqLength + model.ExtraTokens, vocab)
+    let batches = Counting(recipe.GlobalBatch, recipe.SeqLength + model.ExtraTokens, vocab)
 
     task {
-        use! trainer =
-            Trainer.StartAsync(plan, TrainerOptions(Batches = batches, LearningRate = LearningRate(1e-2)))
+        use! trainer = Trainer.StartAsync(plan, TrainerOptions(Batches = batches, LearningRate = LearningRate(1e-2)))
 
         let seen = List<float>()
         let steps = trainer.RunAsync(4L).GetAsyncEnumerator()

@@ -11,8 +11,7 @@ module Dense =
     let size (extents: int[]) = Array.fold (*) 1 extents
 
     /// Distance in `Data` between neighbours along each dim.
-    let strides (extents: int[]) =
-        Array.scanBack (*) extents 1 |> Array.skip 1
+    let strides (extents: int[]) = Array.scanBack (*) extents 1 |> Array.skip 1
 
     /// Visits every index in order; the array is reused, so keep no reference to it.
     let each (extents: int[]) (visit: int[] -> unit) =
@@ -88,8 +87,7 @@ module Dense =
     /// `index` with one more coordinate in front of dim `d`.
     let insert d (value: int) (index: int[]) = Array.insertAt d value index
 
-    let private withDim d value (a: int[]) =
-        Array.mapi (fun i x -> if i = d then value else x) a
+    let private withDim d value (a: int[]) = Array.mapi (fun i x -> if i = d then value else x) a
 
     /// Elements [start, start + length) of one dim.
     let slice d start length (x: DenseTensor) =
@@ -124,18 +122,14 @@ module Dense =
 
     /// f of the operands' elements, for each point of the result; operands lack some of its letters.
     let pointwise (rule: Rule) (extents: int[]) (f: float[] -> float) (operands: DenseTensor[]) =
-        let dims =
-            Array.init operands.Length (fun k -> rule.Factors |> Array.map _.Operands[k])
+        let dims = Array.init operands.Length (fun k -> rule.Factors |> Array.map _.Operands[k])
 
         let result = rule.Factors |> Array.map _.Results[0]
 
         init extents (fun index ->
             let point = result |> Array.map (fun d -> if d >= 0 then index[d] else 0)
 
-            f (
-                operands
-                |> Array.mapi (fun k x -> at x (project x.Extents.Length dims[k] point))
-            ))
+            f (operands |> Array.mapi (fun k x -> at x (project x.Extents.Length dims[k] point))))
 
     /// Product of the operands' elements, summed over every letter that the result lacks.
     let product (rule: Rule) (result: int) (extents: int[]) (operands: DenseTensor[]) =
@@ -143,8 +137,7 @@ module Dense =
         let letters = rule.Factors.Length
 
         // by strides instead of indices: this loop is where an evaluation's time goes
-        let stride (extents: int[]) (dim: int) =
-            if dim < 0 then 0 else (strides extents)[dim]
+        let stride (extents: int[]) (dim: int) = if dim < 0 then 0 else (strides extents)[dim]
 
         let into = rule.Factors |> Array.map (fun f -> stride extents f.Results[result])
 
@@ -186,14 +179,10 @@ module Dense =
 
             Array.fold2
                 (fun m a b ->
-                    if a = b then
-                        m
-                    elif System.Double.IsNaN a && System.Double.IsNaN b then
-                        m
-                    elif System.Double.IsNaN a || System.Double.IsNaN b then
-                        infinity
-                    else
-                        max m (abs (a - b) / scale))
+                    if a = b then m
+                    elif System.Double.IsNaN a && System.Double.IsNaN b then m
+                    elif System.Double.IsNaN a || System.Double.IsNaN b then infinity
+                    else max m (abs (a - b) / scale))
                 0.0
                 x.Data
                 y.Data

@@ -13,8 +13,7 @@ let private unit (seed: int) (name: string) (element: int) =
 
     let start = name |> Seq.fold (fun h c -> mix (h * 31UL + uint64 c)) (uint64 seed)
 
-    float (mix (start + 0x9E3779B97F4A7C15UL * uint64 (element + 1)) >>> 11)
-    / float (1UL <<< 53)
+    float (mix (start + 0x9E3779B97F4A7C15UL * uint64 (element + 1)) >>> 11) / float (1UL <<< 53)
 
 /// Ids must exist: the extent of the axes that embeddings and picks look up.
 let private vocabulary (graph: Graph) =

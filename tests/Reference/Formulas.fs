@@ -10,8 +10,7 @@ let inverseFrequencies (spec: RotarySpec) : float[] =
     let plain j = spec.Theta ** (-2.0 * float j / d)
 
     /// The feature whose wavelength makes `rotations` turns within the original context.
-    let correction rotations =
-        d * log (spec.Original / (rotations * 2.0 * Math.PI)) / (2.0 * log spec.Theta)
+    let correction rotations = d * log (spec.Original / (rotations * 2.0 * Math.PI)) / (2.0 * log spec.Theta)
 
     if spec.Factor = 1.0 then
         Array.init (spec.Dim / 2) plain
@@ -40,10 +39,7 @@ let rotated inverse (table: DenseTensor) (s: int) (r: int) (read: int -> float) 
     let n = Dense.at table [| s; half + r / 2 |]
     let n = if inverse then -n else n
     // pairs (0, 1), (2, 3), ... stay in place
-    if r % 2 = 0 then
-        read r * c - read (r + 1) * n
-    else
-        read (r - 1) * n + read r * c
+    if r % 2 = 0 then read r * c - read (r + 1) * n else read (r - 1) * n + read r * c
 
 let private set (index: int[]) d value =
     let copy = Array.copy index
@@ -72,9 +68,7 @@ let ropeKv nope (kv: DenseTensor) (kPe: DenseTensor) (table: DenseTensor) =
             else
                 rotated false table i[1] (i[3] - nope) (fun r -> Dense.at kPe [| i[0]; i[1]; r |]))
 
-    let v =
-        Dense.init (resized kv.Extents 3 (kv.Extents[3] - nope)) (fun i ->
-            Dense.at kv (set i 3 (i[3] + nope)))
+    let v = Dense.init (resized kv.Extents 3 (kv.Extents[3] - nope)) (fun i -> Dense.at kv (set i 3 (i[3] + nope)))
 
     [| k; v |]
 
@@ -82,10 +76,7 @@ let ropeKv nope (kv: DenseTensor) (kPe: DenseTensor) (table: DenseTensor) =
 let ropeKvGrad nope (dk: DenseTensor) (dv: DenseTensor) (table: DenseTensor) =
     let dkv =
         Dense.init (resized dk.Extents 3 (nope + dv.Extents[3])) (fun i ->
-            if i[3] < nope then
-                Dense.at dk i
-            else
-                Dense.at dv (set i 3 (i[3] - nope)))
+            if i[3] < nope then Dense.at dk i else Dense.at dv (set i 3 (i[3] - nope)))
 
     let heads = dk.Extents[2]
 
@@ -121,22 +112,13 @@ let attention scale (q: DenseTensor) (k: DenseTensor) (v: DenseTensor) =
 
             List.sum [
                 for j in 0..i ->
-                    exp (scale * dot q k b n i j - Dense.at lse [| b; n; i |])
-                    * Dense.at v [| b; j; n; e |]
+                    exp (scale * dot q k b n i j - Dense.at lse [| b; n; i |]) * Dense.at v [| b; j; n; e |]
             ])
 
     [| out; lse |]
 
 /// With p the attention weights and delta = dout . out: ds = p (dout . v - delta).
-let attentionGrad
-    scale
-    (dout: DenseTensor)
-    (q: DenseTensor)
-    (k: DenseTensor)
-    (v: DenseTensor)
-    out
-    (lse: DenseTensor)
-    =
+let attentionGrad scale (dout: DenseTensor) (q: DenseTensor) (k: DenseTensor) (v: DenseTensor) out (lse: DenseTensor) =
     let dq, dk, dv = Dense.zeros q.Extents, Dense.zeros k.Extents, Dense.zeros v.Extents
 
     for b in 0 .. q.Extents[0] - 1 do
@@ -158,19 +140,16 @@ let attentionGrad
     [| dq; dk; dv |]
 
 /// The last axis of x as rows, and a function that makes a tensor of x's shape from new rows.
-let private rows (x: DenseTensor) =
-    Array.chunkBySize (Array.last x.Extents) x.Data
+let private rows (x: DenseTensor) = Array.chunkBySize (Array.last x.Extents) x.Data
 
-let private inverseRms eps (row: float[]) =
-    1.0 / sqrt (Array.averageBy (fun v -> v * v) row + eps)
+let private inverseRms eps (row: float[]) = 1.0 / sqrt (Array.averageBy (fun v -> v * v) row + eps)
 
 /// y = x r w with r = 1 / sqrt(mean(x^2) + eps).
 let rmsNorm eps (x: DenseTensor) (w: DenseTensor) = {
     x with
         Data =
             rows x
-            |> Array.collect (fun row ->
-                let r = inverseRms eps row in Array.map2 (fun v g -> v * r * g) row w.Data)
+            |> Array.collect (fun row -> let r = inverseRms eps row in Array.map2 (fun v g -> v * r * g) row w.Data)
 }
 
 /// dx = r (w dy) - x r^3 mean(w dy x).
@@ -200,9 +179,7 @@ let rmsNormGradW eps (dy: DenseTensor) (x: DenseTensor) =
 
 /// Positions of the k largest; of equal ones the lower position first.
 let private largest k (values: float[]) =
-    Array.init values.Length id
-    |> Array.sortBy (fun i -> -values[i], i)
-    |> Array.truncate k
+    Array.init values.Length id |> Array.sortBy (fun i -> -values[i], i) |> Array.truncate k
 
 /// One token's chosen experts. Group score: sum of the group's two best.
 let private chosen (spec: TopKSpec) (scores: float[]) =
@@ -232,31 +209,23 @@ let groupTopK (spec: TopKSpec) (scores: DenseTensor) = {
 let sigmoid x = 1.0 / (1.0 + exp -x)
 let silu x = x * sigmoid x
 
-let siluSlope x =
-    sigmoid x * (1.0 + x * (1.0 - sigmoid x))
+let siluSlope x = sigmoid x * (1.0 + x * (1.0 - sigmoid x))
 
 /// x[..., 2, f] read at gate (0) or up (1) for an index of y[..., f].
-let private half (x: DenseTensor) which (index: int[]) =
-    Dense.at x (Dense.insert (index.Length - 1) which index)
+let private half (x: DenseTensor) which (index: int[]) = Dense.at x (Dense.insert (index.Length - 1) which index)
 
 /// silu(gate) up, times the probability p[...] if given.
 let swiGlu (x: DenseTensor) (p: DenseTensor option) =
     let rank = x.Extents.Length
 
     Dense.init (Array.removeAt (rank - 2) x.Extents) (fun i ->
-        let weight =
-            p
-            |> Option.map (fun p -> Dense.at p i[.. i.Length - 2])
-            |> Option.defaultValue 1.0
+        let weight = p |> Option.map (fun p -> Dense.at p i[.. i.Length - 2]) |> Option.defaultValue 1.0
 
         silu (half x 0 i) * half x 1 i * weight)
 
 /// dx, and dp = sum over f of dy silu(gate) up.
 let swiGluGrad (dy: DenseTensor) (x: DenseTensor) (p: DenseTensor option) =
-    let prob (i: int[]) =
-        p
-        |> Option.map (fun p -> Dense.at p i[.. i.Length - 2])
-        |> Option.defaultValue 1.0
+    let prob (i: int[]) = p |> Option.map (fun p -> Dense.at p i[.. i.Length - 2]) |> Option.defaultValue 1.0
 
     let rank = x.Extents.Length
     let dp = Dense.zeros dy.Extents[.. dy.Extents.Length - 2]

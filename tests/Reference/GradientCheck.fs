@@ -38,12 +38,7 @@ let private slope (f: float -> float) (step: float) =
 
 /// Entries where the gradient of `loss` differs from central differences by more than `tolerance`, relative to
 /// the larger of 1 and the entry; at most `entries` of each parameter are tried.
-let mismatches
-    (tolerance: float)
-    (entries: int)
-    (seed: int)
-    (graph: Graph)
-    : Result<Mismatch list, Diagnostic list> =
+let mismatches (tolerance: float) (entries: int) (seed: int) (graph: Graph) : Result<Mismatch list, Diagnostic list> =
     Autodiff.differentiate "loss" graph
     |> Result.map (fun joint ->
         let feed = Feed.lookup seed graph
@@ -84,11 +79,7 @@ let mismatches
                         let central = slope (fun h -> lossWith spec.Name (moved h)) 1e-3
                         let found = gradient.Data[e]
 
-                        if
-                            not (
-                                abs (central - found) <= tolerance * max 1.0 (max (abs central) (abs found))
-                            )
-                        then
+                        if not (abs (central - found) <= tolerance * max 1.0 (max (abs central) (abs found))) then
                             {
                                 Parameter = spec.Name
                                 Element = e

@@ -27,15 +27,11 @@ let private pick (z: DenseTensor) (labels: DenseTensor) (vocab: DenseTensor) =
     Dense.init labels.Extents (fun i ->
         List.sum [
             for v in 0 .. vocab.Data.Length - 1 ->
-                if same labels vocab i v = 1.0 then
-                    Dense.at z [| i[0]; i[1]; v |]
-                else
-                    0.0
+                if same labels vocab i v = 1.0 then Dense.at z [| i[0]; i[1]; v |] else 0.0
         ])
 
 let private pickGrad (dy: DenseTensor) (labels: DenseTensor) (vocab: DenseTensor) =
-    Dense.init [| yield! dy.Extents; vocab.Data.Length |] (fun i ->
-        same labels vocab i[..1] i[2] * Dense.at dy i[..1])
+    Dense.init [| yield! dy.Extents; vocab.Data.Length |] (fun i -> same labels vocab i[..1] i[2] * Dense.at dy i[..1])
 
 let private sum (rule: Rule) extents x = Dense.product rule 0 extents [| x |]
 
@@ -55,13 +51,7 @@ let private max (rule: Rule) (extents: int[]) (x: DenseTensor) =
 
 /// Results of one op from its operands; `types` are the operands' types, `rule` and `results` what inference says of them.
 /// Parameters and inputs are the caller's to supply, collectives are Spmd's.
-let apply
-    (op: Op)
-    (types: TensorType[])
-    (rule: Rule)
-    (results: TensorType[])
-    (x: DenseTensor[])
-    : DenseTensor[] =
+let apply (op: Op) (types: TensorType[]) (rule: Rule) (results: TensorType[]) (x: DenseTensor[]) : DenseTensor[] =
     let extents = results |> Array.map _.Extents
     let dim (name: string) = types[0].IndexOf name
     let unary f = [| Dense.map f x[0] |]
@@ -87,11 +77,7 @@ let apply
     | Op.Silu -> unary Formulas.silu
     | Op.Scale factor -> unary ((*) factor)
     | Op.Offset addend -> unary ((+) addend)
-    | Op.Cast dtype ->
-        if dtype.IsFloat || not types[0].DType.IsFloat then
-            x
-        else
-            unary truncate
+    | Op.Cast dtype -> if dtype.IsFloat || not types[0].DType.IsFloat then x else unary truncate
     | Op.Anchor _
     | Op.Detach
     | Op.Route _
@@ -100,8 +86,7 @@ let apply
     | Op.Pad(axis, before, total) ->
         let d = dim axis
 
-        let zeros extent =
-            Dense.zeros (Array.updateAt d extent x[0].Extents)
+        let zeros extent = Dense.zeros (Array.updateAt d extent x[0].Extents)
 
         [|
             Dense.concat d [| zeros before; x[0]; zeros (total - before - x[0].Extents[d]) |]

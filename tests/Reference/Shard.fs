@@ -14,18 +14,13 @@ let coordinates (sizes: int[]) (rank: int) =
 
 /// Number formed from the coordinates along some axes, slower axes major.
 let index (sizes: int[]) (axes: int list) (coordinate: int[]) =
-    axes
-    |> List.sortDescending
-    |> List.fold (fun n m -> n * sizes[m] + coordinate[m]) 0
+    axes |> List.sortDescending |> List.fold (fun n m -> n * sizes[m] + coordinate[m]) 0
 
 /// Ranks that agree on all other axes, in member order.
 let groups (sizes: int[]) (axes: int list) : int[][] =
     [| 0 .. ranks sizes - 1 |]
-    |> Array.groupBy (fun r ->
-        coordinates sizes r
-        |> Array.mapi (fun m c -> if List.contains m axes then 0 else c))
-    |> Array.map (fun (_, members) ->
-        members |> Array.sortBy (fun r -> index sizes axes (coordinates sizes r)))
+    |> Array.groupBy (fun r -> coordinates sizes r |> Array.mapi (fun m c -> if List.contains m axes then 0 else c))
+    |> Array.map (fun (_, members) -> members |> Array.sortBy (fun r -> index sizes axes (coordinates sizes r)))
 
 let private axesOn (layout: AxisState[]) dim = [
     for m in 0 .. layout.Length - 1 do
@@ -33,8 +28,7 @@ let private axesOn (layout: AxisState[]) dim = [
             m
 ]
 
-let private count (sizes: int[]) axes =
-    axes |> List.fold (fun n m -> n * sizes[m]) 1
+let private count (sizes: int[]) axes = axes |> List.fold (fun n m -> n * sizes[m]) 1
 
 /// The part of a global tensor that lies at a coordinate. Of a partial sum, coordinate 0 holds all and the others nothing.
 let shard (layout: AxisState[]) (sizes: int[]) (coordinate: int[]) (whole: DenseTensor) : DenseTensor =
@@ -47,8 +41,7 @@ let shard (layout: AxisState[]) (sizes: int[]) (coordinate: int[]) (whole: Dense
             whole
             [ 0 .. whole.Extents.Length - 1 ]
 
-    let elsewhere =
-        Array.exists2 (fun (s: AxisState) c -> s.IsPartialSum && c > 0) layout coordinate
+    let elsewhere = Array.exists2 (fun (s: AxisState) c -> s.IsPartialSum && c > 0) layout coordinate
 
     if elsewhere then Dense.zeros cut.Extents else cut
 
@@ -70,24 +63,20 @@ let assemble (layout: AxisState[]) (sizes: int[]) (shards: DenseTensor[]) : Dens
     for r in 0 .. shards.Length - 1 do
         let coordinate = coordinates sizes r
 
-        let original =
-            Array.map2 (fun (s: AxisState) c -> if s.IsReplicated then 0 else c) layout coordinate
+        let original = Array.map2 (fun (s: AxisState) c -> if s.IsReplicated then 0 else c) layout coordinate
 
         if original <> coordinate then
             let first = index sizes [ 0 .. sizes.Length - 1 ] original
             let apart = Dense.distance shards[first] shards[r]
 
             if apart > tolerance then
-                invalidOp
-                    $"ranks %i{first} and %i{r} should hold the same value but differ by %g{apart}: %A{layout}"
+                invalidOp $"ranks %i{first} and %i{r} should hold the same value but differ by %g{apart}: %A{layout}"
         else
-            let start =
-                Array.map2 (fun axes extent -> index sizes axes coordinate * extent) split local
+            let start = Array.map2 (fun axes extent -> index sizes axes coordinate * extent) split local
 
             Dense.each local (fun i ->
                 let value = Dense.at shards[r] i
 
-                Dense.update whole (Array.map2 (+) start i) (fun v ->
-                    if maximum then max v value else v + value))
+                Dense.update whole (Array.map2 (+) start i) (fun v -> if maximum then max v value else v + value))
 
     whole

@@ -11,8 +11,7 @@ type SpmdRun(graph: Graph, layouts: AxisState[][], sizes: int[], values: DenseTe
     member _.Item(value: int, rank: int) = values[value][rank]
 
     /// The global tensor that all ranks' shards make.
-    member _.Assemble(value: int) =
-        Shard.assemble layouts[value] sizes values[value]
+    member _.Assemble(value: int) = Shard.assemble layouts[value] sizes values[value]
 
     /// A named result, assembled; several of one name are summed.
     member this.Output(name: string) =
@@ -85,8 +84,7 @@ module Spmd =
         let values = Array.zeroCreate<DenseTensor[]> graph.Types.Length
         let routes = Evaluator.routes graph
 
-        let each f =
-            Array.init ranks (fun r -> f (Shard.coordinates sizes r))
+        let each f = Array.init ranks (fun r -> f (Shard.coordinates sizes r))
 
         for node in graph.Nodes do
             let v = node.Outputs
@@ -103,26 +101,19 @@ module Spmd =
                     Array.init ranks (fun r ->
                         Dense.block dim (Shard.index sizes axes (Shard.coordinates sizes r)) count operand[r])
             | _computed ->
-                let results =
-                    Array.init ranks (fun r -> Evaluator.step graph routes node (fun x -> values[x][r]))
+                let results = Array.init ranks (fun r -> Evaluator.step graph routes node (fun x -> values[x][r]))
 
                 v |> Array.iteri (fun i x -> values[x] <- results |> Array.map (fun r -> r[i]))
 
             for x in v do
                 for shard in values[x] do
                     if shard.Extents <> graph.Types[x].Extents then
-                        invalidOp
-                            $"%s{node.Origin.Path}: %A{node.Op} gives %A{shard.Extents} for %O{graph.Types[x]}"
+                        invalidOp $"%s{node.Origin.Path}: %A{node.Op} gives %A{shard.Extents} for %O{graph.Types[x]}"
 
         SpmdRun(graph, layouts, sizes, values)
 
     /// As `run`, with global inputs and parameters, each cut as the layout of its source says.
-    let runGlobal
-        (sizes: int[])
-        (layouts: AxisState[][])
-        (graph: Graph)
-        (whole: string -> DenseTensor)
-        : SpmdRun =
+    let runGlobal (sizes: int[]) (layouts: AxisState[][]) (graph: Graph) (whole: string -> DenseTensor) : SpmdRun =
         let layoutOf =
             graph.Nodes
             |> Array.choose (fun n ->
@@ -132,7 +123,6 @@ module Spmd =
                 | _computed -> None)
             |> Map.ofArray
 
-        let cut coordinate name =
-            Shard.shard layoutOf[name] sizes coordinate (whole name)
+        let cut coordinate name = Shard.shard layoutOf[name] sizes coordinate (whole name)
 
         run sizes layouts graph cut cut

@@ -23,8 +23,19 @@ let mesh (sizes: int list) : MeshInfo = {
     Axes = [| for i, size in List.indexed sizes -> { Name = $"x%i{i}"; Size = size } |]
 }
 
-let axesGroup id (axes: int list) : Group = { Id = id; Name = $"g%i{id}"; MeshAxes = Array.ofList axes; Stages = [||] }
-let stageGroup id (stages: int list) : Group = { Id = id; Name = $"p%i{id}"; MeshAxes = [||]; Stages = Array.ofList stages }
+let axesGroup id (axes: int list) : Group = {
+    Id = id
+    Name = $"g%i{id}"
+    MeshAxes = Array.ofList axes
+    Stages = [||]
+}
+
+let stageGroup id (stages: int list) : Group = {
+    Id = id
+    Name = $"p%i{id}"
+    MeshAxes = [||]
+    Stages = Array.ofList stages
+}
 
 /// Runs `work` on every rank of a mesh (of `stages` stages) and returns what each returned, or threw.
 let together sizes stages (work: RankContext -> ICollectives -> 'a) : Result<'a, exn>[] * (exn | null) =
@@ -53,7 +64,10 @@ let together sizes stages (work: RankContext -> ICollectives -> 'a) : Result<'a,
     results, world.FirstError
 
 let private values (results: Result<'a, exn>[] * (exn | null)) =
-    fst results |> Array.map (function Ok v -> v | Error e -> raise (AggregateException e))
+    fst results
+    |> Array.map (function
+        | Ok v -> v
+        | Error e -> raise (AggregateException e))
 
 let perform (collectives: ICollectives) kind group (inputs: SlotValue list) (outputs: SlotValue list) =
     collectives.Start(CollectiveCall(kind, group, Array.ofList inputs, Array.ofList outputs)).Wait()
@@ -66,10 +80,15 @@ let private reductions =
             testCase $"an all-reduce adds in member order, %s{dtype.Name}" (fun () ->
                 let n = 37
                 let own r = random r n |> Array.map (fun v -> v * 10.0 ** float (r % 5)) |> rounded dtype
+
                 let run () =
                     together [ 2; 2; 2 ] 1 (fun rank collectives ->
                         let out = slot dtype [ n ]
-                        perform collectives Collective.AllReduceSum (axesGroup 0 [ 0; 1; 2 ]) [ filled dtype [ n ] (own rank.Rank) ] [ out ]
+
+                        perform collectives Collective.AllReduceSum (axesGroup 0 [ 0; 1; 2 ]) [
+                            filled dtype [ n ] (own rank.Rank)
+                        ] [ out ]
+
                         read out)
                     |> values
 
@@ -78,8 +97,10 @@ let private reductions =
                 let expected =
                     Array.init n (fun i ->
                         let mutable sum = float32 (own 0).[i]
+
                         for r in 1..7 do
                             sum <- sum + float32 (own r).[i]
+
                         float sum)
 
                 for result in first do
@@ -92,16 +113,21 @@ let private reductions =
                 together [ 4 ] 1 (fun rank collectives ->
                     let a, b = slot f32 [ 2 ], slot DType.Int64 [ 1 ]
                     let group = axesGroup 0 [ 0 ]
-                    perform collectives Collective.AllReduceMax group [ filled f32 [ 2 ] [| float rank.Rank; -1.0 |] ] [ a ]
-                    perform collectives Collective.AllReduceSum group [ ids [ 1 ] [| int64 rank.Rank + (1L <<< 40) |] ] [ b ]
+
+                    perform collectives Collective.AllReduceMax group [ filled f32 [ 2 ] [| float rank.Rank; -1.0 |] ] [
+                        a
+                    ]
+
+                    perform collectives Collective.AllReduceSum group [
+                        ids [ 1 ] [| int64 rank.Rank + (1L <<< 40) |]
+                    ] [ b ]
+
                     let c, d = slot f32 [ 1 ], slot f32 [ 1 ]
 
-                    perform
-                        collectives
-                        Collective.AllReduceSum
-                        group
-                        [ filled f32 [ 1 ] [| 1.0 |]; filled f32 [ 1 ] [| float rank.Rank |] ]
-                        [ c; d ]
+                    perform collectives Collective.AllReduceSum group [
+                        filled f32 [ 1 ] [| 1.0 |]
+                        filled f32 [ 1 ] [| float rank.Rank |]
+                    ] [ c; d ]
 
                     read a, b.Tensor.data<int64>().ToArray(), read c, read d)
                 |> values
@@ -165,7 +191,9 @@ let private movement =
 
                     for i in 0..3 do
                         if rank.Stage < 2 then
-                            perform collectives (Collective.Send(rank.Stage + 1)) group [ filled f32 [] [| float (10 * rank.Rank + i) |] ] []
+                            perform collectives (Collective.Send(rank.Stage + 1)) group [
+                                filled f32 [] [| float (10 * rank.Rank + i) |]
+                            ] []
 
                     for i in 0..3 do
                         if rank.Stage > 0 then
@@ -260,14 +288,22 @@ let private faults =
                     read out)
                 |> values
 
-            Expect.isTrue (Array.forall Double.IsNaN results[0] && Array.forall Double.IsNaN results[1]) "group of rank 0"
+            Expect.isTrue
+                (Array.forall Double.IsNaN results[0] && Array.forall Double.IsNaN results[1])
+                "group of rank 0"
+
             Expect.equal (results[2], results[3]) (Array.create 3 2.0, Array.create 3 2.0) "the others")
 
         testCase "a copy: overwriting after the start changes nothing" (fun () ->
             let results =
                 together [ 2 ] 1 (fun _ collectives ->
                     let own, out = filled f32 [ 2 ] [| 1.0; 2.0 |], slot f32 [ 2 ]
-                    let pending = collectives.Start(CollectiveCall(Collective.AllReduceSum, axesGroup 0 [ 0 ], [| own |], [| out |]))
+
+                    let pending =
+                        collectives.Start(
+                            CollectiveCall(Collective.AllReduceSum, axesGroup 0 [ 0 ], [| own |], [| out |])
+                        )
+
                     run KernelId.Zero [] [] [ own ]
                     pending.Wait()
                     read out)
@@ -284,10 +320,17 @@ let private faults =
                     if rank.Rank = 5 then
                         invalidOp "rank 5 broke"
 
-                    perform collectives Collective.AllReduceSum (axesGroup 0 [ 0 ]) [ filled f32 [ 1 ] [| 1.0 |] ] [ slot f32 [ 1 ] ])
+                    perform collectives Collective.AllReduceSum (axesGroup 0 [ 0 ]) [ filled f32 [ 1 ] [| 1.0 |] ] [
+                        slot f32 [ 1 ]
+                    ])
 
             Expect.isLessThan watch.Elapsed.TotalSeconds 2.0 "time"
-            let message = match first with null -> "none" | e -> e.Message
+
+            let message =
+                match first with
+                | null -> "none"
+                | e -> e.Message
+
             Expect.equal message "rank 5 broke" "first error"
 
             for rank, result in Array.indexed results do
@@ -296,10 +339,4 @@ let private faults =
                 | Error e -> Expect.equal (e :? StoppedException) (rank <> 5) "the others were stopped")
     ]
 
-let tests =
-    testList "Collectives" [
-        reductions
-        movement
-        routing
-        faults
-    ]
+let tests = testList "Collectives" [ reductions; movement; routing; faults ]

@@ -35,15 +35,12 @@ let private write folder name (text: string) =
     File.WriteAllText(path, text)
     path
 
-let private mentionsData (d: Diagnostic) =
-    Expect.stringContains (d.At + d.Help) "--data" "names the option"
+let private mentionsData (d: Diagnostic) = Expect.stringContains (d.At + d.Help) "--data" "names the option"
 
-let private streamOf texts =
-    TokenStream.Of(Corpus.FromTexts("a test", texts))
+let private streamOf texts = TokenStream.Of(Corpus.FromTexts("a test", texts))
 
 /// 2,000 different tokens: byte values 1..250 in turn, then the separator.
-let private counting =
-    streamOf [ String(Array.init 1999 (fun i -> char (1 + i % 127))) ]
+let private counting = streamOf [ String(Array.init 1999 (fun i -> char (1 + i % 127))) ]
 
 let private corpus =
     testList "Corpus" [
@@ -56,19 +53,14 @@ let private corpus =
         }
         test "every line of a jsonl file is a document, blank lines are not" {
             inFolder (fun folder ->
-                let path =
-                    write folder "a.jsonl" "{\"text\": \"one\"}\n\n{\"id\": 7, \"text\": \"two\\u00e9\"}"
+                let path = write folder "a.jsonl" "{\"text\": \"one\"}\n\n{\"id\": 7, \"text\": \"two\\u00e9\"}"
 
                 Expect.sequenceEqual (Corpus.Open path).Documents [ "one"; "two\u00e9" ] "the texts")
         }
         test "a folder is read recursively, in ordinal order of paths" {
             inFolder (fun folder ->
                 for name in [ "b.txt"; "a/z.nvjsonl"; "B.txt"; "a/b/c.jsonl"; "a.txt"; "ignored.bin" ] do
-                    let text =
-                        if name.EndsWith "l" then
-                            $"{{\"text\": \"%s{name}\"}}"
-                        else
-                            name
+                    let text = if name.EndsWith "l" then $"{{\"text\": \"%s{name}\"}}" else name
 
                     write folder name text |> ignore
 
@@ -121,8 +113,7 @@ let private corpus =
             inFolder (fun folder ->
                 write folder "a/a.txt" "x" |> ignore
 
-                Directory.CreateSymbolicLink(Path.Combine(folder, "a", "loop"), folder)
-                |> ignore
+                Directory.CreateSymbolicLink(Path.Combine(folder, "a", "loop"), folder) |> ignore
 
                 Expect.hasLength (Corpus.Open folder).Documents 1 "once")
         }
@@ -198,8 +189,7 @@ let private tokenizer =
     testList "ByteTokenizer" [
         Properties.property "text without zeros comes back"
         <| fun (text: string) ->
-            let text =
-                Encoding.UTF8.GetString(Encoding.UTF8.GetBytes(string text)).Replace("\000", "")
+            let text = Encoding.UTF8.GetString(Encoding.UTF8.GetBytes(string text)).Replace("\000", "")
 
             let tokens = ByteTokenizer.Encode text |> Array.map int64
             ByteTokenizer.Decode(ReadOnlySpan tokens) = text
@@ -218,10 +208,7 @@ let private tokenizer =
         test "tokens are bytes, separators read as line ends" {
             Expect.sequenceEqual (ByteTokenizer.Encode "a\000\u00e9") [ 97uy; 0xC3uy; 0xA9uy ] "bytes"
 
-            Expect.equal
-                (ByteTokenizer.Decode(ReadOnlySpan [| 97L; 0L; 98L; 300L; -1L |]))
-                "a\nb\uFFFD\uFFFD"
-                "text"
+            Expect.equal (ByteTokenizer.Decode(ReadOnlySpan [| 97L; 0L; 98L; 300L; -1L |])) "a\nb\uFFFD\uFFFD" "text"
         }
     ]
 
@@ -240,8 +227,7 @@ let private order =
             Expect.notEqual first (order 2UL 0L) "seed"
             Expect.notEqual first (order 1UL 1L) "epoch"
 
-            let ascents =
-                first |> Seq.pairwise |> Seq.filter (fun (a, b) -> a < b) |> Seq.length
+            let ascents = first |> Seq.pairwise |> Seq.filter (fun (a, b) -> a < b) |> Seq.length
 
             Expect.isTrue (ascents > 400 && ascents < 600) $"%i{ascents} of 999 neighbours ascend"
         }

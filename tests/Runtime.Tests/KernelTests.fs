@@ -93,7 +93,8 @@ let private rmsNorm =
                 (apply KernelId.RmsNormGradX attributes [ slotOf dy; slotOf x; weight ] (slot dtype [ 2; 3; n ]))
                 dx
 
-            let dw = Array.init n (fun j -> Seq.sumBy (fun r -> dy[r * n + j] * x[r * n + j] * rate r) [ 0 .. rows - 1 ])
+            let dw =
+                Array.init n (fun j -> Seq.sumBy (fun r -> dy[r * n + j] * x[r * n + j] * rate r) [ 0 .. rows - 1 ])
 
             close
                 "dw"
@@ -106,17 +107,34 @@ let private rotaryAttributes rope factor =
 
 let private table seq rope =
     let result = slot DType.Float32 [ seq; rope ]
-    run KernelId.RotaryTable (rotaryAttributes rope 1.0) [ ids [ seq ] [| for i in 0 .. seq - 1 -> int64 (3 * i) |] ] [ result ]
+
+    run KernelId.RotaryTable (rotaryAttributes rope 1.0) [ ids [ seq ] [| for i in 0 .. seq - 1 -> int64 (3 * i) |] ] [
+        result
+    ]
+
     result
 
 let private rotary =
     testList "rotary" [
         testCase "YaRN frequencies are DeepSeek-V3's" (fun () ->
             let result =
-                apply KernelId.RotaryTable (rotaryAttributes 64 40.0) [ ids [ 1 ] [| 1L |] ] (slot DType.Float32 [ 1; 64 ])
+                apply
+                    KernelId.RotaryTable
+                    (rotaryAttributes 64 40.0)
+                    [ ids [ 1 ] [| 1L |] ]
+                    (slot DType.Float32 [ 1; 64 ])
 
             for i, expected in
-                [ 0, 1.0; 9, 0.0749894; 10, 0.0562341; 11, 0.0390069; 16, 0.0055; 22, 1.77828e-4; 23, 3.33380e-5; 31, 3.33380e-6 ] do
+                [
+                    0, 1.0
+                    9, 0.0749894
+                    10, 0.0562341
+                    11, 0.0390069
+                    16, 0.0055
+                    22, 1.77828e-4
+                    23, 3.33380e-5
+                    31, 3.33380e-6
+                ] do
                 Expect.isLessThan (abs (asin result[32 + i] / expected - 1.0)) 2e-5 $"frequency %i{i}")
 
         both "rope turns pairs, and back" (fun dtype ->
@@ -142,15 +160,25 @@ let private rotary =
             let b, s, n, d, rope = 1, 3, 2, 13, 8
             let x = rounded dtype (random 1 (b * s * n * d))
             let angles = table s rope
-            let whole = apply KernelId.RopeQ [ int 0 ] [ filled dtype [ b; s; n; d ] x; angles ] (slot dtype [ b; s; n; d ])
+
+            let whole =
+                apply KernelId.RopeQ [ int 0 ] [ filled dtype [ b; s; n; d ] x; angles ] (slot dtype [ b; s; n; d ])
+
             let part = x |> Array.chunkBySize d |> Array.collect (Array.skip (d - rope))
 
             let turned =
-                apply KernelId.Rope [ int 0 ] [ filled dtype [ b; s; n; rope ] part; angles ] (slot dtype [ b; s; n; rope ])
+                apply
+                    KernelId.Rope
+                    [ int 0 ]
+                    [ filled dtype [ b; s; n; rope ] part; angles ]
+                    (slot dtype [ b; s; n; rope ])
                 |> Array.chunkBySize rope
 
             let expected =
-                x |> Array.chunkBySize d |> Array.mapi (fun i h -> Array.append (Array.take (d - rope) h) turned[i]) |> Array.concat
+                x
+                |> Array.chunkBySize d
+                |> Array.mapi (fun i h -> Array.append (Array.take (d - rope) h) turned[i])
+                |> Array.concat
 
             close "q" dtype whole expected)
 
@@ -164,21 +192,26 @@ let private rotary =
                 let angles = table s rope
                 let k, values = slot dtype [ b; s; n; nope + rope ], slot dtype [ b; s; n; v ]
 
-                run
-                    KernelId.RopeKv
-                    [ int nope ]
-                    [ filled dtype [ b; s; n; nope + v ] kv; filled dtype [ b; s; rope ] pe; angles ]
-                    [ k; values ]
+                run KernelId.RopeKv [ int nope ] [
+                    filled dtype [ b; s; n; nope + v ] kv
+                    filled dtype [ b; s; rope ] pe
+                    angles
+                ] [ k; values ]
 
                 let dkv, dpe = slot dtype [ b; s; n; nope + v ], slot dtype [ b; s; rope ]
 
-                run
-                    KernelId.RopeKvGrad
-                    [ int nope ]
-                    [ filled dtype [ b; s; n; nope + rope ] dk; filled dtype [ b; s; n; v ] dv; angles ]
-                    [ dkv; dpe ]
+                run KernelId.RopeKvGrad [ int nope ] [
+                    filled dtype [ b; s; n; nope + rope ] dk
+                    filled dtype [ b; s; n; v ] dv
+                    angles
+                ] [ dkv; dpe ]
 
-                let turned = apply KernelId.Rope [ int 0 ] [ filled dtype [ b; s; 1; rope ] pe; angles ] (slot dtype [ b; s; 1; rope ])
+                let turned =
+                    apply
+                        KernelId.Rope
+                        [ int 0 ]
+                        [ filled dtype [ b; s; 1; rope ] pe; angles ]
+                        (slot dtype [ b; s; 1; rope ])
 
                 let expected =
                     Array.init (b * s * n) (fun h ->
@@ -201,7 +234,10 @@ let private attentionNaive b s t n d e offset scale (q: float[]) (k: float[]) (v
         for ni in 0 .. n - 1 do
             for i in 0 .. s - 1 do
                 let score j =
-                    scale * Seq.sumBy (fun f -> q[((bi * s + i) * n + ni) * d + f] * k[((bi * t + j) * n + ni) * d + f]) [ 0 .. d - 1 ]
+                    scale
+                    * Seq.sumBy (fun f -> q[((bi * s + i) * n + ni) * d + f] * k[((bi * t + j) * n + ni) * d + f]) [
+                        0 .. d - 1
+                    ]
 
                 let scores = [| for j in 0 .. offset + i -> score j |]
                 let total = log (Seq.sumBy exp scores)
@@ -209,7 +245,9 @@ let private attentionNaive b s t n d e offset scale (q: float[]) (k: float[]) (v
 
                 for f in 0 .. e - 1 do
                     out[((bi * s + i) * n + ni) * e + f] <-
-                        Seq.sum [ for j in 0 .. offset + i -> exp (scores[j] - total) * v[((bi * t + j) * n + ni) * e + f] ]
+                        Seq.sum [
+                            for j in 0 .. offset + i -> exp (scores[j] - total) * v[((bi * t + j) * n + ni) * e + f]
+                        ]
 
     out, lse
 
@@ -227,9 +265,17 @@ let private attention =
                 runAt
                     rank
                     KernelId.Attention
-                    [ Attribute.Float scale; ints [ if t > s then 0 ] ]
-                    [ filled dtype [ b; s; n; d ] q; filled dtype [ b; t; n; d ] k; filled dtype [ b; t; n; e ] v ]
-                    [ out; lse ]
+                    [
+                        Attribute.Float scale
+                        ints [
+                            if t > s then
+                                0
+                        ]
+                    ] [
+                        filled dtype [ b; s; n; d ] q
+                        filled dtype [ b; t; n; d ] k
+                        filled dtype [ b; t; n; e ] v
+                    ] [ out; lse ]
 
                 let expected, total = attentionNaive b s t n d e (s * coordinate) scale q k v
                 close "out" dtype (read out) expected
@@ -245,11 +291,14 @@ let private attention =
             run KernelId.Attention [ Attribute.Float scale ] [ qs; ks; vs ] [ out; lse ]
             let dq, dk, dv = slot f32 [ b; s; n; d ], slot f32 [ b; s; n; d ], slot f32 [ b; s; n; e ]
 
-            run
-                KernelId.AttentionGrad
-                [ Attribute.Float scale ]
-                [ filled f32 [ b; s; n; e ] dout; qs; ks; vs; out; lse ]
-                [ dq; dk; dv ]
+            run KernelId.AttentionGrad [ Attribute.Float scale ] [
+                filled f32 [ b; s; n; e ] dout
+                qs
+                ks
+                vs
+                out
+                lse
+            ] [ dq; dk; dv ]
 
             let loss q k v = dot dout (fst (attentionNaive b s s n d e 0 scale q k v))
 
@@ -264,18 +313,27 @@ let private attention =
 
         both "gradient over several blocks equals that of the definition" (fun dtype ->
             let b, s, n, d, e, scale = 1, 150, 1, 4, 3, 0.5
-            let q, k, v = rounded dtype (random 1 (s * d)), rounded dtype (random 2 (s * d)), rounded dtype (random 3 (s * e))
+
+            let q, k, v =
+                rounded dtype (random 1 (s * d)), rounded dtype (random 2 (s * d)), rounded dtype (random 3 (s * e))
+
             let dout = rounded dtype (random 4 (s * e))
-            let qs, ks, vs = filled dtype [ b; s; n; d ] q, filled dtype [ b; s; n; d ] k, filled dtype [ b; s; n; e ] v
+
+            let qs, ks, vs =
+                filled dtype [ b; s; n; d ] q, filled dtype [ b; s; n; d ] k, filled dtype [ b; s; n; e ] v
+
             let out, lse = slot dtype [ b; s; n; e ], slot DType.Float32 [ b; n; s ]
             run KernelId.Attention [ Attribute.Float scale ] [ qs; ks; vs ] [ out; lse ]
             let dv = slot dtype [ b; s; n; e ]
 
-            run
-                KernelId.AttentionGrad
-                [ Attribute.Float scale ]
-                [ filled dtype [ b; s; n; e ] dout; qs; ks; vs; out; lse ]
-                [ slot dtype [ b; s; n; d ]; slot dtype [ b; s; n; d ]; dv ]
+            run KernelId.AttentionGrad [ Attribute.Float scale ] [
+                filled dtype [ b; s; n; e ] dout
+                qs
+                ks
+                vs
+                out
+                lse
+            ] [ slot dtype [ b; s; n; d ]; slot dtype [ b; s; n; d ]; dv ]
 
             let _, total = attentionNaive b s s n d e 0 scale q k v
 
@@ -300,7 +358,10 @@ let private gated =
             let rows = 4
             let x, dy = rounded dtype (random 1 (rows * 2 * f)), rounded dtype (random 2 (rows * f))
             let p = rounded DType.Float32 (random 3 rows)
-            let xs, dys, ps = filled dtype [ rows; 2 * f ] x, filled dtype [ rows; f ] dy, filled DType.Float32 [ rows ] p
+
+            let xs, dys, ps =
+                filled dtype [ rows; 2 * f ] x, filled dtype [ rows; f ] dy, filled DType.Float32 [ rows ] p
+
             let gate i = x[i / f * 2 * f + i % f]
             let up i = x[i / f * 2 * f + f + i % f]
             let silu z = z * sigmoid z
@@ -317,7 +378,12 @@ let private gated =
                     let slope = sigmoid g * (1.0 + g * (1.0 - sigmoid g))
                     scale row * dy[i] * (if c < f then up i * slope else silu g))
 
-            close "dx" dtype (apply KernelId.SwiGluGrad [] [ dys; xs ] (slot dtype [ rows; 2 * f ])) (dx (fun _ -> 1.0))
+            close
+                "dx"
+                dtype
+                (apply KernelId.SwiGluGrad [] [ dys; xs ] (slot dtype [ rows; 2 * f ]))
+                (dx (fun _ -> 1.0))
+
             let grad, dp = slot dtype [ rows; 2 * f ], slot DType.Float32 [ rows ]
             run KernelId.SwiGluProbsGrad [] [ dys; xs; ps ] [ grad; dp ]
             close "dx p" dtype (read grad) (dx (fun row -> p[row]))
@@ -336,7 +402,8 @@ let private topKNaive (scores: float[]) experts topK groups keep zeroMasked =
         let best n (values: (int * float)[]) = values |> Array.sortBy (fun (i, v) -> -v, i) |> Array.truncate n
 
         let kept =
-            Array.init groups (fun g -> g, Array.sub row (g * size) size |> Array.sortDescending |> Array.truncate 2 |> Array.sum)
+            Array.init groups (fun g ->
+                g, Array.sub row (g * size) size |> Array.sortDescending |> Array.truncate 2 |> Array.sum)
             |> best keep
             |> Array.map fst
             |> Set.ofArray

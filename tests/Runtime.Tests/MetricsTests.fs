@@ -96,8 +96,7 @@ let private metrics =
                     Expect.equal d.Code Codes.DataMalformed "code"
                     Expect.stringContains d.At ".jsonl:2" "line"
 
-                let d =
-                    diagnosticOf (fun () -> MetricsFile.Read(Path.Combine(folder, "no")) |> ignore)
+                let d = diagnosticOf (fun () -> MetricsFile.Read(Path.Combine(folder, "no")) |> ignore)
 
                 Expect.equal d.Code Codes.DataUnavailable "missing")
         }
@@ -109,8 +108,7 @@ let private folders =
             inFolder (fun folder ->
                 let runs = Path.Combine(folder, "runs")
 
-                let make () =
-                    Path.GetFileName(RunFolder.Create(null, runs))
+                let make () = Path.GetFileName(RunFolder.Create(null, runs))
 
                 Expect.equal (make ()) "0001" "first"
                 Expect.equal (make ()) "0002" "second"
@@ -122,8 +120,7 @@ let private folders =
             inFolder (fun folder ->
                 let made = Array.zeroCreate<string> 64
 
-                Parallel.For(0, made.Length, fun i -> made[i] <- RunFolder.Create(null, folder))
-                |> ignore
+                Parallel.For(0, made.Length, fun i -> made[i] <- RunFolder.Create(null, folder)) |> ignore
 
                 Expect.hasLength (Array.distinct made) made.Length "all different"
 

@@ -38,7 +38,9 @@ let private permutation =
 
             let combined =
                 Array.init (tokens * h) (fun i ->
-                    rows |> Array.indexed |> Array.sumBy (fun (row, (t, _)) -> if t = i / h then r[row * h + i % h] else 0.0))
+                    rows
+                    |> Array.indexed
+                    |> Array.sumBy (fun (row, (t, _)) -> if t = i / h then r[row * h + i % h] else 0.0))
 
             let routed = rows |> Array.map (fun (t, expert) -> p[t * e + expert])
             let unrouted = Array.zeroCreate (tokens * e)
@@ -91,10 +93,17 @@ let private grouped =
 
                     rows
                     |> Array.indexed
-                    |> Array.sumBy (fun (row, (_, at)) -> if at = expert then dy[row * n + c] * x[row * k + f] else 0.0))
+                    |> Array.sumBy (fun (row, (_, at)) ->
+                        if at = expert then dy[row * n + c] * x[row * k + f] else 0.0))
 
             close "y" dtype (apply KernelId.GroupedMatMul [ int 0 ] [ xs; ws; route ] (rowSlot dtype [ b; s; e; n ])) y
-            close "dx" dtype (apply KernelId.GroupedMatMul [ int 1 ] [ dys; ws; route ] (rowSlot dtype [ b; s; e; k ])) dx
+
+            close
+                "dx"
+                dtype
+                (apply KernelId.GroupedMatMul [ int 1 ] [ dys; ws; route ] (rowSlot dtype [ b; s; e; k ]))
+                dx
+
             close "dw" dtype (apply KernelId.GroupedWeightGrad [] [ dys; xs; route ] (slot dtype [ e; n; k ])) dw)
 
 let private vocabulary =
@@ -141,7 +150,11 @@ let private elementwise =
             let values = [ for seed in 1..5 -> rounded dtype (random seed n) ]
             let exact = Array.init n (fun i -> values |> List.sumBy (fun v -> v[i]))
             let actual = apply KernelId.Add [] (values |> List.map (filled dtype [ n ])) (slot dtype [ n ])
-            Expect.equal actual (rounded dtype exact |> Array.mapi (fun i e -> if abs (actual[i] - e) < 1e-6 then actual[i] else e)) "sum")
+
+            Expect.equal
+                actual
+                (rounded dtype exact |> Array.mapi (fun i e -> if abs (actual[i] - e) < 1e-6 then actual[i] else e))
+                "sum")
 
         testCase "the second operand is placed by dims" (fun () ->
             let a = random 1 24
@@ -160,7 +173,11 @@ let private elementwise =
             let rows = filledRows f32 [ 1; 4; 3; h ] count a
 
             let actual =
-                apply KernelId.Mul [ ints [ 0; 1; 2 ] ] [ rows; filledRows f32 [ 1; 4; 3 ] count b ] (rowSlot f32 [ 1; 4; 3; h ])
+                apply
+                    KernelId.Mul
+                    [ ints [ 0; 1; 2 ] ]
+                    [ rows; filledRows f32 [ 1; 4; 3 ] count b ]
+                    (rowSlot f32 [ 1; 4; 3; h ])
 
             close "rows" f32 actual (Array.init (count * h) (fun i -> a[i] * b[i / h])))
 
@@ -168,19 +185,51 @@ let private elementwise =
             let a = random 1 24
             let slotA = filled f32 [ 2; 3; 4 ] a
             let sum = apply KernelId.Sum [ ints [ 0; 2 ] ] [ slotA ] (slot f32 [ 3 ])
-            close "sum" f32 sum (Array.init 3 (fun j -> Seq.sum [ for i in 0..1 do for k in 0..3 -> a[(i * 3 + j) * 4 + k] ]))
+
+            close
+                "sum"
+                f32
+                sum
+                (Array.init 3 (fun j ->
+                    Seq.sum [
+                        for i in 0..1 do
+                            for k in 0..3 -> a[(i * 3 + j) * 4 + k]
+                    ]))
+
             let largest = apply KernelId.Max [ ints [ 1 ] ] [ slotA ] (slot f32 [ 2; 4 ])
-            close "max" f32 largest (Array.init 8 (fun at -> Seq.max [ for j in 0..2 -> a[(at / 4 * 3 + j) * 4 + at % 4] ]))
-            let counts = apply KernelId.Sum [ ints [ 0; 1 ] ] [ maskSlot 1 3 2 [| 1.0; 0.0; 1.0; 1.0; 1.0; 0.0 |] ] (slot DType.Int64 [ 2 ])
+
+            close
+                "max"
+                f32
+                largest
+                (Array.init 8 (fun at -> Seq.max [ for j in 0..2 -> a[(at / 4 * 3 + j) * 4 + at % 4] ]))
+
+            let counts =
+                apply
+                    KernelId.Sum
+                    [ ints [ 0; 1 ] ]
+                    [ maskSlot 1 3 2 [| 1.0; 0.0; 1.0; 1.0; 1.0; 0.0 |] ]
+                    (slot DType.Int64 [ 2 ])
+
             Expect.equal counts [| 3.0; 1.0 |] "integers stay integers")
 
         testCase "slice, pad, concat, broadcast, transpose" (fun () ->
             let a = Array.init 12 float
             let slotA = filled f32 [ 3; 4 ] a
-            Expect.equal (apply KernelId.Slice [ int 1; int 1; int 2 ] [ slotA ] (slot f32 [ 3; 2 ])) [| 1.0; 2.0; 5.0; 6.0; 9.0; 10.0 |] "slice"
+
+            Expect.equal
+                (apply KernelId.Slice [ int 1; int 1; int 2 ] [ slotA ] (slot f32 [ 3; 2 ]))
+                [| 1.0; 2.0; 5.0; 6.0; 9.0; 10.0 |]
+                "slice"
+
             let padded = apply KernelId.Pad [ int 0; int 1; int 5 ] [ slotA ] (slot f32 [ 5; 4 ])
             Expect.equal padded (Array.concat [ Array.zeroCreate 4; a; Array.zeroCreate 4 ]) "pad"
-            Expect.equal (apply KernelId.Concat [ int 0 ] [ slotA; slotA ] (slot f32 [ 6; 4 ])) (Array.append a a) "concat"
+
+            Expect.equal
+                (apply KernelId.Concat [ int 0 ] [ slotA; slotA ] (slot f32 [ 6; 4 ]))
+                (Array.append a a)
+                "concat"
+
             let wide = apply KernelId.Broadcast [ int 1; int 2 ] [ slotA ] (slot f32 [ 3; 2; 4 ])
             Expect.equal wide (a |> Array.chunkBySize 4 |> Array.collect (fun row -> Array.append row row)) "broadcast"
             let turned = apply KernelId.Transpose [ ints [ 1; 0 ] ] [ slotA ] (slot f32 [ 4; 3 ])
@@ -190,7 +239,11 @@ let private elementwise =
             let axes: MeshAxis[] = [| { Name = "a"; Size = 2 }; { Name = "b"; Size = 3 } |]
             let rank = RankContext(0, 0, [| 1; 2 |], axes)
             let block = slot f32 [ 2 ]
-            runAt rank KernelId.LocalSlice [ int 0; ints [ 0; 1 ] ] [ filled f32 [ 12 ] (Array.init 12 float) ] [ block ]
+
+            runAt rank KernelId.LocalSlice [ int 0; ints [ 0; 1 ] ] [ filled f32 [ 12 ] (Array.init 12 float) ] [
+                block
+            ]
+
             Expect.equal (read block) [| 10.0; 11.0 |] "block 1 + 2 * 2"
             let indices = slot DType.Int64 [ 2 ]
             runAt rank KernelId.Iota [ ints [ 1 ] ] [] [ indices ]
@@ -204,8 +257,17 @@ let private elementwise =
             let axes: MeshAxis[] = [| { Name = "ep"; Size = 2 } |]
             let rank = RankContext(0, 0, [| 1 |], axes)
             let part = rowSlot f32 [ 1; 6; 2 ]
-            runAt rank KernelId.LocalSlice [ int 2; ints [ 0 ] ] [ filledRows f32 [ 1; 6; 4 ] rows.Length r; route ] [ part ]
-            close "rows" f32 (read part) (rows |> Array.indexed |> Array.filter (fun (_, (_, e)) -> e >= 2) |> Array.map (fun (i, _) -> r[i]))
+
+            runAt rank KernelId.LocalSlice [ int 2; ints [ 0 ] ] [ filledRows f32 [ 1; 6; 4 ] rows.Length r; route ] [
+                part
+            ]
+
+            close
+                "rows"
+                f32
+                (read part)
+                (rows |> Array.indexed |> Array.filter (fun (_, (_, e)) -> e >= 2) |> Array.map (fun (i, _) -> r[i]))
+
             let small = rowSlot DType.Bool [ 1; 6; 2 ]
             runAt rank KernelId.LocalSlice [ int 2; ints [ 0 ] ] [ route ] [ small ]
             let direct = routeOf 1 6 2 (mask |> Array.chunkBySize 4 |> Array.collect (Array.skip 2))
@@ -245,11 +307,12 @@ let private step =
                 let param = slot DType.BFloat16 [ n ]
                 param.Fill() |> ignore
 
-                run
-                    KernelId.AdamW
-                    (List.map Attribute.Float [ b1; b2; eps; decay ])
-                    [ filled f32 [ n ] g; filled f32 [] [| clip |]; filled f32 [] [| lr |]; filled f32 [] [| step |] ]
-                    [ master; ms; vs; param ]
+                run KernelId.AdamW (List.map Attribute.Float [ b1; b2; eps; decay ]) [
+                    filled f32 [ n ] g
+                    filled f32 [] [| clip |]
+                    filled f32 [] [| lr |]
+                    filled f32 [] [| step |]
+                ] [ master; ms; vs; param ]
 
                 let g = Array.map ((*) clip) g
                 let m = Array.map2 (fun m g -> b1 * m + (1.0 - b1) * g) m g
@@ -266,11 +329,4 @@ let private step =
                 Expect.equal (read param) (rounded DType.BFloat16 (read master)) "param is the rounded master")
     ]
 
-let tests =
-    testList "Row kernels" [
-        permutation
-        grouped
-        vocabulary
-        elementwise
-        step
-    ]
+let tests = testList "Row kernels" [ permutation; grouped; vocabulary; elementwise; step ]

@@ -29,28 +29,33 @@ type Pattern(rows: int, delay: int) =
             let source = Random(int32 step)
             TrainingBatch(rows, columns, Array.init (rows * columns) (fun _ -> int64 (source.Next TinyPlan.vocab)))
 
-let private options rows = TrainerOptions(Batches = Pattern(rows, 0), LearningRate = LearningRate(0.05, 0.01, 2L, 20L), Seed = 7UL)
+let private options rows =
+    TrainerOptions(Batches = Pattern(rows, 0), LearningRate = LearningRate(0.05, 0.01, 2L, 20L), Seed = 7UL)
 
-let private collect (source: IAsyncEnumerable<StepMetrics>) =
-    task {
-        let items = List<StepMetrics>()
-        let enumerator = source.GetAsyncEnumerator()
+let private collect (source: IAsyncEnumerable<StepMetrics>) = task {
+    let items = List<StepMetrics>()
+    let enumerator = source.GetAsyncEnumerator()
 
-        try
-            while! enumerator.MoveNextAsync() do
-                items.Add enumerator.Current
-        finally
-            enumerator.DisposeAsync().AsTask().Wait()
+    try
+        while! enumerator.MoveNextAsync() do
+            items.Add enumerator.Current
+    finally
+        enumerator.DisposeAsync().AsTask().Wait()
 
-        return items.ToArray()
-    }
+    return items.ToArray()
+}
 
 let private train plan (options: TrainerOptions) (steps: int) =
     task {
         use! trainer = Trainer.StartAsync(plan, options)
         let! metrics = collect (trainer.RunAsync(int64 steps, CancellationToken.None))
         let parameters = trainer.GatherParameters()
-        let values = Map [ for KeyValue(name, tensor) in parameters -> name, tensor.data<float32>().ToArray() ]
+
+        let values =
+            Map [
+                for KeyValue(name, tensor) in parameters -> name, tensor.data<float32>().ToArray()
+            ]
+
         return metrics, values, trainer.PeakBytes |> Array.ofSeq
     }
     |> _.GetAwaiter().GetResult()
@@ -64,8 +69,7 @@ let private layouts =
             let extents = [| 4; 6; 10 |]
             let mesh = mesh [ 2; 3; 2 ]
 
-            let whole =
-                Array.init 240 (fun i -> ParameterInit.Normal("layers.0.w", 11UL, 0.02, int64 i))
+            let whole = Array.init 240 (fun i -> ParameterInit.Normal("layers.0.w", 11UL, 0.02, int64 i))
 
             for layout in
                 [
@@ -81,6 +85,7 @@ let private layouts =
                     use local = torch.zeros [| for e in shard.Extents -> int64 e |]
                     ParameterInit.Fill(local, shard, Init.Normal 0.02, "layers.0.w", 11UL)
                     let values = local.data<float32>().ToArray()
+
                     shard.ForEachRun(fun g l n ->
                         for i in 0L .. n - 1L do
                             seen[int32 (g + i)] <- float values[int32 (l + i)])
@@ -125,14 +130,19 @@ let private steps =
                 task {
                     use! trainer = Trainer.StartAsync(TinyPlan.plan data 2 4, options 8)
                     let source = Random 5
-                    let rows = Array.init 8 (fun _ -> Array.init (TinyPlan.seq + 1) (fun _ -> int64 (source.Next TinyPlan.vocab)))
+
+                    let rows =
+                        Array.init 8 (fun _ ->
+                            Array.init (TinyPlan.seq + 1) (fun _ -> int64 (source.Next TinyPlan.vocab)))
 
                     let microbatches = [|
                         for m in 0..1 ->
                             let flat = rows[m * 4 .. m * 4 + 3] |> Array.concat
-                            let tokens = torch.tensor(flat).reshape (4L, int64 (TinyPlan.seq + 1))
+                            let tokens = torch.tensor(flat).reshape(4L, int64 (TinyPlan.seq + 1))
                             let mask = torch.ones (4L, int64 TinyPlan.seq)
-                            dict [ "tokens", tokens; "loss_mask", mask ] |> Dictionary :> IReadOnlyDictionary<string, torch.Tensor>
+
+                            dict [ "tokens", tokens; "loss_mask", mask ] |> Dictionary
+                            :> IReadOnlyDictionary<string, torch.Tensor>
                     |]
 
                     let seen = List<string>()
@@ -168,7 +178,12 @@ let private steps =
             Expect.equal one[0].Tokens 24L "tokens"
             Expect.floatClose Accuracy.medium one[0].Lr 0.025 "warm-up"
             let embed = int64 (TinyPlan.vocab * TinyPlan.hidden * 4)
-            Expect.equal (peaks[0].Parameters, peaks[0].Optimizer, peaks[0].Gradients) (embed, 2L * embed, embed) "bytes"
+
+            Expect.equal
+                (peaks[0].Parameters, peaks[0].Optimizer, peaks[0].Gradients)
+                (embed, 2L * embed, embed)
+                "bytes"
+
             Expect.isGreaterThan peaks[0].Activations 0L "activations")
 
         testCase "the same plan and seed give the same bits" (fun () ->
@@ -181,7 +196,12 @@ let private steps =
             task {
                 use! trainer = Trainer.StartAsync(TinyPlan.plan 2 2 4, options 8)
                 let! _ = collect (trainer.RunAsync(2L, CancellationToken.None))
-                do! trainer.OnAllAsync(fun _ -> if torch.is_grad_enabled () || torch.get_num_threads () <> 1 then failtest "worker")
+
+                do!
+                    trainer.OnAllAsync(fun _ ->
+                        if torch.is_grad_enabled () || torch.get_num_threads () <> 1 then
+                            failtest "worker")
+
                 let live () = trainer.Ranks |> Seq.map _.Memory.Live |> Array.ofSeq
                 let before = live ()
                 let! _ = collect (trainer.RunAsync(3L, CancellationToken.None))
@@ -194,12 +214,19 @@ let private steps =
             use ones = torch.ones (int64 TinyPlan.vocab, int64 TinyPlan.hidden)
             let given: torch.Tensor | null = ones
             let weights = Func<string, torch.Tensor | null>(fun name -> if name = "embed" then given else null)
-            let _, values, _ = train (TinyPlan.plan 2 1 4) (TrainerOptions(Weights = weights, Batches = Pattern(4, 0))) 0
+
+            let _, values, _ =
+                train (TinyPlan.plan 2 1 4) (TrainerOptions(Weights = weights, Batches = Pattern(4, 0))) 0
+
             Expect.allEqual values["embed"] 1.0f "embed"
             use wrong = torch.ones (2L, 2L)
 
             let start () =
-                train (TinyPlan.plan 2 1 4) (TrainerOptions(Weights = Func<string, torch.Tensor | null>(fun _ -> wrong))) 0 |> ignore
+                train
+                    (TinyPlan.plan 2 1 4)
+                    (TrainerOptions(Weights = Func<string, torch.Tensor | null>(fun _ -> wrong)))
+                    0
+                |> ignore
 
             let e = Expect.throwsC start id
             Expect.stringContains (string e.Message) Codes.WeightMismatch "code")
@@ -208,22 +235,46 @@ let private steps =
 /// The plan with one program of one stage changed.
 let private changed stage (phase: Phase) (change: Step list -> Step list) (plan: PlanSet) =
     let program (p: Program) =
-        if p.Phase = phase then { p with Steps = Array.ofList (change (List.ofSeq p.Steps)) } else p
+        if p.Phase = phase then
+            {
+                p with
+                    Steps = Array.ofList (change (List.ofSeq p.Steps))
+            }
+        else
+            p
 
     let stageOf (s: StagePlan) =
-        if s.Stage = stage then { s with Programs = [| for p in s.Programs -> program p |] } else s
+        if s.Stage = stage then
+            {
+                s with
+                    Programs = [| for p in s.Programs -> program p |]
+            }
+        else
+            s
 
-    { plan with Stages = [| for s in plan.Stages -> stageOf s |] }
+    {
+        plan with
+            Stages = [| for s in plan.Stages -> stageOf s |]
+    }
 
 let private faults =
     testList "faults" [
         testCase "a failing kernel names code, rank, step, instruction and path" (fun () ->
             let broken =
                 TinyPlan.plan 2 2 4
-                |> changed 1 Phase.F (List.map (function
-                    | Step.Launch(KernelId.Contract, _, inputs, outputs, path) ->
-                        Step.Launch(KernelId.Contract, [| Attribute.Text "b s k+, k+ n -> b n s" |], [| inputs[0]; inputs[0] |], outputs, path)
-                    | step -> step))
+                |> changed
+                    1
+                    Phase.F
+                    (List.map (function
+                        | Step.Launch(KernelId.Contract, _, inputs, outputs, path) ->
+                            Step.Launch(
+                                KernelId.Contract,
+                                [| Attribute.Text "b s k+, k+ n -> b n s" |],
+                                [| inputs[0]; inputs[0] |],
+                                outputs,
+                                path
+                            )
+                        | step -> step))
 
             let watch = Stopwatch.StartNew()
             let e = Expect.throwsC (fun () -> train broken (options 8) 1 |> ignore) id
@@ -241,11 +292,16 @@ let private faults =
             let broken =
                 TinyPlan.plan 1 1 4
                 |> changed 1 Phase.F (fun steps ->
-                    let spare = steps |> List.pick (function Step.Launch(KernelId.Accumulate, _, _, outputs, _) -> Some outputs | _other -> None)
+                    let spare =
+                        steps
+                        |> List.pick (function
+                            | Step.Launch(KernelId.Accumulate, _, _, outputs, _) -> Some outputs
+                            | _other -> None)
 
                     steps
                     |> List.map (function
-                        | Step.Start(token, kind, group, inputs, _, path) -> Step.Start(token, kind, group, inputs, spare, path)
+                        | Step.Start(token, kind, group, inputs, _, path) ->
+                            Step.Start(token, kind, group, inputs, spare, path)
                         | step -> step))
 
             match Expect.throwsC (fun () -> train broken (options 4) 1 |> ignore) id with
@@ -255,9 +311,7 @@ let private faults =
             | other -> failtest $"%O{other}")
 
         testCase "what a step leaves over is a bug" (fun () ->
-            let leaking =
-                TinyPlan.plan 1 1 4
-                |> changed 0 Phase.W (List.filter (fun step -> not step.IsFree))
+            let leaking = TinyPlan.plan 1 1 4 |> changed 0 Phase.W (List.filter (fun step -> not step.IsFree))
 
             match Expect.throwsC (fun () -> train leaking (options 4) 1 |> ignore) id with
             | :? RuntimeException as fault -> Expect.equal fault.Code Codes.StepIncomplete "code"
@@ -265,7 +319,9 @@ let private faults =
 
         testCase "cancelling stops within two seconds, even where ranks wait for ever" (fun () ->
             // stage 0 waits for a gradient that nobody sends
-            let stuck = TinyPlan.plan 2 2 4 |> changed 1 Phase.I (List.filter (fun step -> not step.IsStart && not step.IsWait))
+            let stuck =
+                TinyPlan.plan 2 2 4
+                |> changed 1 Phase.I (List.filter (fun step -> not step.IsStart && not step.IsWait))
 
             task {
                 use! trainer = Trainer.StartAsync(stuck, options 8)
@@ -292,23 +348,43 @@ let private faults =
 
 /// One rank that chooses 2 of 4 experts for each of 3 tokens.
 let private chooser: PlanSet =
-    let slot id name kind dtype : SlotInfo = { info name kind dtype false [ 1; 3; 4 ] with Id = id }
+    let slot id name kind dtype : SlotInfo = {
+        info name kind dtype false [ 1; 3; 4 ] with
+            Id = id
+    }
 
     {
         TinyPlan.plan 1 1 1 with
             Groups = [||]
             Parameters = [||]
-            Inputs = [| { Name = "scores"; DType = DType.Float32; Axes = [| "b"; "s"; "e" |]; Extents = [| 1; 3; 4 |]; Layout = [||] } |]
+            Inputs = [|
+                {
+                    Name = "scores"
+                    DType = DType.Float32
+                    Axes = [| "b"; "s"; "e" |]
+                    Extents = [| 1; 3; 4 |]
+                    Layout = [||]
+                }
+            |]
             Stages = [|
                 {
                     Stage = 0
                     Units = "L"
-                    Slots = [| slot 0 "scores" SlotKind.Input DType.Float32; slot 1 "mask" SlotKind.Temporary DType.Bool |]
+                    Slots = [|
+                        slot 0 "scores" SlotKind.Input DType.Float32
+                        slot 1 "mask" SlotKind.Temporary DType.Bool
+                    |]
                     Programs = [|
                         {
                             Phase = Phase.F
                             Steps = [|
-                                Step.Launch(KernelId.GroupTopK, [| int 2; int 1; int 1; int 0 |], [| 0 |], [| 1 |], "moe")
+                                Step.Launch(
+                                    KernelId.GroupTopK,
+                                    [| int 2; int 1; int 1; int 0 |],
+                                    [| 0 |],
+                                    [| 1 |],
+                                    "moe"
+                                )
                                 Step.Free 0
                                 Step.Free 1
                             |]
@@ -326,10 +402,17 @@ let private traces =
         let choose (trace: RoutingTrace) (scores: float list) =
             task {
                 use! trainer = Trainer.StartAsync(chooser, TrainerOptions(Trace = trace))
-                let tensor = torch.tensor(scores |> List.map float32 |> Array.ofList).reshape (1L, 3L, 4L)
+                let tensor = torch.tensor(scores |> List.map float32 |> Array.ofList).reshape(1L, 3L, 4L)
                 let inputs = dict [ "scores", tensor ] |> Dictionary :> IReadOnlyDictionary<string, torch.Tensor>
                 let seen = List<float[]>()
-                do! trainer.ForwardBackwardAsync([| inputs |], (fun _ value _ -> seen.Add(read value)), CancellationToken.None)
+
+                do!
+                    trainer.ForwardBackwardAsync(
+                        [| inputs |],
+                        (fun _ value _ -> seen.Add(read value)),
+                        CancellationToken.None
+                    )
+
                 return seen |> Seq.exactlyOne
             }
             |> _.GetAwaiter().GetResult()
@@ -343,10 +426,4 @@ let private traces =
         Expect.equal again first "replayed"
         Expect.equal (trace.Tokens, trace.Differing) (3L, 1L) "one token differs")
 
-let tests =
-    testList "Runner" [
-        layouts
-        steps
-        faults
-        traces
-    ]
+let tests = testList "Runner" [ layouts; steps; faults; traces ]

@@ -31,15 +31,12 @@ type Entries =
         let entries = gen {
             let! count = Gen.choose (0, 6)
 
-            let names =
-                List.take count [ "a"; "model.b"; "\u00e9 \"quoted\""; "z\n"; "__meta"; "" ]
+            let names = List.take count [ "a"; "model.b"; "\u00e9 \"quoted\""; "z\n"; "__meta"; "" ]
 
             return! names |> List.map entry |> Gen.sequenceToList
         }
 
-        let shrink (entries: SafeTensorEntry list) = seq {
-            for i in 0 .. entries.Length - 1 -> List.removeAt i entries
-        }
+        let shrink (entries: SafeTensorEntry list) = seq { for i in 0 .. entries.Length - 1 -> List.removeAt i entries }
 
         Arb.fromGenShrink (entries, shrink)
 
@@ -47,10 +44,7 @@ let private golden =
     let rec up (folder: string) =
         let here = Path.Combine(folder, "tests", "golden")
 
-        if Directory.Exists here then
-            here
-        else
-            up (Path.GetDirectoryName folder |> nonNull)
+        if Directory.Exists here then here else up (Path.GetDirectoryName folder |> nonNull)
 
     up AppContext.BaseDirectory
 
@@ -121,8 +115,7 @@ let private roundTrips =
 
         test "a file is replaced whole, and a failure leaves nothing behind" {
             inFolder (fun folder ->
-                let entry name =
-                    SafeTensorEntry(name, "U8", [| 1L |], ReadOnlyMemory [| 1uy |])
+                let entry name = SafeTensorEntry(name, "U8", [| 1L |], ReadOnlyMemory [| 1uy |])
 
                 let path = Path.Combine(folder, "a.safetensors")
                 SafeTensorsWriter.Write(path, [ entry "old" ])
@@ -136,8 +129,7 @@ let private roundTrips =
                 // A folder cannot be replaced by a file, so this fails after all bytes are written.
                 Directory.CreateDirectory(Path.Combine(folder, "b", "c")) |> ignore
 
-                diagnosticOf (fun () -> SafeTensorsWriter.Write(Path.Combine(folder, "b"), [ entry "a" ]))
-                |> ignore
+                diagnosticOf (fun () -> SafeTensorsWriter.Write(Path.Combine(folder, "b"), [ entry "a" ])) |> ignore
 
                 Expect.hasLength (Directory.GetFileSystemEntries folder) 2 "no temporary file")
         }
@@ -145,22 +137,16 @@ let private roundTrips =
             inFolder (fun folder ->
                 let path = Path.Combine(folder, "a.safetensors")
 
-                let bytes (values: 't[]) (convert: 't -> byte[]) =
-                    ReadOnlyMemory(Array.collect convert values)
+                let bytes (values: 't[]) (convert: 't -> byte[]) = ReadOnlyMemory(Array.collect convert values)
 
-                let entry name dtype count data =
-                    SafeTensorEntry(name, dtype, [| count |], data)
+                let entry name dtype count data = SafeTensorEntry(name, dtype, [| count |], data)
 
                 SafeTensorsWriter.Write(
                     path,
                     [
                         entry "f32" "F32" 2L (bytes [| 1.5f; nanf |] BitConverter.GetBytes)
                         entry "bf16" "BF16" 2L (bytes [| 0x3FC0us; 0xFF80us |] BitConverter.GetBytes)
-                        entry
-                            "f16"
-                            "F16"
-                            2L
-                            (bytes [| Half.op_Explicit 1.5f; Half.MaxValue |] BitConverter.GetBytes)
+                        entry "f16" "F16" 2L (bytes [| Half.op_Explicit 1.5f; Half.MaxValue |] BitConverter.GetBytes)
                         entry "f64" "F64" 2L (bytes [| 1.5; -0.1 |] BitConverter.GetBytes)
                         entry "i64" "I64" 2L (bytes [| Int64.MinValue; 7L |] BitConverter.GetBytes)
                         entry "i32" "I32" 2L (bytes [| Int32.MinValue; 7 |] BitConverter.GetBytes)
@@ -200,9 +186,7 @@ let private damage =
             Expect.isTrue (file.ReadInt64 "input_ids" |> Array.forall (fun id -> id >= 0L && id < 512L)) "ids"
             let loss = file.ReadFloat32 "loss"
 
-            Expect.isTrue
-                (loss.Length = 1 && loss[0] > 5f && loss[0] < 8f)
-                "near the logarithm of the vocabulary"
+            Expect.isTrue (loss.Length = 1 && loss[0] > 5f && loss[0] < 8f) "near the logarithm of the vocabulary"
         }
         testTheory "a header that breaks a rule is told" [
             "", 0, "JSON"
@@ -237,9 +221,7 @@ let private damage =
             3,
             "gap"
             """{"a":{"dtype":"F64","shape":[4611686018427387904,4],"data_offsets":[0,0]}}""", 0, "overflow"
-            """{"a":{"dtype":"U8","shape":[1],"data_offsets":[9223372036854775806,9223372036854775807]}}""",
-            1,
-            "gap"
+            """{"a":{"dtype":"U8","shape":[1],"data_offsets":[9223372036854775806,9223372036854775807]}}""", 1, "gap"
         ]
         <| fun (header, data, message) ->
             inFolder (fun folder ->
@@ -250,10 +232,7 @@ let private damage =
                 for length in [ -1L; Int64.MaxValue; Int64.MinValue; 100_000_001L; 3L ] do
                     let path = Path.Combine(folder, "a.safetensors")
 
-                    File.WriteAllBytes(
-                        path,
-                        Array.append (BitConverter.GetBytes length) [| 0x7Buy; 0x7Duy |]
-                    )
+                    File.WriteAllBytes(path, Array.append (BitConverter.GetBytes length) [| 0x7Buy; 0x7Duy |])
 
                     openFails Codes.SafeTensorsMalformed path |> ignore)
         }
@@ -268,9 +247,7 @@ let private damage =
                 let path = Path.Combine(folder, "a.safetensors")
                 let random = Random 1
 
-                for cut in
-                    [ 0; 1; 7; 8; 9; 500; whole.Length - 1 ]
-                    @ [ for _ in 1..50 -> random.Next whole.Length ] do
+                for cut in [ 0; 1; 7; 8; 9; 500; whole.Length - 1 ] @ [ for _ in 1..50 -> random.Next whole.Length ] do
                     File.WriteAllBytes(path, whole[.. cut - 1])
                     openFails Codes.SafeTensorsMalformed path |> ignore)
         }

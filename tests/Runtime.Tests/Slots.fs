@@ -66,8 +66,7 @@ let alone = RankContext(0, 0, [||], [||])
 let runAt rank kernel (attributes: Attribute list) (inputs: SlotValue list) (outputs: SlotValue list) =
     KernelTable.Run(kernel, Array.ofList attributes, Array.ofList inputs, Array.ofList outputs, rank)
 
-let run kernel attributes inputs outputs =
-    runAt alone kernel attributes inputs outputs
+let run kernel attributes inputs outputs = runAt alone kernel attributes inputs outputs
 
 /// Runs a kernel with one output and reads it.
 let apply kernel attributes inputs (output: SlotValue) =
@@ -108,6 +107,7 @@ let randomMask seed tokens experts perToken =
 
     Array.init (tokens * experts) (fun i ->
         let t, e = i / experts, i % experts
+
         if e = 1 || t = 2 then 0.0
         elif source.Next experts < perToken then 1.0
         else 0.0)

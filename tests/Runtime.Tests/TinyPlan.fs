@@ -75,7 +75,14 @@ let plan data microbatches batch : PlanSet =
     let free (slots: Slots) names = [ for n: string in names -> Step.Free slots[n] ]
 
     let epilogue (slots: Slots) name =
-        let data = if data > 1 then move slots 1 Collective.AllReduceSum 0 [ "grad:" + name; "metric:loss" ] [ "grad:" + name; "metric:loss" ] else []
+        let data =
+            if data > 1 then
+                move slots 1 Collective.AllReduceSum 0 [ "grad:" + name; "metric:loss" ] [
+                    "grad:" + name
+                    "metric:loss"
+                ]
+            else
+                []
 
         [
             yield! data
@@ -113,7 +120,12 @@ let plan data microbatches batch : PlanSet =
             Phase.Prologue, prologue slots "embed"
             Phase.F,
             [
-                launch KernelId.Slice [ Attribute.Int 1L; Attribute.Int 0L; Attribute.Int(int64 seq) ] [ "tokens" ] [ "ids" ] "embed"
+                launch
+                    KernelId.Slice
+                    [ Attribute.Int 1L; Attribute.Int 0L; Attribute.Int(int64 seq) ]
+                    [ "tokens" ]
+                    [ "ids" ]
+                    "embed"
                 yield! free slots [ "tokens" ]
                 launch KernelId.Iota [ Attribute.Ints [||] ] [] [ "range" ] "embed"
                 launch KernelId.Embedding [] [ "ids"; "embed"; "range" ] [ "x" ] "embed"
@@ -185,15 +197,27 @@ let plan data microbatches batch : PlanSet =
         Stage = number
         Units = "x"
         Slots = slots
-        Programs = [| for phase, steps in programs -> { Phase = phase; Steps = Array.ofList steps } |]
+        Programs = [|
+            for phase, steps in programs ->
+                {
+                    Phase = phase
+                    Steps = Array.ofList steps
+                }
+        |]
         Timetable = [|
-            { Phase = Phase.Prologue; Microbatch = 0 }
+            {
+                Phase = Phase.Prologue
+                Microbatch = 0
+            }
             for m in 0 .. microbatches - 1 do
                 { Phase = Phase.F; Microbatch = m }
             for m in 0 .. microbatches - 1 do
                 { Phase = Phase.I; Microbatch = m }
                 { Phase = Phase.W; Microbatch = m }
-            { Phase = Phase.Epilogue; Microbatch = 0 }
+            {
+                Phase = Phase.Epilogue
+                Microbatch = 0
+            }
         |]
     }
 
@@ -213,14 +237,21 @@ let plan data microbatches batch : PlanSet =
     {
         Version = 1
         Recipe = [||]
-        Mesh = { mesh (if data > 1 then [ data ] else []) with Data = data; Pipeline = 2 }
+        Mesh = {
+            mesh (if data > 1 then [ data ] else []) with
+                Data = data
+                Pipeline = 2
+        }
         Layout = "x|x"
         Schedule = "GPipe"
         Microbatches = microbatches
         MicroBatch = batch
         SeqLength = seq
         Groups = [| axesGroup 0 [ 0 ]; stageGroup 1 [ 0; 1 ] |]
-        Parameters = [| parameter "embed" [ vocab; hidden ] 0; parameter "head" [ hidden; hidden ] 1 |]
+        Parameters = [|
+            parameter "embed" [ vocab; hidden ] 0
+            parameter "head" [ hidden; hidden ] 1
+        |]
         Inputs = [|
             {
                 Name = "tokens"

@@ -50,15 +50,13 @@ module Shrink =
 
     let private keep (node: Node) = Change.Keep(node.Op, node.Inputs)
 
-    let private at n (found: Node -> Change) =
-        fun k node -> if k = n then found node else keep node
+    let private at n (found: Node -> Change) = fun k node -> if k = n then found node else keep node
 
     let private isSource (node: Node) = node.Inputs.Length = 0
 
     /// Computed nodes, then elements: what shrinking makes less.
     let size (graph: Graph) : int * int64 =
-        graph.Nodes |> Array.filter (isSource >> not) |> Array.length,
-        graph.Types |> Array.sumBy (fun t -> t.Elements)
+        graph.Nodes |> Array.filter (isSource >> not) |> Array.length, graph.Types |> Array.sumBy (fun t -> t.Elements)
 
     /// A parameter in place of a computed value.
     let private cuts (graph: Graph) = seq {
@@ -66,13 +64,7 @@ module Shrink =
             let node = graph.Nodes[n]
             let t = graph.Types[node.Outputs[0]]
 
-            if
-                not (isSource node)
-                && node.Outputs.Length = 1
-                && t.DType.IsFloat
-                && not t.Routed
-                && t.Rank > 0
-            then
+            if not (isSource node) && node.Outputs.Length = 1 && t.DType.IsFloat && not t.Routed && t.Rank > 0 then
                 let spec = {
                     Name = $"cut.%i{n}"
                     Init = Init.Ones
@@ -108,11 +100,7 @@ module Shrink =
     let private halved (name: string) (op: Op) : Op =
         let half n = max 1 (n / 2)
 
-        let axis (a: Axis) =
-            if a.Name = name then
-                { a with Extent = half a.Extent }
-            else
-                a
+        let axis (a: Axis) = if a.Name = name then { a with Extent = half a.Extent } else a
 
         let typed (t: TensorType) = { t with Axes = Array.map axis t.Axes }
 
@@ -158,7 +146,4 @@ type Generators =
             |> Gen.arrayOfLength 160
             |> Gen.map (fun choices -> { Graph = Grow.graph choices })
 
-        Arb.fromGenShrink (
-            graphs,
-            fun random -> Shrink.graph random.Graph |> Seq.map (fun g -> { Graph = g })
-        )
+        Arb.fromGenShrink (graphs, fun random -> Shrink.graph random.Graph |> Seq.map (fun g -> { Graph = g }))

@@ -63,15 +63,11 @@ type internal Grower(choices: int[]) =
         let a, b = names x, names w
         let both = a |> List.filter (fun n -> List.contains n b)
 
-        let mark n =
-            if List.contains n both then n + "+" else n
+        let mark n = if List.contains n both then n + "+" else n
 
         let term names = String.concat " " (List.map mark names)
 
-        let kept =
-            (a @ b)
-            |> List.filter (fun n -> not (List.contains n both))
-            |> String.concat " "
+        let kept = (a @ b) |> List.filter (fun n -> not (List.contains n both)) |> String.concat " "
 
         scaled 0.6 (on (Op.Contract $"%s{term a}, %s{term b} -> %s{kept}") [ x; w ])
 
@@ -96,8 +92,7 @@ type internal Grower(choices: int[]) =
 
         on (Op.RotaryTable spec) [ s.Iota("seq", extent "seq") ]
 
-    let ids () =
-        s.In(fresh "ids", DType.Int64, axes [ "batch"; "seq" ])
+    let ids () = s.In(fresh "ids", DType.Int64, axes [ "batch"; "seq" ])
 
     let vocab () = s.Iota("vocab", extent "vocab")
 
@@ -120,9 +115,7 @@ type internal Grower(choices: int[]) =
         let have = names x
 
         let narrower =
-            values
-            |> Seq.filter (fun v -> names v |> List.forall (fun n -> List.contains n have))
-            |> List.ofSeq
+            values |> Seq.filter (fun v -> names v |> List.forall (fun n -> List.contains n have)) |> List.ofSeq
 
         let y =
             match pick 3 with
@@ -143,10 +136,7 @@ type internal Grower(choices: int[]) =
         | have ->
             let inner = oneOf have
 
-            match
-                [ "ffn"; "hidden"; "heads"; "vocab" ]
-                |> List.filter (fun n -> not (List.contains n have))
-            with
+            match [ "ffn"; "hidden"; "heads"; "vocab" ] |> List.filter (fun n -> not (List.contains n have)) with
             | [] -> contract x (param [ inner ])
             | outer -> contract x (param [ oneOf outer; inner ])
 
@@ -198,8 +188,7 @@ type internal Grower(choices: int[]) =
     let attention () =
         let x = tokens ()
 
-        let head width =
-            contract x (param [ "heads"; width; "hidden" ])
+        let head width = contract x (param [ "heads"; width; "hidden" ])
 
         let q, k = head "qk_dim", head "qk_dim"
         let out = on (Op.Attention 0.7) [ q; k; head "v_dim" ]
@@ -236,8 +225,7 @@ type internal Grower(choices: int[]) =
         let act = on Op.SwiGluProbs [ wide; probs ]
         on (Op.Unpermute fused) [ on (Op.GroupedMatMul false) [ act; down; route ]; route ]
 
-    let embedding () =
-        on Op.Embedding [ ids (); param [ "vocab"; "hidden" ]; vocab () ]
+    let embedding () = on Op.Embedding [ ids (); param [ "vocab"; "hidden" ]; vocab () ]
 
     /// Log-sum-exp of logits minus the label's logit.
     let crossEntropy () =
@@ -277,9 +265,4 @@ type internal Grower(choices: int[]) =
 
         let leaves = values |> Seq.filter (fun v -> not (used.Contains v)) |> List.ofSeq
 
-        s.Loss(
-            if leaves.IsEmpty then
-                [ values[values.Count - 1] ]
-            else
-                leaves
-        )
+        s.Loss(if leaves.IsEmpty then [ values[values.Count - 1] ] else leaves)

@@ -32,8 +32,7 @@ let samples (op: Op) : Sample list =
             s.Loss [ s.On(Op.Mul, [ x; y ]) ])
       ]
     | Op.Input _ -> [
-        sample "float" (fun s ->
-            s.Loss [ s.On(Op.Mul, [ s.Param("x", hidden); s.In("i", DType.Float32, hidden) ]) ])
+        sample "float" (fun s -> s.Loss [ s.On(Op.Mul, [ s.Param("x", hidden); s.In("i", DType.Float32, hidden) ]) ])
       ]
     | Op.Constant _ -> [
         sample "float" (fun s ->
@@ -104,12 +103,7 @@ let samples (op: Op) : Sample list =
         contract "linear" "b s k+, n k+ -> b s n" hidden [ "ffn", 3; "hidden", 4 ]
         contract "inner product" "k+, k+ -> " [ "k", 4 ] [ "k", 4 ]
         contract "outer product" "a, b -> b a" [ "a", 2 ] [ "b", 3 ]
-        contract "batched" "b h d+, b h d+ t -> t b h" [ "b", 2; "h", 2; "d", 3 ] [
-            "b", 2
-            "h", 2
-            "d", 3
-            "t", 2
-        ]
+        contract "batched" "b h d+, b h d+ t -> t b h" [ "b", 2; "h", 2; "d", 3 ] [ "b", 2; "h", 2; "d", 3; "t", 2 ]
         contract "over two axes" "b s+ k+, b s+ k+ n -> n b" [ "b", 2; "s", 2; "k", 3 ] [
             "b", 2
             "s", 2
@@ -239,8 +233,7 @@ let samples (op: Op) : Sample list =
     | Op.PermuteWithProbs -> [ withProbs [ 0; 1 ]; withProbs [ 0 ]; withProbs [ 1 ] ]
     | Op.UnpermuteWithProbs -> [ backAgain [ 0; 1 ]; backAgain [ 0 ]; backAgain [ 1 ] ]
     | Op.SwiGlu -> [
-        sample "dense" (fun s ->
-            s.Loss [ s.On(Op.SwiGlu, [ s.Param("x", bs @ [ "gate_up", 2; "ffn", 3 ]) ]) ])
+        sample "dense" (fun s -> s.Loss [ s.On(Op.SwiGlu, [ s.Param("x", bs @ [ "gate_up", 2; "ffn", 3 ]) ]) ])
         sample "of rows" (fun s ->
             let route = s.Route("scores", experts, 2)
             s.LossOfRows(route, [ s.On(Op.SwiGlu, [ gateUp s route ]) ]))
@@ -274,8 +267,7 @@ let samples (op: Op) : Sample list =
             s.Loss [ s.On(Op.Embedding, [ ids s "ids"; w; s.Iota("vocab", 5) ]) ])
         sample "ids beyond the list" (fun s ->
             let w, few =
-                s.Param("w", [ "vocab", 2; "hidden", 4 ]),
-                s.On(Op.Slice("vocab", 1, 2), [ s.Iota("vocab", 5) ])
+                s.Param("w", [ "vocab", 2; "hidden", 4 ]), s.On(Op.Slice("vocab", 1, 2), [ s.Iota("vocab", 5) ])
 
             s.Loss [ s.On(Op.Embedding, [ ids s "ids"; w; few ]) ])
       ]
@@ -304,9 +296,7 @@ let samples (op: Op) : Sample list =
         moved (Collective.Recv 0)
       ]
     | Op.LocalSlice _ -> [
-        through (Op.LocalSlice(0, [ 0 ], TensorType.create DType.Float32 hidden)) (fun s -> [
-            s.Param("x", hidden)
-        ])
+        through (Op.LocalSlice(0, [ 0 ], TensorType.create DType.Float32 hidden)) (fun s -> [ s.Param("x", hidden) ])
       ]
 
 /// Every case of Op with its samples; a case is made with blank attributes, at which `samples` does not look.
@@ -324,5 +314,4 @@ let all: (string * Sample list)[] =
         | _ -> invalidOp $"%s{case.Name} is no case of Op")
 
 /// Case of an op, such as RmsNorm.
-let caseOf (op: Op) =
-    (fst (FSharpValue.GetUnionFields(op, typeof<Op>))).Name
+let caseOf (op: Op) = (fst (FSharpValue.GetUnionFields(op, typeof<Op>))).Name

@@ -49,14 +49,12 @@ module internal SampleParts =
                 let route = s.Route("scores", experts, 2)
                 let rows = s.On(Op.Permute false, [ s.Param("x", hidden); route ])
 
-                let probs =
-                    s.On(Op.RouteProbs, [ s.On(Op.Offset shift, [ s.Param("p", experts) ]); route ])
+                let probs = s.On(Op.RouteProbs, [ s.On(Op.Offset shift, [ s.Param("p", experts) ]); route ])
 
                 s.LossOfRows(route, [ s.On(op, [ rows; probs ]) ]))
         ]
 
-    let onHidden name op =
-        sample name (fun s -> s.Loss [ s.On(op, [ s.Param("x", hidden) ]) ])
+    let onHidden name op = sample name (fun s -> s.Loss [ s.On(op, [ s.Param("x", hidden) ]) ])
 
     let contract name spec a b =
         sample name (fun s -> s.Loss [ s.On(Op.Contract spec, [ s.Param("a", a); s.Param("b", b) ]) ])
@@ -90,8 +88,7 @@ module internal SampleParts =
 
     let ropeKv (used: int list) =
         sample $"results %A{used} used" (fun s ->
-            let kv, pe =
-                s.Param("kv", heads @ [ "kv_dim", 5 ]), s.Param("pe", bs @ [ "rope", 4 ])
+            let kv, pe = s.Param("kv", heads @ [ "kv_dim", 5 ]), s.Param("pe", bs @ [ "rope", 4 ])
 
             let results = s.All(Op.RopeKv 3, [ kv; pe; table s "seq" 3 4 1.0 ])
             s.Loss [ for i in used -> results[i] ])
@@ -100,15 +97,13 @@ module internal SampleParts =
 
     let attention name keyAxes =
         sample name (fun s ->
-            let q, k, v =
-                s.Param("q", queries), s.Param("k", keyAxes), s.Param("v", heads @ [ "v_dim", 3 ])
+            let q, k, v = s.Param("q", queries), s.Param("k", keyAxes), s.Param("v", heads @ [ "v_dim", 3 ])
 
             s.Loss [ s.On(Op.Attention 0.5, [ q; k; v ]) ])
 
     let topK name spec =
         sample name (fun s ->
-            let p, scores =
-                s.Param("p", bs @ [ "experts", 6 ]), s.Param("scores", bs @ [ "experts", 6 ])
+            let p, scores = s.Param("p", bs @ [ "experts", 6 ]), s.Param("scores", bs @ [ "experts", 6 ])
 
             let mask = s.On(Op.GroupTopK spec, [ scores ])
             s.Loss [ s.On(Op.Mul, [ p; s.On(Op.Cast DType.Float32, [ mask ]) ]) ])
@@ -138,16 +133,14 @@ module internal SampleParts =
             let rows = s.On(Op.Permute false, [ s.Param("x", hidden); route ])
             let probs = s.On(Op.RouteProbs, [ s.Param("p", experts); route ])
 
-            let results =
-                s.All(Op.UnpermuteWithProbs, [ s.On(Op.Silu, [ rows ]); probs; route ])
+            let results = s.All(Op.UnpermuteWithProbs, [ s.On(Op.Silu, [ rows ]); probs; route ])
 
             s.Loss [ for i in used -> results[i] ])
 
     let ids (s: Sketch) name = s.In(name, DType.Int64, bs)
 
     /// Ops that only backward passes and partitions hold: a loss through them has no gradient.
-    let through op (operands: Sketch -> int list) =
-        sample "no gradient" (fun s -> s.Loss [ s.On(op, operands s) ])
+    let through op (operands: Sketch -> int list) = sample "no gradient" (fun s -> s.Loss [ s.On(op, operands s) ])
 
     let moved kind =
         let op = Op.Collective(kind, [ 0 ], TensorType.create DType.Float32 hidden)

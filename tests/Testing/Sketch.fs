@@ -29,8 +29,7 @@ type Sketch() =
     /// The first result of an op.
     member this.On(op: Op, inputs: int list) = this.All(op, inputs)[0]
 
-    member this.Source(op: Op) =
-        builder.Add(op, [], { origin with Unit = ModelUnit.Shared })[0]
+    member this.Source(op: Op) = builder.Add(op, [], { origin with Unit = ModelUnit.Shared })[0]
 
     /// A trained fp32 parameter.
     member this.Param(name: string, axes: (string * int) list) =
@@ -46,8 +45,7 @@ type Sketch() =
     member this.In(name: string, dtype: DType, axes: (string * int) list) =
         this.Source(Op.Input(name, TensorType.create dtype axes))
 
-    member this.Iota(name: string, extent: int) =
-        this.Source(Op.Iota { Name = name; Extent = extent })
+    member this.Iota(name: string, extent: int) = this.Source(Op.Iota { Name = name; Extent = extent })
 
     /// The row set of `topK` experts a token, chosen by the input `name`.
     member this.Route(name: string, axes: (string * int) list, topK: int) =
@@ -67,11 +65,7 @@ type Sketch() =
         let t = this.Type value
         let extra = t.Names[4..] |> List.ofArray
 
-        let flat =
-            if extra.IsEmpty then
-                value
-            else
-                this.On(Op.Sum extra, [ value ])
+        let flat = if extra.IsEmpty then value else this.On(Op.Sum extra, [ value ])
 
         match (this.Type flat).Rank with
         | 3 -> this.On(Op.UnrouteProbs, [ flat; route ])
@@ -88,23 +82,15 @@ type Sketch() =
 
                 let t = this.Type dense
 
-                let wide =
-                    if t.DType = DType.Float32 then
-                        dense
-                    else
-                        this.On(Op.Cast DType.Float32, [ dense ])
+                let wide = if t.DType = DType.Float32 then dense else this.On(Op.Cast DType.Float32, [ dense ])
 
                 weights <- weights + 1
 
-                let weight =
-                    this.Source(Op.Input($"weight.%i{weights}", { t with DType = DType.Float32 }))
+                let weight = this.Source(Op.Input($"weight.%i{weights}", { t with DType = DType.Float32 }))
 
                 let product = this.On(Op.Mul, [ wide; weight ])
 
-                if t.Rank = 0 then
-                    product
-                else
-                    this.On(Op.Sum(List.ofArray t.Names), [ product ])
+                if t.Rank = 0 then product else this.On(Op.Sum(List.ofArray t.Names), [ product ])
         ]
 
         match terms with

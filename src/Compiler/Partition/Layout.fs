@@ -24,31 +24,32 @@ module Layout =
     let size (mesh: MeshInfo) (axes: int seq) = axes |> Seq.fold (fun n m -> n * mesh.Axes[m].Size) 1
 
     /// Mesh axes that split a dim, fastest first.
-    let axesOn (layout: Layout) (dim: int) =
-        [
-            for m in 0 .. layout.Length - 1 do
-                match layout[m] with
-                | AxisState.Split d when d = dim -> m
-                | AxisState.Split _
-                | AxisState.Replicated
-                | AxisState.PartialSum
-                | AxisState.PartialMax -> ()
-        ]
+    let axesOn (layout: Layout) (dim: int) = [
+        for m in 0 .. layout.Length - 1 do
+            match layout[m] with
+            | AxisState.Split d when d = dim -> m
+            | AxisState.Split _
+            | AxisState.Replicated
+            | AxisState.PartialSum
+            | AxisState.PartialMax -> ()
+    ]
 
     /// Mesh axes over which the value is a partial sum.
-    let partials (layout: Layout) =
-        [
-            for m in 0 .. layout.Length - 1 do
-                if layout[m].IsPartialSum then
-                    m
-        ]
+    let partials (layout: Layout) = [
+        for m in 0 .. layout.Length - 1 do
+            if layout[m].IsPartialSum then
+                m
+    ]
 
     /// The type of one rank's shard. Extents must divide (checked where layouts are chosen).
     let local (mesh: MeshInfo) (layout: Layout) (t: TensorType) : TensorType = {
         t with
             Axes =
                 t.Axes
-                |> Array.mapi (fun d a -> { a with Extent = a.Extent / size mesh (axesOn layout d) })
+                |> Array.mapi (fun d a -> {
+                    a with
+                        Extent = a.Extent / size mesh (axesOn layout d)
+                })
     }
 
     /// The layout that splits each named axis of `t` as `map` says, where the extent divides.

@@ -93,12 +93,14 @@ module LayoutString =
     /// Stages as written, not checked against a model.
     let parse (text: string) : Result<LayoutUnit list list, Diagnostic list> =
         match expand false text with
-        | Error what -> Error [ wrong Codes.LayoutSyntax $"layout '%s{text}' does not parse: %s{what}" grammar ]
+        | Error what ->
+            Error [
+                wrong Codes.LayoutSyntax $"layout '%s{text}' does not parse: %s{what}" grammar
+            ]
         | Ok flat -> flat.Split '|' |> Array.map (Seq.map unitOf >> List.ofSeq) |> List.ofArray |> Ok
 
     /// Letters of one stage, such as "Ett".
-    let letters (units: LayoutUnit list) =
-        units |> List.map _.Letter |> Array.ofList |> String
+    let letters (units: LayoutUnit list) = units |> List.map _.Letter |> Array.ofList |> String
 
     /// The stages in the shortest notation of one level: runs of equal stages and of equal symbols are folded.
     let print (stages: LayoutUnit list list) : string =
@@ -240,7 +242,13 @@ module LayoutString =
         lengths stages 0
 
     /// The layout that balances costs best: E, each t, each m and L in order, one stage per pipeline rank; MTP layers stay together.
-    let auto (embedding: int64) (layers: int64 list) (mtp: int64 list) (loss: int64) (pp: int) : Result<LayoutUnit list list, Diagnostic list> =
+    let auto
+        (embedding: int64)
+        (layers: int64 list)
+        (mtp: int64 list)
+        (loss: int64)
+        (pp: int)
+        : Result<LayoutUnit list list, Diagnostic list> =
         let tail = [
             if not mtp.IsEmpty then
                 List.replicate mtp.Length LayoutUnit.Mtp, List.sum mtp

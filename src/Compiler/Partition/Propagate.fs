@@ -59,18 +59,27 @@ let private splitDim (state: AxisState) =
     | AxisState.PartialMax -> None
 
 /// Chooses where a node runs on mesh axis `m` (DESIGN section 4, rule 2).
-let private choose (shards: Shards) (forced: int[]) (node: Node) (def: OpDef) (rule: Rule) (taken: int[]) (m: int) : Place =
+let private choose
+    (shards: Shards)
+    (forced: int[])
+    (node: Node)
+    (def: OpDef)
+    (rule: Rule)
+    (taken: int[])
+    (m: int)
+    : Place =
     let graph = shards.Source
     let size = shards.Mesh.Axes[m].Size
     let state i = (shards.Home node.Inputs[i]).Layout[m]
 
-    let fits f = rule.Factors[f].Mark <> Mark.Whole && rule.Factors[f].Extent / taken[f] % size = 0 && rule.Factors[f].Extent % (taken[f] * size) = 0
+    let fits f =
+        rule.Factors[f].Mark <> Mark.Whole
+        && rule.Factors[f].Extent / taken[f] % size = 0
+        && rule.Factors[f].Extent % (taken[f] * size) = 0
 
-    let factorOfOperand i d =
-        rule.Factors |> Array.tryFindIndex (fun f -> f.Operands[i] = d)
+    let factorOfOperand i d = rule.Factors |> Array.tryFindIndex (fun f -> f.Operands[i] = d)
 
-    let factorOfResult d =
-        rule.Factors |> Array.tryFindIndex (fun f -> f.Results[0] = d)
+    let factorOfResult d = rule.Factors |> Array.tryFindIndex (fun f -> f.Results[0] = d)
 
     let operands = [ 0 .. node.Inputs.Length - 1 ]
     let splitOf i = splitDim (state i) |> Option.bind (factorOfOperand i)
@@ -187,7 +196,14 @@ let private settle (shards: Shards) (node: Node) v =
             | Some copy -> shards.Rehome(v, copy)
             | None ->
                 // a constant made again in place
-                shards.Rehome(v, { shards.Home v with Layout = target; Value = local })
+                shards.Rehome(
+                    v,
+                    {
+                        shards.Home v with
+                            Layout = target
+                            Value = local
+                    }
+                )
 
 let private compute (shards: Shards) (forced: int[]) (node: Node) =
     let graph = shards.Source
@@ -228,7 +244,8 @@ let private compute (shards: Shards) (forced: int[]) (node: Node) =
         let made = shards.Builder.Type outputs[r]
 
         if made <> expected then
-            invalidOp $"%s{node.Origin.Path}: %s{def.Name} makes %O{made} on a rank, its layout says %O{expected} (a bug in dsg)"
+            invalidOp
+                $"%s{node.Origin.Path}: %s{def.Name} makes %O{made} on a rank, its layout says %O{expected} (a bug in dsg)"
 
         if graph.Types[v].Routed then
             shards.RouteOf v <-
@@ -262,7 +279,8 @@ let run (map: AxisMap) (graph: Graph) : Partitioned =
         match node.Op with
         | Op.Parameter(spec, t) ->
             source shards node (Layout.ofNames map.Mesh map.Parameters t) (fun local -> Op.Parameter(spec, local))
-        | Op.Input(name, t) -> source shards node (Layout.ofNames map.Mesh map.Inputs t) (fun local -> Op.Input(name, local))
+        | Op.Input(name, t) ->
+            source shards node (Layout.ofNames map.Mesh map.Inputs t) (fun local -> Op.Input(name, local))
         | Op.Constant(x, _) -> source shards node (Layout.replicated map.Mesh) (fun local -> Op.Constant(x, local))
         | Op.Iota axis -> source shards node (Layout.replicated map.Mesh) (fun _ -> Op.Iota axis)
         | _other -> compute shards forced node

@@ -32,9 +32,7 @@ let private move (from: AxisState) (into: AxisState) =
 
 /// Collectives that a way from one layout to another needs (slices are free).
 let private distance (from: Layout) (into: Layout) =
-    Array.map2 move from into
-    |> Array.filter (fun m -> not (m.IsStay || m.IsSlice))
-    |> Array.length
+    Array.map2 move from into |> Array.filter (fun m -> not (m.IsStay || m.IsSlice)) |> Array.length
 
 /// A dim is cut or joined along mesh axes that are faster than all that keep splitting it; else blocks would not be contiguous.
 let private contiguous (layout: Layout) (dim: int) (axes: int list) =
@@ -60,22 +58,43 @@ let private step (from: Layout) (into: Layout) : (Collective option * int list *
     ]
 
     let slices =
-        groupBy moves (fun m -> match m with Move.Slice d -> Some d | _other -> None)
+        groupBy moves (fun m ->
+            match m with
+            | Move.Slice d -> Some d
+            | _other -> None)
         |> List.filter (fun (d, axes) -> contiguous from d axes)
 
     let scatters =
-        groupBy moves (fun m -> match m with Move.Scatter d -> Some d | _other -> None)
+        groupBy moves (fun m ->
+            match m with
+            | Move.Scatter d -> Some d
+            | _other -> None)
         |> List.filter (fun (d, axes) -> contiguous from d axes)
 
     let exchanges =
-        groupBy moves (fun m -> match m with Move.Exchange(d, e) -> Some(d, e) | _other -> None)
+        groupBy moves (fun m ->
+            match m with
+            | Move.Exchange(d, e) -> Some(d, e)
+            | _other -> None)
         |> List.filter (fun ((d, e), axes) -> contiguous from d axes && contiguous from e axes)
 
-    let reduces = groupBy moves (fun m -> match m with Move.Reduce -> Some() | _other -> None)
-    let maxima = groupBy moves (fun m -> match m with Move.ReduceMax -> Some() | _other -> None)
+    let reduces =
+        groupBy moves (fun m ->
+            match m with
+            | Move.Reduce -> Some()
+            | _other -> None)
+
+    let maxima =
+        groupBy moves (fun m ->
+            match m with
+            | Move.ReduceMax -> Some()
+            | _other -> None)
 
     let gathers =
-        groupBy moves (fun m -> match m with Move.Gather d -> Some d | _other -> None)
+        groupBy moves (fun m ->
+            match m with
+            | Move.Gather d -> Some d
+            | _other -> None)
         |> List.filter (fun (d, axes) -> contiguous from d axes)
 
     match slices, scatters, exchanges, reduces, maxima, gathers with
@@ -94,20 +113,19 @@ let private step (from: Layout) (into: Layout) : (Collective option * int list *
 
 /// Where blocks would not be contiguous: whole on every dim that changes, from where slices lead on.
 let private detour (from: Layout) (into: Layout) : Layout =
-    let dims =
-        [
-            for m in 0 .. from.Length - 1 do
-                match move from[m] into[m] with
-                | Move.Slice d
-                | Move.Scatter d
-                | Move.Gather d -> d
-                | Move.Exchange(d, e) ->
-                    d
-                    e
-                | Move.Stay
-                | Move.Reduce
-                | Move.ReduceMax -> ()
-        ]
+    let dims = [
+        for m in 0 .. from.Length - 1 do
+            match move from[m] into[m] with
+            | Move.Slice d
+            | Move.Scatter d
+            | Move.Gather d -> d
+            | Move.Exchange(d, e) ->
+                d
+                e
+            | Move.Stay
+            | Move.Reduce
+            | Move.ReduceMax -> ()
+    ]
 
     Array.map2
         (fun state target ->
@@ -128,9 +146,7 @@ let private usable (shards: Shards) value (origin: Origin) (copy: Copy) =
     // row sets are exchanged once a block, forward and backward
     || (copy.Unit = origin.Unit && shards.RouteOf value = value)
     // a later pass starts from a resolved copy that is no larger than the value itself
-    || (copy.Unit = origin.Unit
-        && copy.Pass.IsForward
-        && (t copy.Value).Bytes <= (t home.Value).Bytes)
+    || (copy.Unit = origin.Unit && copy.Pass.IsForward && (t copy.Value).Bytes <= (t home.Value).Bytes)
 
 let private isRows (shards: Shards) value = shards.Source.Types[value].Routed
 
@@ -217,8 +233,7 @@ and private walk (shards: Shards) value (from: Copy) (want: Layout) (origin: Ori
 
 /// Rows move between tokens and experts by their row set; the set itself moves by exchanging counts.
 and private moveRows (shards: Shards) value (from: Copy) (want: Layout) (origin: Origin) : int =
-    let moved =
-        [ 0 .. want.Length - 1 ] |> List.filter (fun m -> from.Layout[m] <> want[m])
+    let moved = [ 0 .. want.Length - 1 ] |> List.filter (fun m -> from.Layout[m] <> want[m])
 
     let isSplitOn dims (state: AxisState) =
         match state with
@@ -233,8 +248,7 @@ and private moveRows (shards: Shards) value (from: Copy) (want: Layout) (origin:
     let local = Layout.local shards.Mesh want shards.Source.Types[value]
     let op kind = Op.Collective(kind, moved, local)
 
-    let emit kind inputs =
-        remember shards value want origin (shards.Emit(op kind, inputs, origin, [| want |])[0])
+    let emit kind inputs = remember shards value want origin (shards.Emit(op kind, inputs, origin, [| want |])[0])
 
     if route = value && toExperts then
         emit Collective.RouteToExperts [ from.Value ]

@@ -22,7 +22,11 @@ let private checkMemory (findings: Shapes.Findings) (plan: PlanSet) =
             | None -> findings.Add(Codes.PlanShape, $"stage %i{row.Stage}", "the memory table has no row for it")
 
         if plan.Memory.Count <> rows.Length then
-            findings.Add(Codes.PlanShape, "memory", $"the memory table has %i{plan.Memory.Count} rows for %i{rows.Length} stages")
+            findings.Add(
+                Codes.PlanShape,
+                "memory",
+                $"the memory table has %i{plan.Memory.Count} rows for %i{rows.Length} stages"
+            )
 
 /// What is wrong with a plan; empty when it can run.
 /// Ranks of a stage run one program and differ in coordinates only, so one rank of each stage stands for all.

@@ -47,7 +47,12 @@ let assign (graph: Graph) (stages: int) (stageOf: ModelUnit -> int) (outputStage
         | -1 -> work.Push(struct (stage, n))
         | maker ->
             if maker <> stage then
-                transfers.Add { Value = v; From = maker; Into = stage } |> ignore
+                transfers.Add {
+                    Value = v
+                    From = maker
+                    Into = stage
+                }
+                |> ignore
 
             work.Push(struct (maker, n))
 

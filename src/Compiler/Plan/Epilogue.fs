@@ -125,7 +125,15 @@ let private clip (input: Input) (writer: Writer) (reduced: (Accumulated * int) l
     let total = writer.OverStages(local, allStages input, "optimizer.clip")
     let scale = writer.Temporary("clip_scale", scalar, whole)
     let norm = input.Slots.Get("metric:grad_norm", SlotKind.Counter, scalar, whole)
-    writer.Launch(KernelId.ClipScale, [ Attribute.Float input.Optimizer.ClipNorm ], [ total ], [ norm; scale ], "optimizer.clip")
+
+    writer.Launch(
+        KernelId.ClipScale,
+        [ Attribute.Float input.Optimizer.ClipNorm ],
+        [ total ],
+        [ norm; scale ],
+        "optimizer.clip"
+    )
+
     scale
 
 let private adamW (input: Input) (writer: Writer) (scale: int) (g: Accumulated, gradient: int) =

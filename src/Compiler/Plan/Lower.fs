@@ -47,7 +47,10 @@ let private globalType (mesh: MeshInfo) (layout: Layout) (local: TensorType) : T
     local with
         Axes =
             local.Axes
-            |> Array.mapi (fun d a -> { a with Extent = a.Extent * Layout.size mesh (Layout.axesOn layout d) })
+            |> Array.mapi (fun d a -> {
+                a with
+                    Extent = a.Extent * Layout.size mesh (Layout.axesOn layout d)
+            })
 }
 
 /// Parameters in order of first appearance, with the stages that read them.
@@ -112,7 +115,14 @@ let private roleOf (name: string) =
     else Role.Observed name
 
 /// Accumulators of one stage: value -> slot, and what the epilogue does with them.
-let private accumulators (job: Job) (p: Partitioned) (parameters: ParameterInfo[]) (slots: SlotTable) (stage: int) (maker: int -> int) =
+let private accumulators
+    (job: Job)
+    (p: Partitioned)
+    (parameters: ParameterInfo[])
+    (slots: SlotTable)
+    (stage: int)
+    (maker: int -> int)
+    =
     let graph = p.Graph
     let find name = parameters |> Array.tryFind (fun i -> i.Name = name)
     let added = List<int * int>()
@@ -179,7 +189,8 @@ let private accumulators (job: Job) (p: Partitioned) (parameters: ParameterInfo[
     let observed = [
         for name, v in graph.Outputs do
             match roleOf name with
-            | Role.Observed _ when maker v = stage -> snd (added |> Seq.find (fun (_, s) -> slots[s].Name = $"observe:%s{name}"))
+            | Role.Observed _ when maker v = stage ->
+                snd (added |> Seq.find (fun (_, s) -> slots[s].Name = $"observe:%s{name}"))
             | Role.Observed _
             | Role.Gradient _
             | Role.Count _
@@ -190,8 +201,7 @@ let private accumulators (job: Job) (p: Partitioned) (parameters: ParameterInfo[
     // an output may be another name of a value: what is added is the value
     [ for v, slot in added -> root graph v, slot ], input, observed
 
-let private letters (units: LayoutUnit list) =
-    units |> List.map (fun u -> string u.Letter) |> String.concat ""
+let private letters (units: LayoutUnit list) = units |> List.map (fun u -> string u.Letter) |> String.concat ""
 
 /// The plan of a partitioned graph.
 let run (job: Job) (p: Partitioned) : PlanSet =
@@ -235,11 +245,17 @@ let run (job: Job) (p: Partitioned) : PlanSet =
                 Units = letters job.Stages[s]
                 Slots = slots.ToArray()
                 Programs = [|
-                    { Phase = Phase.Prologue; Steps = once[0] }
+                    {
+                        Phase = Phase.Prologue
+                        Steps = once[0]
+                    }
                     { Phase = Phase.F; Steps = each[0] }
                     { Phase = Phase.I; Steps = each[1] }
                     { Phase = Phase.W; Steps = each[2] }
-                    { Phase = Phase.Epilogue; Steps = once[1] }
+                    {
+                        Phase = Phase.Epilogue
+                        Steps = once[1]
+                    }
                 |]
                 Timetable = Array.ofList timetable
             })

@@ -137,7 +137,14 @@ let build (c: StageContext) : Step list[] =
         for t in received do
             if firstRead c t.Value = phase then
                 let path = graph.NodeOf(t.Value).Origin.Path
-                writer.Start(Collective.Recv t.From, c.Groups.Across(List.sort [ t.From; t.Into ]), [], [ slotOf c t.Value ], path)
+
+                writer.Start(
+                    Collective.Recv t.From,
+                    c.Groups.Across(List.sort [ t.From; t.Into ]),
+                    [],
+                    [ slotOf c t.Value ],
+                    path
+                )
                 |> ignore
 
         for n in c.Work.Nodes[c.Stage] do

@@ -41,7 +41,11 @@ let run (wanted: string list) (graph: Graph) : Graph =
 
                     if chosen wanted maker then
                         if not (again.ContainsKey v) then
-                            let origin = { maker.Origin with Pass = Pass.Recompute }
+                            let origin = {
+                                maker.Origin with
+                                    Pass = Pass.Recompute
+                            }
+
                             let made = rebuild.Builder.Add(maker.Op, [ for x in maker.Inputs -> rebuild[x] ], origin)
 
                             Array.iter2 (fun o m -> again[o] <- m) maker.Outputs made

@@ -45,7 +45,11 @@ module Timetable =
 
     /// One stage: prologue, warm-up, steady phase, cool-down, epilogue. Weight gradients follow at once.
     let private ofStage schedule stages microbatches stage : Action list =
-        let action phase microbatch = { Phase = phase; Microbatch = microbatch }
+        let action phase microbatch = {
+            Phase = phase
+            Microbatch = microbatch
+        }
+
         let forward i = [ action Phase.F i ]
         let backward i = [ action Phase.I i; action Phase.W i ]
         let ahead = warmup schedule stages microbatches stage

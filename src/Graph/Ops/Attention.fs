@@ -8,7 +8,10 @@ let private flops k (inputs: TensorType[]) (outputs: TensorType[]) =
     let q, v = inputs[0], Array.last inputs
     ignore outputs
     let s = float q.Axes[1].Extent
-    k * float q.Elements / float q.Axes[3].Extent * s * float (q.Axes[3].Extent + v.Axes[v.Rank - 1].Extent)
+
+    k * float q.Elements / float q.Axes[3].Extent
+    * s
+    * float (q.Axes[3].Extent + v.Axes[v.Rank - 1].Extent)
 
 let attention scale = {
     OpDef.opaque

@@ -26,7 +26,8 @@ let private check (text: string) (types: TensorType[]) : Result<Rule, string> =
 
             let twice =
                 [ term 0; term 1; result ]
-                |> List.tryPick (fun t -> t |> Array.countBy id |> Array.tryPick (fun (l, n) -> if n > 1 then Some l else None))
+                |> List.tryPick (fun t ->
+                    t |> Array.countBy id |> Array.tryPick (fun (l, n) -> if n > 1 then Some l else None))
 
             let lonely =
                 Array.append (Array.except (term 1) (term 0)) (Array.except (term 0) (term 1))
@@ -98,7 +99,12 @@ let groupedMatMul transposed =
             let dx = a.One (Op.GroupedMatMul(not transposed)) [ a.Dy; w; route ]
             // the bank is [experts, out, in] whichever side was contracted
             let outer, inner = if transposed then x, a.Dy else a.Dy, x
-            [| ValueSome dx; ValueSome(a.One Op.GroupedWeightGrad [ outer; inner; route ]); ValueNone |]))
+
+            [|
+                ValueSome dx
+                ValueSome(a.One Op.GroupedWeightGrad [ outer; inner; route ])
+                ValueNone
+            |]))
 
 let groupedWeightGrad =
     grouped

@@ -50,10 +50,7 @@ let sub =
         "sub"
         (OpDef.taking 2)
         Linearity.Jointly
-        (Vjp.Rule(fun a -> [|
-            ValueSome a.Dy
-            ValueSome(a.One Op.Neg [ reduceTo a a.Inputs[1] a.Dy ])
-        |]))
+        (Vjp.Rule(fun a -> [| ValueSome a.Dy; ValueSome(a.One Op.Neg [ reduceTo a a.Inputs[1] a.Dy ]) |]))
 
 let mul =
     named
@@ -128,5 +125,8 @@ let cast (dtype: DType) = {
         Vjp =
             Vjp.Rule(fun a ->
                 let source = (a.Type a.Inputs[0]).DType
-                [| if source.IsFloat then ValueSome(a.One (Op.Cast source) [ a.Dy ]) else ValueNone |])
+
+                [|
+                    if source.IsFloat then ValueSome(a.One (Op.Cast source) [ a.Dy ]) else ValueNone
+                |])
 }

@@ -45,7 +45,10 @@ let private typed (rows: int list) (result: TensorType[] -> Result<DType[], stri
 
     OpDef.wantRows rows types
     |> Result.bind (fun () ->
-        if route.DType = DType.Bool then result types else Error $"the row set is %O{route}; it comes from route")
+        if route.DType = DType.Bool then
+            result types
+        else
+            Error $"the row set is %O{route}; it comes from route")
 
 let private rows name axes (which: int list) (density: TensorType[] -> float[]) vjp = {
     OpDef.opaque name axes (typed which (OpDef.sameOf [ 0 ] 1)) vjp with
@@ -55,8 +58,7 @@ let private rows name axes (which: int list) (density: TensorType[] -> float[]) 
 }
 
 /// The adjoint of moving rows in is moving them out, by the same row set.
-let private inverse (op: Op) =
-    Vjp.Rule(fun a -> [| ValueSome(a.One op [ a.Dy; a.Inputs[1] ]); ValueNone |])
+let private inverse (op: Op) = Vjp.Rule(fun a -> [| ValueSome(a.One op [ a.Dy; a.Inputs[1] ]); ValueNone |])
 
 let permute fused = rows "permute" "b s h, b s e -> b s e h" [ 1 ] (OpDef.followsOf 1 1) (inverse (Op.Unpermute fused))
 let unpermute fused = rows "unpermute" "b s e+ h, b s e+ -> b s h" [ 0; 1 ] (OpDef.dense 1) (inverse (Op.Permute fused))

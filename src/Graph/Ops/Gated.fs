@@ -34,8 +34,7 @@ let swiGluProbs = {
         "swiglu_probs"
         "... g^ f, ... -> ... f"
         (fun t -> halves t 0 (OpDef.sameOf [ 0 ] 1 t))
-        (Vjp.Rule(fun a ->
-            a.Emit Op.SwiGluProbsGrad [ a.Dy; a.Inputs[0]; a.Inputs[1] ] |> Array.map ValueSome)) with
+        (Vjp.Rule(fun a -> a.Emit Op.SwiGluProbsGrad [ a.Dy; a.Inputs[0]; a.Inputs[1] ] |> Array.map ValueSome)) with
         Rows = OpDef.follows 1
         Linear = Linearity.InEach [ 1 ]
 }
@@ -44,9 +43,7 @@ let swiGluProbsGrad = {
     OpDef.opaque
         "swiglu_probs_grad"
         "... f+, ... g^ f+, ... -> ... g f, ..."
-        (fun t ->
-            halves t 1 (OpDef.sameOf [ 0; 1 ] 1 t)
-            |> Result.map (fun dx -> [| dx[0]; t[2].DType |]))
+        (fun t -> halves t 1 (OpDef.sameOf [ 0; 1 ] 1 t) |> Result.map (fun dx -> [| dx[0]; t[2].DType |]))
         missing with
         Rows = OpDef.follows 2
 }

@@ -89,8 +89,7 @@ let concat (axis: string) = {
         "concat"
         (inferConcat axis)
         (Vjp.Rule(fun a ->
-            let extents =
-                a.Inputs |> Array.map (fun x -> let t = a.Type x in t.Axes[t.IndexOf axis].Extent)
+            let extents = a.Inputs |> Array.map (fun x -> let t = a.Type x in t.Axes[t.IndexOf axis].Extent)
 
             let starts = Array.scan (+) 0 extents
             Array.mapi (fun i n -> ValueSome(a.One (Op.Slice(axis, starts[i], n)) [ a.Dy ])) extents)) with
@@ -108,7 +107,11 @@ let broadcast (axis: Axis) dim =
                 Error $"a new axis '%s{axis.Name}' of %i{axis.Extent} at %i{dim} does not fit %O{t}"
             else
                 let carried = Axes.carry t plain id
-                let shift (f: Factor) = { f with Results = f.Results |> Array.map (fun d -> if d >= dim then d + 1 else d) }
+
+                let shift (f: Factor) = {
+                    f with
+                        Results = f.Results |> Array.map (fun d -> if d >= dim then d + 1 else d)
+                }
 
                 Ok {
                     Factors = [|

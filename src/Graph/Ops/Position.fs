@@ -23,7 +23,15 @@ let rotaryTable (spec: RotarySpec) = {
 
                     Ok {
                         carried with
-                            ResultAxes = [| [| types[0].Axes[0]; { Name = "rope_table"; Extent = spec.Dim } |] |]
+                            ResultAxes = [|
+                                [|
+                                    types[0].Axes[0]
+                                    {
+                                        Name = "rope_table"
+                                        Extent = spec.Dim
+                                    }
+                                |]
+                            |]
                     })
 }
 
@@ -96,7 +104,9 @@ let private resized text nope (results: TensorType[] -> Axis[][]) =
             else
                 Ok { rule with ResultAxes = axes }))
 
-let private withLast (axes: Axis[]) name extent = Array.append axes[.. axes.Length - 2] [| { Name = name; Extent = extent } |]
+let private withLast (axes: Axis[]) name extent =
+    Array.append axes[.. axes.Length - 2] [| { Name = name; Extent = extent } |]
+
 let private last (t: TensorType) = t.Axes[t.Rank - 1].Extent
 
 let ropeKv nope = {
@@ -133,7 +143,14 @@ let ropeKvGrad nope = {
         Axes =
             resized "b s n+ w^, b s n+ v^, s t^ -> b s n w, b s w" nope (fun t -> [|
                 withLast t[0].Axes kvDim (nope + last t[1])
-                [| t[0].Axes[0]; t[0].Axes[1]; { Name = ropeDim; Extent = last t[0] - nope } |]
+                [|
+                    t[0].Axes[0]
+                    t[0].Axes[1]
+                    {
+                        Name = ropeDim
+                        Extent = last t[0] - nope
+                    }
+                |]
             |])
         Rows = OpDef.dense 2
         Linear = Linearity.Jointly

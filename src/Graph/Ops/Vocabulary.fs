@@ -9,7 +9,11 @@ let private op name axes float linear vjp = {
         name
         axes
         (fun types ->
-            match types |> Array.indexed |> Array.tryFind (fun (i, t) -> i <> float && (t.DType.IsFloat || t.DType.IsBool)) with
+            match
+                types
+                |> Array.indexed
+                |> Array.tryFind (fun (i, t) -> i <> float && (t.DType.IsFloat || t.DType.IsBool))
+            with
             | Some(i, t) -> Error $"input %i{i} is %O{t}; ids are integers"
             | None -> OpDef.sameOf [ float ] 1 types)
         vjp with
@@ -50,4 +54,8 @@ let pickGrad =
         "b s, b s, v -> b s v"
         0
         0
-        (Vjp.Rule(fun a -> [| ValueSome(a.One Op.Pick [ a.Dy; a.Inputs[1]; a.Inputs[2] ]); ValueNone; ValueNone |]))
+        (Vjp.Rule(fun a -> [|
+            ValueSome(a.One Op.Pick [ a.Dy; a.Inputs[1]; a.Inputs[2] ])
+            ValueNone
+            ValueNone
+        |]))

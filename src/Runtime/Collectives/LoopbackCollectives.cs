@@ -17,28 +17,28 @@ internal sealed class LoopbackCollectives(LoopbackWorld world, RankContext rank)
         switch (call.Kind)
         {
             case Collective.Send { Stage: var to }:
-            {
-                var lane = world.Lane(call.Group.Id, rank.Stage, Place(rank.Coordinates), to);
-                lane.Open(Number(lane, false), 1).Put(0, Parcel.Of(call.Inputs));
-                return Sent.Instance;
-            }
+                {
+                    var lane = world.Lane(call.Group.Id, rank.Stage, Place(rank.Coordinates), to);
+                    lane.Open(Number(lane, false), 1).Put(0, Parcel.Of(call.Inputs));
+                    return Sent.Instance;
+                }
 
             case Collective.Recv { Stage: var from }:
-            {
-                var lane = world.Lane(call.Group.Id, from, Place(rank.Coordinates), rank.Stage);
-                var number = Number(lane, true);
-                return new Meeting(world, call, lane, number, lane.Open(number, 1), 0);
-            }
+                {
+                    var lane = world.Lane(call.Group.Id, from, Place(rank.Coordinates), rank.Stage);
+                    var number = Number(lane, true);
+                    return new Meeting(world, call, lane, number, lane.Open(number, 1), 0);
+                }
 
             default:
-            {
-                if (!_groups.TryGetValue(call.Group.Id, out var group))
-                    _groups[call.Group.Id] = group = Find(call.Group);
-                var number = Number(group.Lane, false);
-                var exchange = group.Lane.Open(number, group.Members);
-                exchange.Put(group.Me, Parcel.Of(call.Inputs));
-                return new Meeting(world, call, group.Lane, number, exchange, group.Me);
-            }
+                {
+                    if (!_groups.TryGetValue(call.Group.Id, out var group))
+                        _groups[call.Group.Id] = group = Find(call.Group);
+                    var number = Number(group.Lane, false);
+                    var exchange = group.Lane.Open(number, group.Members);
+                    exchange.Put(group.Me, Parcel.Of(call.Inputs));
+                    return new Meeting(world, call, group.Lane, number, exchange, group.Me);
+                }
         }
     }
 
@@ -150,19 +150,19 @@ internal sealed class LoopbackCollectives(LoopbackWorld world, RankContext rank)
                     Join(output, output.StorageDim(dim), Values(i), static (tensor, _, _) => tensor.alias(), 0);
                     break;
                 case Collective.ReduceScatter { Dim: var dim }:
-                {
-                    var storage = output.StorageDim(dim);
-                    output.Adopt(Reduction.OfBlock(exchange, i, storage, me, Block(i, storage)));
-                    break;
-                }
+                    {
+                        var storage = output.StorageDim(dim);
+                        output.Adopt(Reduction.OfBlock(exchange, i, storage, me, Block(i, storage)));
+                        break;
+                    }
 
                 case Collective.AllToAll { SplitDim: var split, JoinDim: var join }:
-                {
-                    var storage = output.StorageDim(split);
-                    var length = Block(i, storage);
-                    Join(output, output.StorageDim(join), Values(i), (tensor, s, mine) => tensor.narrow(s, mine * length, length), storage);
-                    break;
-                }
+                    {
+                        var storage = output.StorageDim(split);
+                        var length = Block(i, storage);
+                        Join(output, output.StorageDim(join), Values(i), (tensor, s, mine) => tensor.narrow(s, mine * length, length), storage);
+                        break;
+                    }
 
                 case Collective.Recv when exchange[0].Rows[i] is { } rows:
                     output.Adopt(rows);

@@ -60,13 +60,13 @@ internal sealed class BatchInputs : IInputSource
         switch (slot.Name)
         {
             case "tokens":
-            {
-                var tokens = new long[rows * columns];
-                for (var row = 0; row < rows; row++)
-                    _batch.Tokens.AsSpan(((microbatch * rows) + row) * _batch.Columns, columns).CopyTo(tokens.AsSpan(row * columns));
-                shard.CopyFrom<long>(tokens, target);
-                break;
-            }
+                {
+                    var tokens = new long[rows * columns];
+                    for (var row = 0; row < rows; row++)
+                        _batch.Tokens.AsSpan(((microbatch * rows) + row) * _batch.Columns, columns).CopyTo(tokens.AsSpan(row * columns));
+                    shard.CopyFrom<long>(tokens, target);
+                    break;
+                }
 
             case "loss_mask":
                 FillMask(_batch.LossMask);

@@ -54,7 +54,9 @@ type Cases =
         )
 
 let private extentOf (graph: Graph) name =
-    graph.Types |> Array.tryPick (fun t -> t.Axes |> Array.tryFind (fun a -> a.Name = name)) |> Option.map _.Extent
+    graph.Types
+    |> Array.tryPick (fun t -> t.Axes |> Array.tryFind (fun a -> a.Name = name))
+    |> Option.map _.Extent
 
 /// The axis map of a case. Experts are split only where tokens are: rows are exchanged between ranks of different tokens.
 let private mapOf (c: Case) (graph: Graph) : AxisMap =
@@ -72,7 +74,12 @@ let private mapOf (c: Case) (graph: Graph) : AxisMap =
     let names pick = [
         for name in c.Splits |> Array.map pick |> Array.distinct do
             if name <> "none" then
-                name, [ for m in 0 .. c.Sizes.Length - 1 do if pick c.Splits[m] = name then m ]
+                name,
+                [
+                    for m in 0 .. c.Sizes.Length - 1 do
+                        if pick c.Splits[m] = name then
+                            m
+                ]
     ]
 
     let divides (name, axes) =
@@ -84,11 +91,7 @@ let private mapOf (c: Case) (graph: Graph) : AxisMap =
     let split = tokens |> List.collect snd
 
     // rows are exchanged between tokens and experts only: their features stay whole
-    let features =
-        graph.Types
-        |> Array.filter _.Routed
-        |> Array.collect (fun t -> t.Names[3..])
-        |> Array.distinct
+    let features = graph.Types |> Array.filter _.Routed |> Array.collect (fun t -> t.Names[3..]) |> Array.distinct
 
     let weights =
         names fst
@@ -105,8 +108,15 @@ let private mapOf (c: Case) (graph: Graph) : AxisMap =
     }
 
 let private seen = ConcurrentDictionary<string, int>()
-let private total name = match seen.TryGetValue name with | true, n -> float n | false, _ -> 0.0
-let private count name yes = if yes then seen.AddOrUpdate(name, 1, (fun _ n -> n + 1)) |> ignore
+
+let private total name =
+    match seen.TryGetValue name with
+    | true, n -> float n
+    | false, _ -> 0.0
+
+let private count name yes =
+    if yes then
+        seen.AddOrUpdate(name, 1, (fun _ n -> n + 1)) |> ignore
 
 let private cover (c: Case) (local: Partitioned) =
     let any what = local.Layouts |> Array.exists (Array.exists what)
@@ -117,7 +127,10 @@ let private cover (c: Case) (local: Partitioned) =
 
     count
         "rows split by expert"
-        (Array.exists2 (fun (t: TensorType) l -> t.Routed && Array.contains (AxisState.Split 2) l) local.Graph.Types local.Layouts)
+        (Array.exists2
+            (fun (t: TensorType) l -> t.Routed && Array.contains (AxisState.Split 2) l)
+            local.Graph.Types
+            local.Layouts)
 
 let private apart (a: DenseTensor) (b: DenseTensor) =
     let scale = b.Data |> Array.fold (fun m x -> max m (abs x)) 1.0
@@ -145,7 +158,10 @@ let private law (c: Case) =
             if not (distance < 1e-8) then
                 failtestf "%s differs by %g\n%O" name distance c
 
-let private config = { Properties.config [ typeof<Cases> ] with maxTest = Properties.cases }
+let private config = {
+    Properties.config [ typeof<Cases> ] with
+        maxTest = Properties.cases
+}
 
 let tests =
     testSequenced
@@ -159,19 +175,44 @@ let tests =
 
             let graph =
                 let builder = Builder()
-                let origin = { Path = "x"; Unit = ModelUnit.Layer 0; Pass = Pass.Forward }
+
+                let origin = {
+                    Path = "x"
+                    Unit = ModelUnit.Layer 0
+                    Pass = Pass.Forward
+                }
+
                 let t = TensorType.create DType.Float32 [ "a", 8; "b", 8 ]
                 builder.SetOutput("x", builder.Add(Op.Input("x", t), [], origin)[0])
                 builder.ToGraph()
 
-            let mesh = (mapOf { Random = { Graph = graph }; Sizes = [| 2; 2; 2 |]; Splits = Array.create 3 ("none", "none") } graph)
-            let all states = [ for x in states do for y in states do for z in states -> [| x; y; z |] ]
+            let mesh =
+                (mapOf
+                    {
+                        Random = { Graph = graph }
+                        Sizes = [| 2; 2; 2 |]
+                        Splits = Array.create 3 ("none", "none")
+                    }
+                    graph)
+
+            let all states = [
+                for x in states do
+                    for y in states do
+                        for z in states -> [| x; y; z |]
+            ]
+
             let whole = Feed.lookup 3 graph
 
             for from in all starts do
                 for into in all states do
                     let shards = Shards(mesh, graph)
-                    let origin = { Path = "x"; Unit = ModelUnit.Layer 0; Pass = Pass.Forward }
+
+                    let origin = {
+                        Path = "x"
+                        Unit = ModelUnit.Layer 0
+                        Pass = Pass.Forward
+                    }
+
                     let local = Layout.local mesh.Mesh from graph.Types[0]
 
                     shards.Remember(
@@ -191,7 +232,13 @@ let tests =
 
         testCase "the cases cover splits, partial sums and several mesh axes (whole models cover rows split by expert)"
         <| fun () ->
-            for name in [ "split values"; "pending partial sums"; "two or more base axes"; "rows split by expert" ] do
+            for name in
+                [
+                    "split values"
+                    "pending partial sums"
+                    "two or more base axes"
+                    "rows split by expert"
+                ] do
                 printfn $"""coverage: %s{name} %.0f{100.0 * total name / total "cases"} %%"""
 
             for name in [ "split values"; "pending partial sums"; "two or more base axes" ] do

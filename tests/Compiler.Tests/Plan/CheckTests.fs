@@ -15,7 +15,11 @@ let private legal name (plan: Lazy<PlanSet>) =
 
 /// Is a damaged plan refused for more than its memory table?
 let private passes (plan: PlanSet) =
-    let plan = { plan with Memory = plan.Stages |> Seq.map Lowering.Memory.row |> Array.ofSeq }
+    let plan = {
+        plan with
+            Memory = plan.Stages |> Seq.map Lowering.Memory.row |> Array.ofSeq
+    }
+
     (Check.run plan).IsEmpty
 
 /// Runs take longer than checks: this many of a class, spread over all that pass.
@@ -200,8 +204,17 @@ let private messages =
         testCase "a memory table that does not fit the steps is told"
         <| fun () ->
             let plan = Subjects.four.Value
-            let less = { plan.Memory[2] with Peak = plan.Memory[2].Peak - 1L }
-            let plan = { plan with Memory = plan.Memory |> Seq.map (fun r -> if r.Stage = 2 then less else r) |> Array.ofSeq }
+
+            let less = {
+                plan.Memory[2] with
+                    Peak = plan.Memory[2].Peak - 1L
+            }
+
+            let plan = {
+                plan with
+                    Memory = plan.Memory |> Seq.map (fun r -> if r.Stage = 2 then less else r) |> Array.ofSeq
+            }
+
             onlyCode Codes.PlanShape "memory table says a peak" plan
 
         testCase "an id beyond the list is told, not followed"
