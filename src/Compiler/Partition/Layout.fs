@@ -59,7 +59,8 @@ module Layout =
         t.Axes
         |> Array.iteri (fun d a ->
             match Map.tryFind a.Name map with
-            | Some axes when a.Extent % size mesh axes = 0 ->
+            // a mesh axis splits one dim: the first that asks
+            | Some axes when a.Extent % size mesh axes = 0 && axes |> List.forall (fun m -> layout[m].IsReplicated) ->
                 for m in axes do
                     layout[m] <- AxisState.Split d
             | Some _

@@ -128,7 +128,10 @@ let private choose
                     && operands |> List.forall (fun i -> not (state i).IsPartialMax)
                 | Linearity.Jointly -> partial.Length = operands.Length
 
-            if through then
+            // rows are never summed between ranks: a partial operand is resolved before it becomes rows
+            let intoRows = node.Outputs |> Array.exists (fun v -> graph.Types[v].Routed)
+
+            if through && not intoRows then
                 Place.Through
             else
                 place (primalState |> Option.bind splitDim |> Option.bind factorOfResult)

@@ -34,6 +34,10 @@ let private move (from: AxisState) (into: AxisState) =
 let private distance (from: Layout) (into: Layout) =
     Array.map2 move from into |> Array.filter (fun m -> not (m.IsStay || m.IsSlice)) |> Array.length
 
+/// A whole value never becomes partial again: such a copy is no start.
+let private leadsTo (into: Layout) (from: Layout) =
+    Array.forall2 (fun (f: AxisState) (i: AxisState) -> f = i || not (i.IsPartialSum || i.IsPartialMax)) from into
+
 /// A dim is cut or joined along mesh axes that are faster than all that keep splitting it; else blocks would not be contiguous.
 let private contiguous (layout: Layout) (dim: int) (axes: int list) =
     let others = Layout.axesOn layout dim |> List.except axes
@@ -152,7 +156,10 @@ let private isRows (shards: Shards) value = shards.Source.Types[value].Routed
 
 /// A local value id of `value` laid out as `want`, for a reader in `origin`; moves it if no copy lies so.
 let rec toLayout (shards: Shards) (value: int) (want: Layout) (origin: Origin) : int =
-    let candidates = shards.Copies value |> Seq.filter (usable shards value origin) |> List.ofSeq
+    let candidates =
+        shards.Copies value
+        |> Seq.filter (fun c -> usable shards value origin c && leadsTo want c.Layout)
+        |> List.ofSeq
 
     match candidates |> List.tryFind (fun c -> c.Layout = want) with
     | Some copy -> copy.Value

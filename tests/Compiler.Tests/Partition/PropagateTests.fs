@@ -93,10 +93,16 @@ let private mapOf (c: Case) (graph: Graph) : AxisMap =
     // rows are exchanged between tokens and experts only: their features stay whole
     let features = graph.Types |> Array.filter _.Routed |> Array.collect (fun t -> t.Names[3..]) |> Array.distinct
 
+    // a router whose weights are split by expert would split the scores that top-k needs whole (models name that axis "router")
+    let scoresSplit =
+        graph.Nodes
+        |> Array.exists (fun n -> n.Op.IsParameter && graph.Types[n.Outputs[0]].Rank < 3 && graph.Types[n.Outputs[0]].IndexOf "experts" >= 0)
+
     let weights =
         names fst
         |> List.filter divides
         |> List.filter (fun (name, _) -> not (Array.contains name features))
+        |> List.filter (fun (name, _) -> name <> "experts" || not scoresSplit)
         |> List.filter (fun (name, axes) -> name <> "experts" || axes |> List.forall (fun m -> List.contains m split))
 
     {
