@@ -7,7 +7,7 @@ namespace DeepSeekGraph.Cli;
 internal static class Defaults
 {
     /// About a minute on 2 cores.
-    private const int TinySteps = 160;
+    private const int TinySteps = 200;
     private const double TinyRate = 5e-3;
 
     /// DeepSeek-V3's own rate; ten steps show whether a job of such a size runs.

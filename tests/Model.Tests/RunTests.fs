@@ -56,6 +56,14 @@ let private run (case: Case) (recipe: Recipe) (check: Trainer -> unit) =
 
 let private close what (ours: float[]) (reference: float32[]) = Expect.isLessThan (distance ours reference) 2e-5 what
 
+/// Slots of logits, and their names in the reference.
+let private observed (losses: (string * string) list) = [
+    "observe:logits", "logits"
+
+    if losses.Length > 1 then
+        "observe:mtp_logits", "mtp_logits"
+]
+
 let private golden name seqLength (losses: (string * string) list) how (recipe: Recipe) =
     testCase $"%s{name}, %s{how}"
     <| fun () ->
@@ -67,6 +75,14 @@ let private golden name seqLength (losses: (string * string) list) how (recipe: 
             for metric, reference in losses do
                 use loss = Gathering.Slot(trainer.Ranks, last, $"acc:%s{metric}")
                 close reference (floats loss) (case.Reference.ReadFloat32 reference)
+
+            for slot, reference in observed losses do
+                use logits = Gathering.Slot(trainer.Ranks, last, slot)
+                let expected = case.Reference.ReadFloat32 reference
+                let positions = expected.Length / (case.Batch * int logits.shape[2])
+                // multi-token prediction has no label for the last position
+                use compared = logits.narrow (1L, 0L, int64 positions)
+                close reference (floats (compared.contiguous ())) expected
 
             let gathered = trainer.GatherGradients()
 

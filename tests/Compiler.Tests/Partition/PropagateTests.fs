@@ -96,7 +96,10 @@ let private mapOf (c: Case) (graph: Graph) : AxisMap =
     // a router whose weights are split by expert would split the scores that top-k needs whole (models name that axis "router")
     let scoresSplit =
         graph.Nodes
-        |> Array.exists (fun n -> n.Op.IsParameter && graph.Types[n.Outputs[0]].Rank < 3 && graph.Types[n.Outputs[0]].IndexOf "experts" >= 0)
+        |> Array.exists (fun n ->
+            n.Op.IsParameter
+            && graph.Types[n.Outputs[0]].Rank < 3
+            && graph.Types[n.Outputs[0]].IndexOf "experts" >= 0)
 
     let weights =
         names fst
