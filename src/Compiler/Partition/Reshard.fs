@@ -46,74 +46,45 @@ let private contiguous (layout: Layout) (dim: int) (axes: int list) =
 let private withState (layout: Layout) (axes: int list) state =
     layout |> Array.mapi (fun m s -> if List.contains m axes then state else s)
 
-let private groupBy (moves: (int * Move) list) (pick: Move -> 'k option) =
-    moves
-    |> List.choose (fun (m, move) -> pick move |> Option.map (fun k -> k, m))
-    |> List.groupBy fst
-    |> List.map (fun (k, pairs) -> k, List.map snd pairs)
+/// Cheapest first: what comes early makes what follows smaller (DESIGN section 4, rule 6).
+let private rank (move: Move) =
+    match move with
+    | Move.Stay
+    | Move.Slice _ -> 0
+    | Move.Scatter _ -> 1
+    | Move.Exchange _ -> 2
+    | Move.Reduce -> 3
+    | Move.ReduceMax -> 4
+    | Move.Gather _ -> 5
+
+let private isContiguous (layout: Layout) (move: Move) axes =
+    match move with
+    | Move.Slice d
+    | Move.Scatter d
+    | Move.Gather d -> contiguous layout d axes
+    | Move.Exchange(d, e) -> contiguous layout d axes && contiguous layout e axes
+    | Move.Stay
+    | Move.Reduce
+    | Move.ReduceMax -> true
 
 /// The next step towards `into`: collective (none: a local slice), mesh axes, dim, layout afterwards.
 let private step (from: Layout) (into: Layout) : (Collective option * int list * int * Layout) option =
-    let moves = [
-        for m in 0 .. from.Length - 1 do
-            match move from[m] into[m] with
-            | Move.Stay -> ()
-            | other -> m, other
-    ]
+    [ 0 .. from.Length - 1 ]
+    |> List.groupBy (fun m -> move from[m] into[m])
+    |> List.filter (fun (move, axes) -> not move.IsStay && isContiguous from move axes)
+    |> List.sortBy (fst >> rank)
+    |> List.tryHead
+    |> Option.bind (fun (move, axes) ->
+        let next collective dim state = Some(collective, axes, dim, withState from axes state)
 
-    let slices =
-        groupBy moves (fun m ->
-            match m with
-            | Move.Slice d -> Some d
-            | _other -> None)
-        |> List.filter (fun (d, axes) -> contiguous from d axes)
-
-    let scatters =
-        groupBy moves (fun m ->
-            match m with
-            | Move.Scatter d -> Some d
-            | _other -> None)
-        |> List.filter (fun (d, axes) -> contiguous from d axes)
-
-    let exchanges =
-        groupBy moves (fun m ->
-            match m with
-            | Move.Exchange(d, e) -> Some(d, e)
-            | _other -> None)
-        |> List.filter (fun ((d, e), axes) -> contiguous from d axes && contiguous from e axes)
-
-    let reduces =
-        groupBy moves (fun m ->
-            match m with
-            | Move.Reduce -> Some()
-            | _other -> None)
-
-    let maxima =
-        groupBy moves (fun m ->
-            match m with
-            | Move.ReduceMax -> Some()
-            | _other -> None)
-
-    let gathers =
-        groupBy moves (fun m ->
-            match m with
-            | Move.Gather d -> Some d
-            | _other -> None)
-        |> List.filter (fun (d, axes) -> contiguous from d axes)
-
-    match slices, scatters, exchanges, reduces, maxima, gathers with
-    | (d, axes) :: _, _, _, _, _, _ -> Some(None, axes, d, withState from axes (AxisState.Split d))
-    | [], (d, axes) :: _, _, _, _, _ ->
-        Some(Some(Collective.ReduceScatter d), axes, d, withState from axes (AxisState.Split d))
-    | [], [], ((d, e), axes) :: _, _, _, _ ->
-        Some(Some(Collective.AllToAll(e, d)), axes, e, withState from axes (AxisState.Split e))
-    | [], [], [], ((), axes) :: _, _, _ ->
-        Some(Some Collective.AllReduceSum, axes, -1, withState from axes AxisState.Replicated)
-    | [], [], [], [], ((), axes) :: _, _ ->
-        Some(Some Collective.AllReduceMax, axes, -1, withState from axes AxisState.Replicated)
-    | [], [], [], [], [], (d, axes) :: _ ->
-        Some(Some(Collective.AllGather d), axes, d, withState from axes AxisState.Replicated)
-    | [], [], [], [], [], [] -> None
+        match move with
+        | Move.Stay -> None
+        | Move.Slice d -> next None d (AxisState.Split d)
+        | Move.Scatter d -> next (Some(Collective.ReduceScatter d)) d (AxisState.Split d)
+        | Move.Exchange(d, e) -> next (Some(Collective.AllToAll(e, d))) e (AxisState.Split e)
+        | Move.Reduce -> next (Some Collective.AllReduceSum) -1 AxisState.Replicated
+        | Move.ReduceMax -> next (Some Collective.AllReduceMax) -1 AxisState.Replicated
+        | Move.Gather d -> next (Some(Collective.AllGather d)) d AxisState.Replicated)
 
 /// Where blocks would not be contiguous: whole on every dim that changes, from where slices lead on.
 let private detour (from: Layout) (into: Layout) : Layout =

@@ -41,7 +41,6 @@ type SlotTable() =
     member _.Item
         with get (id: int) = slots[id]
 
-    member _.Count = slots.Count
     /// A slot whose kind turned out otherwise (saved for a later program).
     member _.SetKind(id: int, kind: SlotKind) = slots[id] <- { slots[id] with Kind = kind }
     member _.ToArray() = slots.ToArray()
