@@ -64,15 +64,25 @@ module Pipeline =
         ]
         |> List.distinctBy (fun d -> d.Message)
 
-    let private unsupported (mesh: MeshInfo) : Diagnostic list = [
+    let private notCompiled setting message help = {
+        Code = Codes.NotCompiledYet
+        At = $"recipe.%s{setting}"
+        Message = message + " is not compiled yet"
+        Help = help
+    }
+
+    /// Settings that no pass carries out: refused, never ignored.
+    let private unsupported (recipe: Recipe) (mesh: MeshInfo) : Diagnostic list = [
         for name, degree in [ "context", mesh.Context; "expert_tensor", mesh.ExpertTensor ] do
             if degree > 1 then
-                {
-                    Code = Codes.DegreeUnsupported
-                    At = $"recipe.%s{name}"
-                    Message = $"%s{name} parallelism of %i{degree} is not compiled yet"
-                    Help = "choose 1"
-                }
+                notCompiled name $"%s{name} parallelism of %i{degree}" "choose 1"
+        if recipe.Dispatcher <> Dispatcher.AllToAll then
+            notCompiled "dispatcher" $"the dispatcher %s{recipe.Dispatcher.Name}" "choose alltoall"
+        if not recipe.SequenceParallel && mesh.Tensor > 1 then
+            notCompiled
+                "sequence_parallel"
+                $"tensor parallelism of %i{mesh.Tensor} without sequence parallelism"
+                "turn sequence_parallel on, or choose a tensor degree of 1"
     ]
 
     let private batches (recipe: Recipe) (mesh: MeshInfo) : Result<int, Diagnostic list> =
@@ -113,7 +123,7 @@ module Pipeline =
         |> Result.bind (fun mesh ->
             all [
                 Verify.check declared
-                unsupported mesh
+                unsupported recipe mesh
                 Recompute.check (List.ofSeq recipe.Recompute)
                 divides recipe mesh declared
             ]

@@ -15,6 +15,28 @@ type Optimizer = {
     ClipNorm: float
 }
 
+/// How routed rows reach their experts (DESIGN: reshards of rows, chosen once per mixture-of-experts block).
+[<RequireQualifiedAccess>]
+type Dispatcher =
+    /// Tokens are gathered over the expert axes; unpermute leaves a partial sum.
+    | AllGather
+    /// Rows go to the ranks of their experts and back.
+    | AllToAll
+    /// One fused dispatch and one fused combine; a token goes once to each node that has experts for it.
+    | Flex
+    /// The cheapest of the others by cost.
+    | Auto
+
+    /// As recipes and plans write it.
+    member this.Name =
+        match this with
+        | AllGather -> "allgather"
+        | AllToAll -> "alltoall"
+        | Flex -> "flex"
+        | Auto -> "auto"
+
+    static member All = [| AllGather; AllToAll; Flex; Auto |]
+
 /// An immutable job description; every With... method gives a changed copy. 0 stands for a degree not given.
 type Recipe = private {
     name: string
@@ -24,6 +46,8 @@ type Recipe = private {
     pipeline: int
     expertTensor: int
     expert: int
+    sequenceParallel: bool
+    dispatcher: Dispatcher
     layout: string
     schedule: Schedule
     globalBatch: int
@@ -35,7 +59,7 @@ type Recipe = private {
     optimizer: Optimizer
 } with
 
-    /// One rank, fp32, 1F1B, fused, nothing recomputed.
+    /// One rank, fp32, 1F1B, fused, nothing recomputed, sequence parallel wherever tensor parallel, all-to-all.
     static member Default = {
         name = "default"
         tensor = 0
@@ -44,6 +68,8 @@ type Recipe = private {
         pipeline = 0
         expertTensor = 0
         expert = 0
+        sequenceParallel = true
+        dispatcher = Dispatcher.AllToAll
         layout = ""
         schedule = Schedule.OneFOneB
         globalBatch = 8
@@ -77,6 +103,9 @@ type Recipe = private {
     member this.Pipeline = this.pipeline
     member this.ExpertTensor = this.expertTensor
     member this.Expert = this.expert
+    /// Is the residual stream split over tokens between tensor-parallel regions?
+    member this.SequenceParallel = this.sequenceParallel
+    member this.Dispatcher = this.dispatcher
     /// Megatron's layout string; empty: cut by cost.
     member this.Layout = this.layout
     member this.Schedule = this.schedule
@@ -105,6 +134,8 @@ type Recipe = private {
 
     member this.WithContextParallel(degree: int) = { this with context = degree }
     member this.WithExpertTensorParallel(degree: int) = { this with expertTensor = degree }
+    member this.WithSequenceParallel(on: bool) = { this with sequenceParallel = on }
+    member this.WithDispatcher(dispatcher: Dispatcher) = { this with dispatcher = dispatcher }
     member this.WithLayout(layout: string) = { this with layout = layout }
     member this.WithSchedule(schedule: Schedule) = { this with schedule = schedule }
 
@@ -137,6 +168,8 @@ type Recipe = private {
             $"pipeline=%i{this.pipeline}"
             $"expert_tensor=%i{this.expertTensor}"
             $"expert=%i{this.expert}"
+            $"sequence_parallel=%b{this.sequenceParallel}"
+            $"dispatcher=%s{this.dispatcher.Name}"
             $"layout=%s{this.layout}"
             $"schedule=%s{this.schedule.Name}"
             $"global_batch=%i{this.globalBatch}"

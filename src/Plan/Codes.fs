@@ -172,9 +172,9 @@ module Codes =
     [<Literal>]
     let NotDivisible = "DSG0391"
 
-    /// A degree of parallelism that is not compiled yet.
+    /// A recipe asks for something that no pass carries out yet.
     [<Literal>]
-    let DegreeUnsupported = "DSG0392"
+    let NotCompiledYet = "DSG0392"
 
     /// The batch does not fall into microbatches.
     [<Literal>]

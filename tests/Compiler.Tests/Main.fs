@@ -13,6 +13,7 @@ let main argv =
             LayoutStringTests.tests
             PropagateTests.tests
             PassTests.tests
+            RecipeTests.tests
             TimetableTests.tests
             PlanTextTests.tests
             KernelOpsTests.tests
