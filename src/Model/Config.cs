@@ -53,6 +53,9 @@ public sealed record DeepSeekV3Config
     /// Speed of the router's bias (gamma of the paper).
     public double BiasUpdateSpeed { get; init; } = 0.001;
 
+    /// Weight of the sequence-wise balance loss (alpha of the paper); zero: none.
+    public double SeqAuxLossAlpha { get; init; } = 1e-4;
+
     /// Groups that were not selected score zero, as Hugging Face computes it, instead of minus infinity.
     public bool ZeroMaskedGroups { get; init; }
 
@@ -90,8 +93,8 @@ public sealed record DeepSeekV3Config
     /// The same with another weight of the extra losses.
     public DeepSeekV3Config WithMtpLossScalingFactor(double factor) => this with { MtpLossScalingFactor = factor };
 
-    /// The same, choosing experts exactly as Hugging Face's transformers does.
-    public DeepSeekV3Config LikeHuggingFace() => this with { ZeroMaskedGroups = true };
+    /// The same, choosing experts exactly as Hugging Face's transformers does, which knows no balance loss.
+    public DeepSeekV3Config LikeHuggingFace() => this with { ZeroMaskedGroups = true, SeqAuxLossAlpha = 0 };
 
     /// Which experts a token goes to.
     public TopKSpec TopK => new(NumExpertsPerTok, NGroup, TopkGroup, ZeroMaskedGroups);

@@ -58,6 +58,11 @@ public static class ConfigCheck
             $"routed_scaling_factor is {c.RoutedScalingFactor}, the weight of multi-token losses "
                 + $"{c.MtpLossScalingFactor}, the speed of the router's bias {c.BiasUpdateSpeed}",
             "give finite numbers");
+        Require(
+            c.SeqAuxLossAlpha >= 0 && double.IsFinite(c.SeqAuxLossAlpha),
+            "seq_aux_loss_alpha",
+            $"the weight of the balance loss is {c.SeqAuxLossAlpha}",
+            "give 0 for none, usually 0.0001");
         if (c.RopeScaling is { } yarn)
         {
             Require(

@@ -16,9 +16,9 @@ public sealed record DeepSeekV3(DeepSeekV3Config Config) : Model
     public override IReadOnlyList<Diagnostic> Check() => ConfigCheck.Check(Config);
 
     public override Tensor Forward(ModelScope m, Tensor ids_BS)
-        => Head(m, Decode(m, ids_BS, Table(m)), HeadWeight(m));
+        => Head(m, Decode(m, ids_BS, Table(m), balance: null), HeadWeight(m));
 
-    /// The main loss, and one for each further token that is predicted.
+    /// The main loss, one for each further token that is predicted, and the balance of every mixture of experts.
     public override void Train(ModelScope m, Tensor tokens_BT, int seqLength)
     {
         var batch = tokens_BT.Extent("batch");
@@ -26,27 +26,38 @@ public sealed record DeepSeekV3(DeepSeekV3Config Config) : Model
         var (table_VH, head_VH) = (Table(m), HeadWeight(m));
 
         // depth 0 predicts the next token; depth k the one k further, from the state of depth k - 1
-        var h_BSH = Decode(m, Window(tokens_BT, 0, seqLength), table_VH);
-        var loss = Loss(m, "", h_BSH, depth: 0);
+        var weights = Weights(m, "", batch, seqLength);
+        var balance = Balance(weights);
+        var h_BSH = Decode(m, Window(tokens_BT, 0, seqLength), table_VH, balance);
+        var loss = Loss(m, "", h_BSH, weights, depth: 0);
         m.Output("metric:loss", loss);
         for (var k = 1; k <= depths; k++)
         {
             var (h, ids_BS) = (h_BSH, Window(tokens_BT, k, seqLength));
+            var objective = k == 1 ? "mtp" : $"mtp{k}";
+            weights = Weights(m, objective, batch, seqLength);
+            var depth = Balance(weights);
             h_BSH = m.Scope(
                 $"model.layers.{Config.NumHiddenLayers + k - 1}",
                 ModelUnit.NewMtp(k - 1),
-                s => MultiToken.Depth(s, h, ids_BS, table_VH, Config));
-            var extra = Loss(m, k == 1 ? "mtp" : $"mtp{k}", h_BSH, k);
-            m.Output(k == 1 ? "metric:mtp_loss" : $"metric:mtp{k}_loss", extra);
-            loss = m.Scope("loss", ModelUnit.Head, _ => loss + (Config.MtpLossScalingFactor / depths * extra));
+                s => MultiToken.Depth(s, h, ids_BS, table_VH, Config, depth));
+            var extra = Loss(m, objective, h_BSH, weights, k);
+            m.Output($"metric:{objective}_loss", extra);
+            loss = Total([loss, Config.MtpLossScalingFactor / depths * extra, .. depth.Terms]);
         }
 
-        m.Output("loss", loss);
+        m.Output("loss", Total([loss, .. balance.Terms]));
 
-        Tensor Loss(ModelScope m, string objective, Tensor h_BSH, int depth)
+        BalanceTerms Balance((Tensor Mask, Tensor Scale) weights)
+            => new(Config.SeqAuxLossAlpha, weights.Mask, weights.Scale);
+
+        Tensor Total(Tensor[] terms)
+            => terms.Length == 1 ? terms[0] : m.Scope("loss", ModelUnit.Head, s => s.Apply(Op.Add, terms)[0]);
+
+        Tensor Loss(ModelScope m, string objective, Tensor h_BSH, (Tensor Mask, Tensor Scale) weights, int depth)
         {
             var labels_BS = Window(tokens_BT, depth + 1, seqLength);
-            var (mask_BS, scale) = Weights(m, objective, batch, seqLength);
+            var (mask_BS, scale) = weights;
             var z_BSV = Head(m, h_BSH, head_VH);
             if (Observe)
                 m.Output(depth == 0 ? "logits" : $"{objective}_logits", z_BSV);
@@ -57,14 +68,14 @@ public sealed record DeepSeekV3(DeepSeekV3Config Config) : Model
     }
 
     /// Embedding and all decoder layers; the last one ends with the final norm, which head and MTP both read.
-    private Tensor Decode(ModelScope m, Tensor ids_BS, Tensor table_VH)
+    private Tensor Decode(ModelScope m, Tensor ids_BS, Tensor table_VH, BalanceTerms? balance)
     {
         var c = Config;
         var x_BSH = m.Scope("model.embed_tokens", ModelUnit.Embed, s => s.Embed(ids_BS, table_VH).Residual());
         for (var i = 0; i < c.NumHiddenLayers; i++)
         {
             var (index, x) = (i, x_BSH);
-            x_BSH = m.Layer(index, $"model.layers.{index}", s => Block.Decoder(s, x, c, c.IsSparse(index)));
+            x_BSH = m.Layer(index, $"model.layers.{index}", s => Block.Decoder(s, x, c, c.IsSparse(index), balance));
             if (Observe)
                 m.Output($"hidden_{index + 1}", x_BSH);
         }

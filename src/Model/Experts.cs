@@ -6,10 +6,11 @@ namespace DeepSeekGraph.Models;
 /// Mixtures of experts.
 public static class Experts
 {
-    /// Routed and shared experts; names the router's counts as an output, for the bias update.
-    public static Tensor Moe(ModelScope m, Tensor x_BSH, DeepSeekV3Config c)
+    /// Routed and shared experts; names the router's counts as an output, for the bias update, and adds to the balance
+    /// loss where there is one.
+    public static Tensor Moe(ModelScope m, Tensor x_BSH, DeepSeekV3Config c, BalanceTerms? balance = null)
     {
-        var (probs_BSE, mask_BSE) = m.Scope("gate", s => Route(s, x_BSH, c));
+        var (probs_BSE, mask_BSE) = m.Scope("gate", s => Route(s, x_BSH, c, balance));
         var routed_BSH = m.Scope("experts", s => Routed(s, x_BSH, probs_BSE, mask_BSE, c));
         return c.NSharedExperts == 0
             ? routed_BSH
@@ -31,7 +32,8 @@ public static class Experts
 
     /// Sigmoid scores; the bias, free of gradients, decides who is chosen and never how much it counts.
     /// The router's weights call the axis "router": every rank scores all experts, whoever holds them.
-    private static (Tensor Probs, Tensor Mask) Route(ModelScope m, Tensor x_BSH, DeepSeekV3Config c)
+    private static (Tensor Probs, Tensor Mask) Route(
+        ModelScope m, Tensor x_BSH, DeepSeekV3Config c, BalanceTerms? balance)
     {
         var weight_EH = m.Parameter(
             "weight", m.Normal(), Update.NewAdamW(decay: true), keepFloat32: true,
@@ -43,6 +45,8 @@ public static class Experts
         var scores_BSE = x_BSH.Cast(DType.Float32).MatMul(weight_EH).Rename("router", "experts").Sigmoid();
         var mask_BSE = (scores_BSE + bias_E).Apply(Op.NewGroupTopK(c.TopK));
         m.Output($"count:{m.Path}.e_score_correction_bias", mask_BSE.Cast(DType.Int64).Sum("batch", "seq"));
+
+        balance?.Add(m, scores_BSE, c.NumExpertsPerTok);
 
         var probs_BSE = scores_BSE * mask_BSE.Cast(DType.Float32);
         if (c.NormTopkProb)

@@ -48,7 +48,9 @@ type Job = {
             NumExpertsPerTok = 2,
             NGroup = 4,
             TopkGroup = 2,
-            NumNextnPredictLayers = this.Mtp
+            NumNextnPredictLayers = this.Mtp,
+            // large enough to be seen in sums of float32
+            SeqAuxLossAlpha = 0.05
         )
 
     /// Letters of the units in order.

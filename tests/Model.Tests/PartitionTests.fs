@@ -28,7 +28,7 @@ let private traffic (c: Compiled) (part: ModelUnit) (forward: bool) =
             match node.Op with
             | Op.Collective(kind, axes, _) when node.Origin.Unit = part && node.Origin.Pass.IsForward = forward ->
                 let names = axes |> List.map (fun m -> c.Plan.Mesh.Axes[m].Name) |> String.concat "+"
-                let what = Array.last graph.Types[node.Inputs[0]].Names
+                let what = graph.Types[node.Inputs[0]].Names |> Array.tryLast |> Option.defaultValue "scalar"
                 $"%s{Ops.Collective.name kind} %s{names} %s{what}"
             | _other -> ()
     ]
@@ -73,6 +73,8 @@ let private moeForward ep = [
     $"rows_to_experts %s{ep} experts"
     $"rows_to_experts %s{ep} hidden"
     $"rows_to_tokens %s{ep} hidden"
+    // sequence balance: how often each expert is chosen; its mean affinity stays partial
+    "all_reduce tp experts"
 ]
 
 let private moeBackward ep = [
@@ -91,6 +93,8 @@ let private moeBackward ep = [
     $"rows_to_experts %s{ep} hidden"
     $"rows_to_tokens %s{ep} experts"
     $"rows_to_tokens %s{ep} hidden"
+    // sequence balance
+    "all_reduce tp experts"
 ]
 
 let private fallsOut tp ep dp mesh =
@@ -145,11 +149,12 @@ let private table =
                 (traffic c ModelUnit.Head true)
                 [
                     "all_gather tp hidden"
+                    "all_reduce tp scalar"
                     "all_reduce tp seq"
                     "all_reduce tp seq"
                     "all_reduce_max tp seq"
                 ]
-                "head"
+                "head: and the balance term, added to what is differentiated; no plan keeps that sum, metrics do"
 
             Expect.equal
                 (traffic c ModelUnit.Head false)

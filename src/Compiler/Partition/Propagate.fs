@@ -58,6 +58,15 @@ let private splitDim (state: AxisState) =
     | AxisState.PartialSum
     | AxisState.PartialMax -> None
 
+/// The one partial operand of a product that stays so; the others are resolved. The largest costs most to resolve, and of
+/// equal ones the last stays.
+let private carried (shards: Shards) (node: Node) (able: int list) (m: int) : int option =
+    let partial = able |> List.filter (fun i -> (shards.Home node.Inputs[i]).Layout[m].IsPartialSum)
+
+    match partial with
+    | [] -> None
+    | _ -> partial |> List.maxBy (fun i -> shards.Source.Types[node.Inputs[i]].Bytes, i) |> Some
+
 /// Chooses where a node runs on mesh axis `m` (DESIGN section 4, rule 2).
 let private choose
     (shards: Shards)
@@ -123,8 +132,7 @@ let private choose
                 match def.Linear with
                 | Linearity.No -> false
                 | Linearity.InEach able ->
-                    partial.Length = 1
-                    && List.contains partial.Head able
+                    (carried shards node able m).IsSome
                     && operands |> List.forall (fun i -> not (state i).IsPartialMax)
                 | Linearity.Jointly -> partial.Length = operands.Length
 
@@ -145,10 +153,11 @@ let private required (shards: Shards) (node: Node) (def: OpDef) (rule: Rule) (pl
         | d -> AxisState.Split d
     | Place.Whole -> AxisState.Replicated
     | Place.Through ->
-        if def.Linear.IsJointly || (shards.Home node.Inputs[i]).Layout[m].IsPartialSum then
-            AxisState.PartialSum
-        else
-            AxisState.Replicated
+        match def.Linear with
+        | Linearity.Jointly -> AxisState.PartialSum
+        | Linearity.InEach able when carried shards node able m = Some i -> AxisState.PartialSum
+        | Linearity.InEach _
+        | Linearity.No -> AxisState.Replicated
 
 let private resulting (rule: Rule) (place: Place) result : AxisState =
     match place with

@@ -29,9 +29,11 @@ let rec root (graph: Graph) (v: int) : int =
 
 /// The stage of a node, or -1: computed wherever it is read (sources and what inputs alone determine).
 let private home (stageOf: ModelUnit -> int) (node: Node) =
-    match node.Origin.Unit with
-    | ModelUnit.Shared -> -1
-    | part -> stageOf part
+    match node.Op, node.Origin.Unit with
+    // the seed of the loss is read by every stage that has a term of it
+    | Op.Constant _, _
+    | _, ModelUnit.Shared -> -1
+    | _, part -> stageOf part
 
 /// Assigns nodes to stages. `outputStage`: where outputs made anywhere go.
 let assign (graph: Graph) (stages: int) (stageOf: ModelUnit -> int) (outputStage: int) : StageWork =

@@ -159,8 +159,11 @@ let private accumulators
             | Some _
             | None -> ()
         | Role.Metric name ->
+            // one metric may have a part on every stage: parts agree in layout, and are summed
             let id = slot SlotKind.Counter $"acc:%s{name}" t layout
-            metrics.Add { Name = name; Slot = id }
+
+            if not (metrics.Exists(fun m -> m.Slot = id)) then
+                metrics.Add { Name = name; Slot = id }
 
             if here then
                 added.Add((v, id))

@@ -18,6 +18,9 @@ public sealed record StepMetrics
     /// Nats a token, mean over depths, not scaled by its weight; null without multi-token prediction.
     public double? MtpLoss { get; init; }
 
+    /// What the sequence-wise balance loss adds to the objective, summed over layers; null without it.
+    public double? BalanceLoss { get; init; }
+
     /// Learning rate of this step.
     public required double Lr { get; init; }
 

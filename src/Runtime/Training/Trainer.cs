@@ -88,6 +88,7 @@ public sealed class Trainer : IAsyncDisposable
                 Step = step,
                 Loss = Metric("metric:loss") ?? double.NaN,
                 MtpLoss = Metric("metric:mtp_loss"),
+                BalanceLoss = Metric("metric:balance_loss"),
                 Lr = rate,
                 GradNorm = Metric("metric:grad_norm") ?? double.NaN,
                 Tokens = inputs.Tokens,
