@@ -64,9 +64,9 @@ internal static class Summary
 
         IReadOnlyList<string> Row(StagePlan stage)
         {
-            var runs = stage.Timetable.CountBy(action => action.Phase).ToDictionary();
+            var runs = stage.Timetable.CountBy(action => (action.Phase.Tag, action.Chunk)).ToDictionary();
             long Count(Func<Step, bool> wanted) => stage.Programs.Sum(
-                program => runs.GetValueOrDefault(program.Phase) * program.Steps.LongCount(wanted));
+                program => runs.GetValueOrDefault((program.Phase.Tag, program.Chunk)) * program.Steps.LongCount(wanted));
             return
             [
                 $"{stage.Stage}",

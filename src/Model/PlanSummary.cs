@@ -38,6 +38,6 @@ public static class PlanSummary
     private static long Count<T>(StagePlan stage, Func<T, bool> wanted)
         where T : Step
         => stage.Programs.Sum(program =>
-            stage.Timetable.LongCount(action => action.Phase.Equals(program.Phase))
+            stage.Timetable.LongCount(action => action.Phase.Equals(program.Phase) && action.Chunk == program.Chunk)
                 * program.Steps.OfType<T>().LongCount(wanted));
 }

@@ -3,6 +3,13 @@ namespace DeepSeekGraph
 
 open System.Collections.Generic
 
+/// The shape of plans, as the first line of their text form states it.
+[<RequireQualifiedAccess>]
+module PlanSchema =
+    /// Raised whenever a field is added, changed or dropped. 2: chunks of a virtual pipeline, groups with a direction.
+    [<Literal>]
+    let Version = 2
+
 /// How a value lies along one mesh axis.
 [<RequireQualifiedAccess; Struct>]
 type AxisState =
@@ -113,19 +120,44 @@ type Phase =
     /// In the order of a step.
     static member All = [| Prologue; F; I; W; Epilogue |]
 
+    /// The program of a chunk as printed: F, or F@2 of chunk 2.
+    member this.OfChunk(chunk: int) = if chunk = 0 then this.Name else $"%s{this.Name}@%i{chunk}"
+
+/// Straight-line code. Prologue and epilogue are of chunk 0; every chunk has F, I and W.
 type Program = {
     Phase: Phase
+    Chunk: int
     Steps: IReadOnlyList<Step>
-}
+} with
 
-/// One entry of a rank's timetable. Microbatch is 0 for prologue and epilogue.
+    /// As printed: F, W@1.
+    member this.Name = this.Phase.OfChunk this.Chunk
+
+/// One entry of a rank's timetable. Chunk and microbatch are 0 for prologue and epilogue.
 [<Struct>]
-type Action = { Phase: Phase; Microbatch: int }
+type Action = {
+    Phase: Phase
+    Chunk: int
+    Microbatch: int
+} with
+
+    /// As printed: prologue, F3, or F3@1 for microbatch 3 in chunk 1.
+    member this.Name =
+        match this.Phase with
+        | Phase.Prologue
+        | Phase.Epilogue -> this.Phase.Name
+        | Phase.F
+        | Phase.I
+        | Phase.W ->
+            let inChunk = if this.Chunk = 0 then "" else $"@%i{this.Chunk}"
+            $"%s{this.Phase.Name}%i{this.Microbatch}%s{inChunk}"
 
 /// Everything one pipeline rank runs; its tp x cp x dp ranks differ in coordinates only.
+/// Chunk c of pipeline rank r is part r + c * pp of the model (Megatron's order of virtual stages).
 type StagePlan = {
+    /// The pipeline rank.
     Stage: int
-    /// Letters of the layout grammar, such as "Ett" or "tmL".
+    /// Letters of the layout grammar, such as "Ett" or "tmL"; chunks are divided by '|'.
     Units: string
     Slots: IReadOnlyList<SlotInfo>
     Programs: IReadOnlyList<Program>
@@ -147,7 +179,8 @@ type MeshInfo = {
     Axes: IReadOnlyList<MeshAxis>
 }
 
-/// Ranks that talk: all coordinates along `MeshAxes` (slowest is major in member order); `Stages`: instead the same coordinates on these stages.
+/// Ranks that talk: all coordinates along `MeshAxes` (slowest is major in member order); `Stages`: instead the same coordinates on these
+/// stages, ascending for sums, sender and receiver for messages. What a member starts in a group runs in that order.
 type Group = {
     Id: int
     Name: string
@@ -204,15 +237,17 @@ type MemoryRow = {
 
 /// A compiled job: what every rank will do, known before the first kernel starts.
 type PlanSet = {
-    /// Schema version; unknown ones are refused.
+    /// PlanSchema.Version; unknown ones are refused.
     Version: int
     /// Recipe name and settings, `key=value` lines in order; a record, never executed.
     Recipe: IReadOnlyList<string>
     Mesh: MeshInfo
-    /// Layout string of the stages, such as "Et|tmL".
+    /// Layout string of the model's stages, such as "Et|tmL".
     Layout: string
-    /// "1F1B" or "GPipe".
+    /// Name of the schedule, such as "1F1B".
     Schedule: string
+    /// Virtual pipeline chunks of each pipeline rank; 1 without interleaving.
+    Chunks: int
     Microbatches: int
     /// Sequences of one microbatch over all dp ranks, and tokens of a sequence.
     MicroBatch: int

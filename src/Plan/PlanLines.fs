@@ -150,21 +150,46 @@ let step (s: Scanner) : Step =
             malformed "this is no step" "a step is '%out = kernel ...', 't1 <- collective ...', 'wait t1' or 'free %1'"
         )
 
+/// F3@1 -> F, 3, 1; what is left out is -1 before '@' and chunk 0 behind it.
+let private action (word: string) : struct (Phase * int * int) =
+    let number role (digits: string) =
+        match Int32.TryParse(digits, NumberStyles.None, CultureInfo.InvariantCulture) with
+        | true, n -> n
+        | false, _ -> raise (malformed $"'%s{word}' has no 32-bit %s{role}" "an action is a phase and a microbatch: F3, or F3@1 in chunk 1")
+
+    let front, chunk =
+        match word.IndexOf '@' with
+        | -1 -> word, 0
+        | at -> word.Substring(0, at), number "chunk" (word.Substring(at + 1))
+
+    let name = front.TrimEnd([| '0' .. '9' |])
+    let digits = front.Substring name.Length
+    struct (lookup "phase" phases name, (if digits = "" then -1 else number "microbatch" digits), chunk)
+
+/// Whose program follows: F, or F@1 of chunk 1.
+let program (s: Scanner) : struct (Phase * int) =
+    let word = s.Word "a phase"
+
+    match action word with
+    | struct (phase, -1, chunk) -> struct (phase, chunk)
+    | _other -> raise (malformed $"'%s{word}' names a microbatch; a program is for all of them" "")
+
 let timetable (s: Scanner) : Action[] =
     let actions = List<Action>()
 
     while not s.AtEnd do
         let word = s.Word "an action"
-        let name = word.TrimEnd([| '0' .. '9' |])
-        let digits = word.AsSpan name.Length
-        let phase = lookup "phase" phases name
+        let struct (phase, microbatch, chunk) = action word
+        let once = phase.IsPrologue || phase.IsEpilogue
 
-        if digits.Length = 0 then
-            actions.Add { Phase = phase; Microbatch = 0 }
-        else
-            match Int32.TryParse(digits, NumberStyles.None, CultureInfo.InvariantCulture) with
-            | true, n -> actions.Add { Phase = phase; Microbatch = n }
-            | false, _ -> raise (malformed $"'%s{word}' has no 32-bit microbatch" "")
+        if once <> (microbatch < 0) || once && chunk <> 0 then
+            raise (malformed $"'%s{word}' is no action" "F, I and W have a microbatch, prologue and epilogue have none")
+
+        actions.Add {
+            Phase = phase
+            Chunk = chunk
+            Microbatch = max 0 microbatch
+        }
 
     actions.ToArray()
 

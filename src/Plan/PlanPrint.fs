@@ -5,9 +5,6 @@ open System.Collections.Generic
 open System.Globalization
 open System.Text
 
-/// The schema version this program writes and reads.
-let version = 1
-
 let private text (out: StringBuilder) (s: string) = out.Append s |> ignore
 let private number (out: StringBuilder) (n: int64) = out.Append(n.ToString CultureInfo.InvariantCulture) |> ignore
 
@@ -153,7 +150,7 @@ let private stage (out: StringBuilder) (s: StagePlan) =
         slot out info
 
     for program in s.Programs do
-        text out ("program " + program.Phase.Name + "\n")
+        text out ("program " + program.Name + "\n")
 
         for one in program.Steps do
             step out one
@@ -161,16 +158,8 @@ let private stage (out: StringBuilder) (s: StagePlan) =
     text out "timetable"
 
     for action in s.Timetable do
-        text out (" " + action.Phase.Name)
-
-        match action.Phase with
-        | Phase.F
-        | Phase.I
-        | Phase.W -> number out (int64 action.Microbatch)
-        | Phase.Prologue
-        | Phase.Epilogue ->
-            if action.Microbatch <> 0 then
-                number out (int64 action.Microbatch)
+        text out " "
+        text out action.Name
 
     text out "\n"
 
@@ -220,7 +209,7 @@ let print (plan: PlanSet) : string =
     PlanWords.writeQuoted out plan.Layout
     text out "\nschedule "
     PlanWords.writeQuoted out plan.Schedule
-    text out $"\nmicrobatches %i{plan.Microbatches}\nmicro_batch %i{plan.MicroBatch}\nseq_length %i{plan.SeqLength}\n"
+    text out $"\nchunks %i{plan.Chunks}\nmicrobatches %i{plan.Microbatches}\nmicro_batch %i{plan.MicroBatch}\nseq_length %i{plan.SeqLength}\n"
 
     for g in plan.Groups do
         text out $"group g%i{g.Id} "

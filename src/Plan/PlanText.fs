@@ -11,7 +11,7 @@ open DeepSeekGraph.PlanLines
 let private longestLine = 1 <<< 20
 
 let private keywords =
-    ("recipe mesh axis layout schedule microbatches micro_batch seq_length "
+    ("recipe mesh axis layout schedule chunks microbatches micro_batch seq_length "
      + "group parameter input memory stage slot program timetable")
         .Split
         ' '
@@ -25,7 +25,8 @@ type private Reader() =
     let degrees: int[] = Array.create 7 1
     let mutable seen = Set.empty<string>
     let mutable layoutText, schedule = "", ""
-    let mutable microbatches, microBatch, seqLength = 0, 0, 0
+    let mutable chunks, microbatches, microBatch, seqLength = 0, 0, 0, 0
+    // phase and chunk of the program that is read
     let mutable phase = ValueNone
     let mutable open' = ValueNone
 
@@ -37,7 +38,12 @@ type private Reader() =
 
     let closeProgram () =
         match phase with
-        | ValueSome p -> programs.Add { Phase = p; Steps = steps.ToArray() }
+        | ValueSome(struct (p, chunk)) ->
+            programs.Add {
+                Phase = p
+                Chunk = chunk
+                Steps = steps.ToArray()
+            }
         | ValueNone -> ()
 
         steps.Clear()
@@ -97,6 +103,7 @@ type private Reader() =
                 once "schedule"
                 schedule <- s.Word "a schedule"
                 s.Close()
+            | "chunks" -> chunks <- scalar s "chunks"
             | "microbatches" -> microbatches <- scalar s "microbatches"
             | "micro_batch" -> microBatch <- scalar s "micro_batch"
             | "seq_length" -> seqLength <- scalar s "seq_length"
@@ -160,7 +167,7 @@ type private Reader() =
             | "program" ->
                 within "program"
                 closeProgram ()
-                phase <- ValueSome(lookup "phase" phases (s.Word "a phase"))
+                phase <- ValueSome(program s)
                 s.Close()
             | "timetable" ->
                 within "timetable"
@@ -184,12 +191,12 @@ type private Reader() =
     member _.Finish() : PlanSet =
         without "the end of the text"
 
-        for word in [ "mesh"; "layout"; "schedule"; "microbatches"; "micro_batch"; "seq_length" ] do
+        for word in [ "mesh"; "layout"; "schedule"; "chunks"; "microbatches"; "micro_batch"; "seq_length" ] do
             if not (seen.Contains word) then
                 raise (malformed $"the plan has no line '%s{word}'" "")
 
         {
-            Version = PlanPrint.version
+            Version = PlanSchema.Version
             Recipe = recipe.ToArray()
             Mesh = {
                 Tensor = degrees[0]
@@ -203,6 +210,7 @@ type private Reader() =
             }
             Layout = layoutText
             Schedule = schedule
+            Chunks = chunks
             Microbatches = microbatches
             MicroBatch = microBatch
             SeqLength = seqLength
@@ -222,11 +230,11 @@ let private header (line: string) : unit =
     let version = s.Int "the version"
     s.Close()
 
-    if version <> PlanPrint.version then
+    if version <> PlanSchema.Version then
         raise (
             Malformed(
                 Codes.PlanVersion,
-                $"the plan has schema version %i{version}; this program reads version %i{PlanPrint.version}",
+                $"the plan has schema version %i{version}; this program reads version %i{PlanSchema.Version}",
                 "compile the recipe again with this version of dsg"
             )
         )

@@ -377,6 +377,7 @@ let private chooser: PlanSet =
                     Programs = [|
                         {
                             Phase = Phase.F
+                            Chunk = 0
                             Steps = [|
                                 Step.Launch(
                                     KernelId.GroupTopK,
@@ -390,7 +391,7 @@ let private chooser: PlanSet =
                             |]
                         }
                     |]
-                    Timetable = [| { Phase = Phase.F; Microbatch = 0 } |]
+                    Timetable = [| TinyPlan.action Phase.F 0 |]
                 }
             |]
     }

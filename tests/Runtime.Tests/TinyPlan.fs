@@ -32,6 +32,12 @@ type private Slots(data: int) =
 
 let private whole, rows, partial = AxisState.Replicated, AxisState.Split 0, AxisState.PartialSum
 
+let action phase microbatch : Action = {
+    Phase = phase
+    Chunk = 0
+    Microbatch = microbatch
+}
+
 /// data ranks a stage (batch split over them), microbatches of `batch` rows each.
 let plan data microbatches batch : PlanSet =
     let local = batch / data
@@ -132,7 +138,7 @@ let plan data microbatches batch : PlanSet =
                 yield! move slots 1 (Collective.Send 1) 1 [ "x" ] []
                 yield! free slots [ "x" ]
             ]
-            Phase.I, move slots 1 (Collective.Recv 1) 1 [] [ "dx" ]
+            Phase.I, move slots 1 (Collective.Recv 1) 2 [] [ "dx" ]
             Phase.W,
             [
                 launch KernelId.EmbeddingGrad [] [ "ids"; "dx"; "range" ] [ "dE" ] "embed"
@@ -181,7 +187,7 @@ let plan data microbatches batch : PlanSet =
                 launch KernelId.Scale [ Attribute.Float 2.0 ] [ "z" ] [ "dz" ] "loss"
                 launch KernelId.Mul [ Attribute.Ints [||] ] [ "dz"; "inv_tokens" ] [ "g" ] "loss"
                 launch KernelId.Contract (text "b s n+, n+ k -> b s k") [ "g"; "head" ] [ "dx" ] "head"
-                yield! move slots 1 (Collective.Send 0) 1 [ "dx" ] []
+                yield! move slots 1 (Collective.Send 0) 2 [ "dx" ] []
                 yield! free slots [ "z"; "dz"; "dx" ]
             ]
             Phase.W,
@@ -201,23 +207,18 @@ let plan data microbatches batch : PlanSet =
             for phase, steps in programs ->
                 {
                     Phase = phase
+                    Chunk = 0
                     Steps = Array.ofList steps
                 }
         |]
         Timetable = [|
-            {
-                Phase = Phase.Prologue
-                Microbatch = 0
-            }
+            action Phase.Prologue 0
             for m in 0 .. microbatches - 1 do
-                { Phase = Phase.F; Microbatch = m }
+                action Phase.F m
             for m in 0 .. microbatches - 1 do
-                { Phase = Phase.I; Microbatch = m }
-                { Phase = Phase.W; Microbatch = m }
-            {
-                Phase = Phase.Epilogue
-                Microbatch = 0
-            }
+                action Phase.I m
+                action Phase.W m
+            action Phase.Epilogue 0
         |]
     }
 
@@ -235,7 +236,7 @@ let plan data microbatches batch : PlanSet =
     }
 
     {
-        Version = 1
+        Version = PlanSchema.Version
         Recipe = [||]
         Mesh = {
             mesh (if data > 1 then [ data ] else []) with
@@ -244,10 +245,11 @@ let plan data microbatches batch : PlanSet =
         }
         Layout = "x|x"
         Schedule = "GPipe"
+        Chunks = 1
         Microbatches = microbatches
         MicroBatch = batch
         SeqLength = seq
-        Groups = [| axesGroup 0 [ 0 ]; stageGroup 1 [ 0; 1 ] |]
+        Groups = [| axesGroup 0 [ 0 ]; stageGroup 1 [ 0; 1 ]; stageGroup 2 [ 1; 0 ] |]
         Parameters = [|
             parameter "embed" [ vocab; hidden ] 0
             parameter "head" [ hidden; hidden ] 1

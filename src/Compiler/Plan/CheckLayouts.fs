@@ -303,7 +303,7 @@ let check (f: Findings) (plan: PlanSet) : unit =
         for program in stage.Programs do
             program.Steps
             |> Seq.iteri (fun i step ->
-                let report message = f.Add(Codes.PlanLayout, place stage.Stage program.Phase i (pathOf step), message)
+                let report message = f.Add(Codes.PlanLayout, place stage.Stage program.Name i (pathOf step), message)
 
                 match step with
                 | Step.Launch(kernel, attributes, inputs, outputs, _) ->

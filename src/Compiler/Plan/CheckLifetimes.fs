@@ -1,5 +1,5 @@
 /// Slots in time: written before read, written once, untouched in flight, freed once; tokens started and awaited once.
-/// F, I and W run in this order for every microbatch, and instances of different microbatches never meet: one walk covers all.
+/// Instances of different microbatches never meet: one walk covers all that run their programs in the same order.
 module DeepSeekGraph.Compiler.Checking.Lifetimes
 
 open System.Collections.Generic
@@ -55,7 +55,7 @@ type private Walk(f: Findings, stage: StagePlan) =
     // collectives in flight: token -> inputs, outputs
     let flying = Dictionary<int, struct (IReadOnlyList<int> * IReadOnlyList<int>)>()
     let readers, writers = Array.zeroCreate<int> count, Array.create count -1
-    let reads, touchedIn = Array.zeroCreate<int> count, Array.create<Phase voption> count ValueNone
+    let reads, touchedIn = Array.zeroCreate<int> count, Array.create<Program voption> count ValueNone
     // what was made where, to find results that nobody reads
     let made = List<struct (string * IReadOnlyList<int>)>()
     let zeroed, written = HashSet<int>(), HashSet<int>()
@@ -66,14 +66,15 @@ type private Walk(f: Findings, stage: StagePlan) =
     let wrong message = f.Add(Codes.PlanLifetime, at, message)
     let name id = named slots id
 
-    let touch (phase: Phase) id =
-        match touchedIn[id] with
-        | ValueSome first when first <> phase && slots[id].Kind.IsTemporary ->
-            wrong $"%s{name id} is a temporary but is used in %s{first.Name} and in %s{phase.Name}"
-        | ValueSome _
-        | ValueNone -> ()
+    let mutable running: Program voption = ValueNone
 
-        touchedIn[id] <- ValueSome phase
+    let touch (phase: Phase) id =
+        match touchedIn[id], running with
+        | ValueSome first, ValueSome now when slots[id].Kind.IsTemporary && first.Name <> now.Name ->
+            wrong $"%s{name id} is a temporary but is used in %s{first.Name} and in %s{now.Name}"
+        | _, _ -> ()
+
+        touchedIn[id] <- running
 
         if phase.IsPrologue || phase.IsEpilogue then
             if slots[id].Kind.IsInput then
@@ -222,10 +223,11 @@ type private Walk(f: Findings, stage: StagePlan) =
 
     member _.Program(program: Program) =
         let phase = program.Phase
+        running <- ValueSome program
 
         program.Steps
         |> Seq.iteri (fun i step ->
-            at <- place stage.Stage phase i (pathOf step)
+            at <- place stage.Stage program.Name i (pathOf step)
 
             match step with
             | Step.Launch(kernel, _, inputs, outputs, _) -> launch phase kernel inputs outputs
@@ -245,7 +247,7 @@ type private Walk(f: Findings, stage: StagePlan) =
 
         for id in 0 .. count - 1 do
             match touchedIn[id] with
-            | ValueSome phase when List.contains phase phases && not (isPersistent slots[id].Kind) ->
+            | ValueSome program when List.contains program.Phase phases && not (isPersistent slots[id].Kind) ->
                 if state[id] = State.Full then
                     wrong $"%s{name id} is never freed"
             | ValueSome _
@@ -270,17 +272,28 @@ type private Walk(f: Findings, stage: StagePlan) =
             then
                 wrong $"%s{name id} is read but never zeroed"
 
+/// In which orders a stage runs its programs for a microbatch; a schedule has one or two.
+let private orders (stage: StagePlan) : (Phase * int) list list =
+    stage.Timetable
+    |> Seq.filter (fun a -> not (a.Phase.IsPrologue || a.Phase.IsEpilogue))
+    |> Seq.groupBy _.Microbatch
+    |> Seq.map (fun (_, actions) -> [ for a in actions -> a.Phase, a.Chunk ])
+    |> Seq.distinct
+    |> List.ofSeq
+
 /// Slots and tokens of every stage.
 let check (f: Findings) (plan: PlanSet) : unit =
     for stage in plan.Stages do
-        let walk = Walk(f, stage)
-        let program phase = stage.Programs |> Seq.find (fun p -> p.Phase = phase)
-        walk.Program(program Phase.Prologue)
+        let program phase chunk = stage.Programs |> Seq.find (fun p -> p.Phase = phase && p.Chunk = chunk)
 
-        for phase in [ Phase.F; Phase.I; Phase.W ] do
-            walk.Program(program phase)
+        for order in orders stage do
+            let walk = Walk(f, stage)
+            walk.Program(program Phase.Prologue 0)
 
-        walk.Close [ Phase.F; Phase.I; Phase.W ]
-        walk.Program(program Phase.Epilogue)
-        walk.Close [ Phase.Prologue; Phase.Epilogue ]
-        walk.Accumulators()
+            for phase, chunk in order do
+                walk.Program(program phase chunk)
+
+            walk.Close [ Phase.F; Phase.I; Phase.W ]
+            walk.Program(program Phase.Epilogue 0)
+            walk.Close [ Phase.Prologue; Phase.Epilogue ]
+            walk.Accumulators()

@@ -1,7 +1,9 @@
 /// Can all stages reach the end? Their timetables are run against each other with rendezvous messages and in-order lanes.
-/// A lane is one direction between two stages, or the all-reduces of one group of stages. Work inside a stage always ends.
+/// A lane is a group that crosses stages, as it is one communicator of NCCL: what its members start there runs in that order.
+/// Work inside a stage always ends.
 module DeepSeekGraph.Compiler.Checking.Messages
 
+open System
 open System.Collections.Generic
 open DeepSeekGraph
 open DeepSeekGraph.Compiler.Checking.Shapes
@@ -9,6 +11,7 @@ open DeepSeekGraph.Compiler.Checking.Shapes
 /// What one stage posts on a lane: message or sum, with the slot that carries it.
 [<Struct>]
 type private Post = {
+    Kind: Collective
     Slot: int
     Microbatch: int
     /// Of this stage's post: action and step.
@@ -19,53 +22,50 @@ type private Post = {
 /// The only steps that another stage can hold up.
 [<RequireQualifiedAccess>]
 type private Event =
-    | Post of Lane: int * Slot: int * Token: int * Step: int
+    | Post of Lane: int * Kind: Collective * Slot: int * Token: int * Step: int
     | Wait of Token: int * Step: int
 
 /// Members of a lane, each with what it has posted so far.
 type private Lane = {
     Name: string
     /// The stages, and for messages: sender, receiver.
-    Stages: int list
-    IsMessage: bool
+    Stages: int[]
     Posts: List<Post>[]
 }
 
+/// The lanes of a plan, made as they are first used.
 type private Lanes() =
     let lanes = List<Lane>()
-    let index = Dictionary<struct (int * int * int), int>()
+    let index = Dictionary<int, int>()
     member _.All = lanes
 
-    member _.Get(kind: int, from: int, into: int, stages: int list, name: string) : int =
-        let key = struct (kind, from, into)
-
-        match index.TryGetValue key with
+    member _.Of(group: Group, isMessage: bool) : int =
+        match index.TryGetValue group.Id with
         | true, i -> i
         | false, _ ->
-            index[key] <- lanes.Count
+            index[group.Id] <- lanes.Count
+            let stages = Array.ofSeq group.Stages
 
             lanes.Add {
-                Name = name
+                Name =
+                    if isMessage then
+                        $"messages from stage %i{stages[0]} to stage %i{stages[1]} in group %s{group.Name}"
+                    else
+                        $"sums over the stages of %s{group.Name}"
                 Stages = stages
-                IsMessage = (kind = 0)
                 Posts = Array.init stages.Length (fun _ -> List<Post>())
             }
 
             lanes.Count - 1
 
-    member this.Message(from, into) =
-        this.Get(0, from, into, [ from; into ], $"messages from stage %i{from} to stage %i{into}")
-
-    member this.Sum(group: Group) =
-        this.Get(1, group.Id, 0, List.ofSeq group.Stages, $"sums over the stages of %s{group.Name}")
-
 /// Steps of a program that other stages can hold up.
-let private events (plan: PlanSet) (lanes: Lanes) (stage: StagePlan) (program: Program) : Event[] =
+let private events (plan: PlanSet) (lanes: Lanes) (program: Program) : Event[] =
     let tokens = HashSet<int>()
 
-    let post lane slot token i =
+    let post kind group slot token i =
         tokens.Add token |> ignore
-        Some(Event.Post(lane, slot, token, i))
+        let isMessage = (kind: Collective).IsSend || kind.IsRecv
+        Some(Event.Post(lanes.Of(plan.Groups[group], isMessage), kind, slot, token, i))
 
     program.Steps
     |> Seq.indexed
@@ -73,10 +73,9 @@ let private events (plan: PlanSet) (lanes: Lanes) (stage: StagePlan) (program: P
         match step with
         | Step.Start(token, kind, group, inputs, outputs, _) ->
             match kind with
-            | Collective.Send peer -> post (lanes.Message(stage.Stage, peer)) inputs[0] token i
-            | Collective.Recv peer -> post (lanes.Message(peer, stage.Stage)) outputs[0] token i
-            | Collective.AllReduceSum when plan.Groups[group].Stages.Count > 0 ->
-                post (lanes.Sum plan.Groups[group]) inputs[0] token i
+            | Collective.Send _ -> post kind group inputs[0] token i
+            | Collective.Recv _ -> post kind group outputs[0] token i
+            | Collective.AllReduceSum when plan.Groups[group].Stages.Count > 0 -> post kind group inputs[0] token i
             | Collective.AllReduceSum
             | Collective.AllReduceMax
             | Collective.AllGather _
@@ -92,7 +91,7 @@ let private events (plan: PlanSet) (lanes: Lanes) (stage: StagePlan) (program: P
     |> Array.ofSeq
 
 /// One stage on its way through its timetable.
-type private Runner(stage: StagePlan, programs: Dictionary<Phase, Event[]>) =
+type private Runner(stage: StagePlan, programs: Dictionary<struct (Phase * int), Event[]>) =
     let mutable action, event = 0, 0
     // token of a microbatch (-1: of the step) -> lane and place on it
     let opened = Dictionary<struct (int * int), struct (int * int)>()
@@ -111,7 +110,7 @@ type private Runner(stage: StagePlan, programs: Dictionary<Phase, Event[]>) =
 
     /// What the stage stands before; nothing at the end of an action.
     member this.Event =
-        let program = programs[this.Action.Phase]
+        let program = programs[struct (this.Action.Phase, this.Action.Chunk)]
         if event < program.Length then ValueSome program[event] else ValueNone
 
     member _.Step() = event <- event + 1
@@ -128,32 +127,35 @@ type private Runner(stage: StagePlan, programs: Dictionary<Phase, Event[]>) =
         | false, _ -> ValueNone
 
 /// What a slot stands for. Temporaries of a sum are numbered by stage, behind '#', and may be reduced already.
-let private meaning (lane: Lane) (slot: SlotInfo) =
-    if lane.IsMessage then
-        slot.Name
+/// Values of later chunks are told apart behind '@'.
+let private meaning (post: Post) (slot: SlotInfo) =
+    if post.Kind.IsSend || post.Kind.IsRecv then
+        slot.Name.Split('@')[0]
     else
         let name = slot.Name.Split('#')[0]
         if name.StartsWith "reduced:" then name.Substring 8 else name
 
 /// Both ends of the k-th message or sum must mean the same value.
 let private compare (f: Findings) (plan: PlanSet) (lane: Lane) (k: int) =
-    let stages = Array.ofList lane.Stages
+    let stages = lane.Stages
 
     let describe i =
         let post = lane.Posts[i][k]
         post, plan.Stages[stages[i]].Slots[post.Slot]
 
     let first, slot = describe 0
-    let at i = place stages[i] lane.Posts[i].[k].Action.Phase lane.Posts[i].[k].Step ""
+    let at i = place stages[i] lane.Posts[i].[k].Action.Name lane.Posts[i].[k].Step ""
 
     for i in 1 .. stages.Length - 1 do
         let other, peer = describe i
         let wrong message = f.Add(Codes.PlanDeadlock, at i, message)
 
-        if first.Microbatch <> other.Microbatch then
+        if (first.Kind.IsSend || first.Kind.IsRecv) <> (other.Kind.IsSend || other.Kind.IsRecv) then
+            wrong $"of the %s{lane.Name}, number %i{k} is a message on one stage and a sum on another"
+        elif first.Microbatch <> other.Microbatch then
             wrong
                 $"of the %s{lane.Name}, number %i{k} is of microbatch %i{first.Microbatch} on stage %i{stages[0]} but of microbatch %i{other.Microbatch} on stage %i{stages[i]}"
-        elif meaning lane slot <> meaning lane peer then
+        elif meaning first slot <> meaning other peer then
             wrong
                 $"of the %s{lane.Name}, number %i{k} is '%s{slot.Name}' on stage %i{stages[0]} but '%s{peer.Name}' on stage %i{stages[i]}"
         elif
@@ -172,10 +174,10 @@ let check (f: Findings) (plan: PlanSet) : unit =
     let runners =
         plan.Stages
         |> Seq.map (fun stage ->
-            let programs = Dictionary<Phase, Event[]>()
+            let programs = Dictionary<struct (Phase * int), Event[]>()
 
             for program in stage.Programs do
-                programs[program.Phase] <- events plan lanes stage program
+                programs[struct (program.Phase, program.Chunk)] <- events plan lanes program
 
             Runner(stage, programs))
         |> Array.ofSeq
@@ -199,11 +201,12 @@ let check (f: Findings) (plan: PlanSet) : unit =
             | ValueNone ->
                 r.NextAction()
                 advance r true
-            | ValueSome(Event.Post(lane, slot, token, step)) ->
+            | ValueSome(Event.Post(lane, kind, slot, token, step)) ->
                 let l = lanes.All[lane]
-                let member' = l.Stages |> List.findIndex ((=) r.Stage.Stage)
+                let member' = Array.IndexOf(l.Stages, r.Stage.Stage)
 
                 l.Posts[member'].Add {
+                    Kind = kind
                     Slot = slot
                     Microbatch = r.Action.Microbatch
                     Action = r.Action
@@ -233,7 +236,7 @@ let check (f: Findings) (plan: PlanSet) : unit =
     let stuck = runners |> Array.filter (fun r -> not r.AtEnd)
 
     let waiting (r: Runner) =
-        let shown = $"stage %i{r.Stage.Stage} waits in %s{r.Action.Phase.Name}%i{r.Action.Microbatch}"
+        let shown = $"stage %i{r.Stage.Stage} waits in %s{r.Action.Name}"
 
         match r.Event with
         | ValueSome(Event.Wait(token, _)) ->
@@ -249,11 +252,11 @@ let check (f: Findings) (plan: PlanSet) : unit =
         let step =
             match r.Event with
             | ValueSome(Event.Wait(_, step))
-            | ValueSome(Event.Post(_, _, _, step)) -> step
+            | ValueSome(Event.Post(_, _, _, _, step)) -> step
             | ValueNone -> 0
 
         let text = stuck |> Array.truncate 8 |> Array.map waiting |> String.concat "; "
-        f.Add(Codes.PlanDeadlock, place r.Stage.Stage r.Action.Phase step "", $"no stage can go on: %s{text}")
+        f.Add(Codes.PlanDeadlock, place r.Stage.Stage r.Action.Name step "", $"no stage can go on: %s{text}")
     else
         for i in 0 .. matched.Length - 1 do
             if lanes.All[i].Posts |> Array.exists (fun p -> p.Count <> matched[i]) then

@@ -24,10 +24,10 @@ type Findings() =
     member _.Count = found.Count
     member _.ToList() = List.ofSeq found
 
-/// stage 1, F, step 12 (model.layers.3.mlp)
-let place (stage: int) (phase: Phase) (index: int) (path: string) =
+/// stage 1, F@2, step 12 (model.layers.3.mlp)
+let place (stage: int) (program: string) (index: int) (path: string) =
     let path = if path = "" then "" else $" (%s{path})"
-    $"stage %i{stage}, %s{phase.Name}, step %i{index}%s{path}"
+    $"stage %i{stage}, %s{program}, step %i{index}%s{path}"
 
 /// The module path of a step; empty for waits and frees.
 let pathOf (step: Step) =
@@ -88,8 +88,11 @@ let private checkMesh (f: Findings) (plan: PlanSet) =
     if plan.Microbatches < 1 || plan.Microbatches > 1_000_000 then
         wrong $"%i{plan.Microbatches} microbatches"
 
-    if plan.Version <> 1 then
-        wrong $"schema version %i{plan.Version}"
+    if plan.Chunks < 1 || plan.Chunks > 1000 then
+        wrong $"%i{plan.Chunks} chunks of each stage"
+
+    if plan.Version <> PlanSchema.Version then
+        wrong $"schema version %i{plan.Version}; this program knows %i{PlanSchema.Version}"
 
 let private checkGroups (f: Findings) (plan: PlanSet) =
     plan.Groups
@@ -99,7 +102,10 @@ let private checkGroups (f: Findings) (plan: PlanSet) =
         if g.Id <> i then
             wrong $"it stands at place %i{i}"
 
-        if not (ascending plan.Mesh.Axes.Count g.MeshAxes && ascending plan.Stages.Count g.Stages) then
+        // two stages in descending order: messages back
+        let stages = if g.Stages.Count = 2 then Seq.sort g.Stages |> Array.ofSeq else Array.ofSeq g.Stages
+
+        if not (ascending plan.Mesh.Axes.Count g.MeshAxes && ascending plan.Stages.Count stages) then
             wrong "its mesh axes and stages are not distinct, ascending and in range"
         elif (g.MeshAxes.Count = 0) = (g.Stages.Count = 0) then
             wrong "it runs either along mesh axes or across stages"
@@ -219,7 +225,7 @@ let private checkSteps (f: Findings) (plan: PlanSet) (stage: StagePlan) =
     for program in stage.Programs do
         program.Steps
         |> Seq.iteri (fun i step ->
-            let wrong message = f.Add(Codes.PlanShape, place stage.Stage program.Phase i (pathOf step), message)
+            let wrong message = f.Add(Codes.PlanShape, place stage.Stage program.Name i (pathOf step), message)
             let isSlot id = id >= 0 && id < stage.Slots.Count
 
             let slots (ids: IReadOnlyList<int>) =
@@ -250,10 +256,12 @@ let private checkSteps (f: Findings) (plan: PlanSet) (stage: StagePlan) =
                     let across = List.ofSeq plan.Groups[group].Stages
 
                     match kind with
-                    | Collective.Send peer
+                    | Collective.Send peer ->
+                        if across <> [ stage.Stage; peer ] || peer = stage.Stage then
+                            wrong $"its group g%i{group} is not for messages from stage %i{stage.Stage} to %i{peer}"
                     | Collective.Recv peer ->
-                        if across <> List.sort [ peer; stage.Stage ] || peer = stage.Stage then
-                            wrong $"its group g%i{group} is not stages %i{stage.Stage} and %i{peer}"
+                        if across <> [ peer; stage.Stage ] || peer = stage.Stage then
+                            wrong $"its group g%i{group} is not for messages from stage %i{peer} to %i{stage.Stage}"
                     | Collective.AllReduceSum ->
                         if not across.IsEmpty && not (List.contains stage.Stage across) then
                             wrong $"its group g%i{group} leaves out stage %i{stage.Stage}"
@@ -272,31 +280,41 @@ let private checkSteps (f: Findings) (plan: PlanSet) (stage: StagePlan) =
 let private checkTimetable (f: Findings) (plan: PlanSet) (stage: StagePlan) =
     let wrong message = f.Add(Codes.PlanShape, $"stage %i{stage.Stage}, timetable", message)
 
-    if List.ofSeq (stage.Programs |> Seq.map _.Phase) <> List.ofArray Phase.All then
+    let expected = [
+        yield struct (Phase.Prologue, 0)
+
+        for chunk in 0 .. plan.Chunks - 1 do
+            for phase in [ Phase.F; Phase.I; Phase.W ] do
+                yield struct (phase, chunk)
+
+        yield struct (Phase.Epilogue, 0)
+    ]
+
+    if [ for p in stage.Programs -> struct (p.Phase, p.Chunk) ] <> expected then
         f.Add(
             Codes.PlanShape,
             $"stage %i{stage.Stage}",
-            "its programs are not prologue, F, I, W and epilogue, each once"
+            $"its programs are not prologue, F, I and W of each of %i{plan.Chunks} chunks, and epilogue, in this order"
         )
 
     let count = stage.Timetable.Count
-    let last = Dictionary<int, Phase>()
+    let last = Dictionary<struct (int * int), Phase>()
 
     stage.Timetable
     |> Seq.iteri (fun i action ->
         let microbatch = action.Microbatch
-        let shown = $"%s{action.Phase.Name}%i{microbatch}"
+        let key = struct (action.Chunk, microbatch)
 
         let expects before =
-            last.TryGetValue microbatch
+            last.TryGetValue key
             |> fun (found, phase) -> if found then phase = before else before.IsPrologue
 
         match action.Phase with
         | Phase.Prologue ->
-            if i <> 0 || microbatch <> 0 then
+            if i <> 0 || key <> struct (0, 0) then
                 wrong "the prologue does not come first"
         | Phase.Epilogue ->
-            if i <> count - 1 || microbatch <> 0 then
+            if i <> count - 1 || key <> struct (0, 0) then
                 wrong "the epilogue does not come last"
         | Phase.F
         | Phase.I
@@ -307,14 +325,18 @@ let private checkTimetable (f: Findings) (plan: PlanSet) (stage: StagePlan) =
                 else Phase.I
 
             if microbatch < 0 || microbatch >= plan.Microbatches then
-                wrong $"%s{shown} is beyond the %i{plan.Microbatches} microbatches"
+                wrong $"%s{action.Name} is beyond the %i{plan.Microbatches} microbatches"
+            elif action.Chunk < 0 || action.Chunk >= plan.Chunks then
+                wrong $"%s{action.Name} is beyond the %i{plan.Chunks} chunks"
             elif not (expects before) then
-                wrong $"%s{shown} does not follow the %s{before.Name} of its microbatch"
+                wrong $"%s{action.Name} does not follow the %s{before.Name} of its microbatch"
 
-            last[microbatch] <- action.Phase)
+            last[key] <- action.Phase)
 
-    if count <> 3 * plan.Microbatches + 2 then
-        wrong $"it has %i{count} actions; %i{plan.Microbatches} microbatches make %i{3 * plan.Microbatches + 2}"
+    let due = 3L * int64 plan.Microbatches * int64 plan.Chunks + 2L
+
+    if int64 count <> due then
+        wrong $"it has %i{count} actions; %i{plan.Microbatches} microbatches in %i{plan.Chunks} chunks make %i{due}"
 
 /// What is malformed; later checks index without asking when this finds nothing.
 let check (f: Findings) (plan: PlanSet) : unit =

@@ -157,7 +157,7 @@ type private Epilogue(f: Findings, plan: PlanSet, stage: StagePlan) =
             if program.Phase.IsEpilogue then
                 program.Steps
                 |> Seq.iteri (fun i step ->
-                    at <- place stage.Stage Phase.Epilogue i (pathOf step)
+                    at <- place stage.Stage program.Name i (pathOf step)
 
                     match step with
                     | Step.Launch(kernel, _, inputs, outputs, _) -> launch kernel inputs outputs

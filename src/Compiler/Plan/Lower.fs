@@ -204,6 +204,12 @@ let private accumulators
     // an output may be another name of a value: what is added is the value
     [ for v, slot in added -> root graph v, slot ], input, observed
 
+let private program phase chunk steps = {
+    Phase = phase
+    Chunk = chunk
+    Steps = steps
+}
+
 let private letters (units: LayoutUnit list) = units |> List.map (fun u -> string u.Letter) |> String.concat ""
 
 /// The plan of a partitioned graph.
@@ -248,28 +254,23 @@ let run (job: Job) (p: Partitioned) : PlanSet =
                 Units = letters job.Stages[s]
                 Slots = slots.ToArray()
                 Programs = [|
-                    {
-                        Phase = Phase.Prologue
-                        Steps = once[0]
-                    }
-                    { Phase = Phase.F; Steps = each[0] }
-                    { Phase = Phase.I; Steps = each[1] }
-                    { Phase = Phase.W; Steps = each[2] }
-                    {
-                        Phase = Phase.Epilogue
-                        Steps = once[1]
-                    }
+                    program Phase.Prologue 0 once[0]
+                    program Phase.F 0 each[0]
+                    program Phase.I 0 each[1]
+                    program Phase.W 0 each[2]
+                    program Phase.Epilogue 0 once[1]
                 |]
                 Timetable = Array.ofList timetable
             })
         |> Array.ofList
 
     {
-        Version = 1
+        Version = PlanSchema.Version
         Recipe = job.Recipe.Lines
         Mesh = job.Mesh
         Layout = LayoutString.print job.Stages
         Schedule = job.Recipe.Schedule.Name
+        Chunks = 1
         Microbatches = job.Microbatches
         MicroBatch = job.Recipe.MicroBatch * job.Mesh.Data
         SeqLength = job.Recipe.SeqLength

@@ -25,7 +25,8 @@ let row (stage: StagePlan) : MemoryRow =
     let size = stage.Slots |> Seq.map bytes |> Array.ofSeq
     let kinds = stage.Slots |> Seq.map _.Kind |> Array.ofSeq
     let sum (keep: SlotKind -> bool) = Array.fold2 (fun n k b -> if keep k then n + b else n) 0L kinds size
-    let programs = stage.Programs |> Seq.map (fun p -> p.Phase, p.Steps) |> dict
+    let programs = stage.Programs |> Seq.map (fun p -> struct (p.Phase, p.Chunk), p.Steps) |> dict
+    let fed = HashSet<int>()
     let live = HashSet<struct (int * int)>()
     let mutable now = 0L
     let mutable peak = 0L
@@ -36,12 +37,13 @@ let row (stage: StagePlan) : MemoryRow =
             peak <- max peak now
 
     for action in stage.Timetable do
-        if action.Phase.IsF then
+        // the inputs of a microbatch come with its first program
+        if action.Phase.IsF && fed.Add action.Microbatch then
             for slot in stage.Slots do
                 if slot.Kind.IsInput then
                     take action.Microbatch slot.Id
 
-        match programs.TryGetValue action.Phase with
+        match programs.TryGetValue(struct (action.Phase, action.Chunk)) with
         | true, steps ->
             for step in steps do
                 match step with

@@ -140,7 +140,7 @@ let build (c: StageContext) : Step list[] =
 
                 writer.Start(
                     Collective.Recv t.From,
-                    c.Groups.Across(List.sort [ t.From; t.Into ]),
+                    c.Groups.Between(t.From, t.Into),
                     [],
                     [ slotOf c t.Value ],
                     path
@@ -162,7 +162,7 @@ let build (c: StageContext) : Step list[] =
                             open'.Add(
                                 writer.Start(
                                     Collective.Send t.Into,
-                                    c.Groups.Across(List.sort [ t.From; t.Into ]),
+                                    c.Groups.Between(t.From, t.Into),
                                     [ slot ],
                                     [],
                                     node.Origin.Path

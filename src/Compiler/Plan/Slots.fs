@@ -51,7 +51,7 @@ type GroupTable(mesh: MeshInfo) =
     let groups = List<Group>()
 
     let get name (axes: int list) (stages: int list) =
-        match groups |> Seq.tryFind (fun g -> List.ofSeq g.MeshAxes = axes && List.ofSeq g.Stages = stages) with
+        match groups |> Seq.tryFind (fun g -> g.Name = name) with
         | Some g -> g.Id
         | None ->
             groups.Add {
@@ -68,9 +68,17 @@ type GroupTable(mesh: MeshInfo) =
         let axes = List.sort axes
         get (axes |> List.map (fun m -> mesh.Axes[m].Name) |> String.concat "+") axes []
 
-    /// The same coordinates on several stages.
+    /// The same coordinates on several stages, to sum over.
     member _.Across(stages: int list) : int =
         let names = stages |> List.map string |> String.concat "-"
         get $"pp.%s{names}" [] stages
+
+    /// Messages from a part of the model to another, on their pipeline ranks. A group has one direction, and with chunks one distance
+    /// in the model: so both ends start its messages in one order, whatever else goes between the two ranks.
+    member _.Between(from: int, into: int) : int =
+        let pp = mesh.Pipeline
+        let sender, receiver = from % pp, into % pp
+        let around = if into - from = receiver - sender then "" else $"+%i{into - from}".Replace("+-", "-")
+        get $"pp.%i{sender}>%i{receiver}%s{around}" [] [ sender; receiver ]
 
     member _.ToArray() = groups.ToArray()

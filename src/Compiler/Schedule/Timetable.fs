@@ -47,6 +47,7 @@ module Timetable =
     let private ofStage schedule stages microbatches stage : Action list =
         let action phase microbatch = {
             Phase = phase
+            Chunk = 0
             Microbatch = microbatch
         }
 

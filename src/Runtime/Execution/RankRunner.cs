@@ -18,7 +18,7 @@ public sealed class RankRunner : IDisposable
 {
     private readonly ICollectives _collectives;
     private readonly CancellationToken _stop;
-    private readonly Dictionary<int, Instruction[]> _programs = [];
+    private readonly Dictionary<(int Phase, int Chunk), Instruction[]> _programs = [];
     private readonly Dictionary<string, int> _places = [];
     private readonly bool[] _perStep;
     private readonly SlotValue?[] _persistent;
@@ -45,7 +45,7 @@ public sealed class RankRunner : IDisposable
         foreach (var program in stage.Programs)
         {
             Instruction[] code = [.. program.Steps.Select(s => Instruction.Of(s, ids, groups, KernelTable.Cpu))];
-            _programs[program.Phase.Tag] = code;
+            _programs[(program.Phase.Tag, program.Chunk)] = code;
             if (program.Phase.IsPrologue || program.Phase.IsEpilogue)
                 MarkPerStep(code);
         }
@@ -93,7 +93,7 @@ public sealed class RankRunner : IDisposable
             {
                 if (action.Phase.IsEpilogue && !epilogue)
                     continue;
-                if (!_programs.TryGetValue(action.Phase.Tag, out var code))
+                if (!_programs.TryGetValue((action.Phase.Tag, action.Chunk), out var code))
                     continue;
                 Run(code, FrameOf(action, inputs), action, step, observe);
             }
@@ -179,7 +179,7 @@ public sealed class RankRunner : IDisposable
             {
                 Rank = Rank.Rank,
                 Step = step,
-                Instruction = $"{action.Phase.Name} of microbatch {action.Microbatch}: {current!.Text(Stage.Slots)}",
+                Instruction = $"{action.Name}: {current!.Text(Stage.Slots)}",
                 Path = current.Path,
             };
         }

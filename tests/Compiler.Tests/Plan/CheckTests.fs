@@ -101,6 +101,7 @@ let private timetable (plan: PlanSet) stage (table: string) =
 
             {
                 Phase = phase
+                Chunk = 0
                 Microbatch = if digits = "" then 0 else int digits
             })
 
@@ -158,7 +159,7 @@ let private messages =
 
             onlyCode
                 Codes.PlanDeadlock
-                "no stage can go on: stage 0 waits in W0 for number 0 of the messages from stage 1"
+                "no stage can go on: stage 0 waits in W0 for number 0 of the messages from stage 1 to stage 0"
                 both
 
         testCase "a second reduction of a gradient names slot and mesh axis"

@@ -12,13 +12,13 @@ let private withStage (plan: PlanSet) s (change: StagePlan -> StagePlan) = {
         Stages = plan.Stages |> Seq.mapi (fun i stage -> if i = s then change stage else stage) |> Array.ofSeq
 }
 
-let private withSteps (plan: PlanSet) s (phase: Phase) (change: Step[] -> Step[]) =
+let private withSteps (plan: PlanSet) s (program: Program) (change: Step[] -> Step[]) =
     withStage plan s (fun stage -> {
         stage with
             Programs =
                 stage.Programs
                 |> Seq.map (fun p ->
-                    if p.Phase = phase then
+                    if p.Name = program.Name then
                         {
                             p with
                                 Steps = change (Array.ofSeq p.Steps)
@@ -28,16 +28,16 @@ let private withSteps (plan: PlanSet) s (phase: Phase) (change: Step[] -> Step[]
                 |> Array.ofSeq
     })
 
-/// Every step of a plan: stage, phase, place.
+/// Every step of a plan: stage, program, place.
 let private places (plan: PlanSet) = [|
     for stage in plan.Stages do
         for program in stage.Programs do
-            for i in 0 .. program.Steps.Count - 1 -> stage.Stage, program.Phase, i, program.Steps[i]
+            for i in 0 .. program.Steps.Count - 1 -> stage.Stage, program, i, program.Steps[i]
 |]
 
-let private edit (plan: PlanSet) (note: string) (s, phase: Phase, i, _: Step) change = {
-    Note = $"%s{note} at stage %i{s}, %s{phase.Name}, step %i{i}"
-    Plan = withSteps plan s phase change
+let private edit (plan: PlanSet) (note: string) (s, program: Program, i, _: Step) change = {
+    Note = $"%s{note} at stage %i{s}, %s{program.Name}, step %i{i}"
+    Plan = withSteps plan s program change
 }
 
 let private isWork (step: Step) = step.IsLaunch || step.IsStart
@@ -54,8 +54,8 @@ let private duplicateStep plan = seq {
 }
 
 let private swapNeighbours (plan: PlanSet) = seq {
-    for (s, phase, i, _) as at in places plan do
-        let steps = (plan.Stages[s].Programs |> Seq.find (fun p -> p.Phase = phase)).Steps
+    for (_, program, i, _) as at in places plan do
+        let steps = program.Steps
 
         if i + 1 < steps.Count then
             edit plan "swap with the next" at (fun steps ->
@@ -87,10 +87,10 @@ let private touches (step: Step) =
 
 /// Frees a slot just before the last step that touches it.
 let private earlyFree (plan: PlanSet) = seq {
-    for (s, phase, i, step) as at in places plan do
+    for (_, program, i, step) as at in places plan do
         match step with
         | Step.Free slot ->
-            let steps = (plan.Stages[s].Programs |> Seq.find (fun p -> p.Phase = phase)).Steps
+            let steps = program.Steps
             let last = [ i - 1 .. -1 .. 0 ] |> List.tryFind (fun k -> List.contains slot (touches steps[k]))
 
             match last with
@@ -342,9 +342,9 @@ let private rename (from: int) (into: int) (step: Step) =
 
 /// Readers of a sum read what was to be summed.
 let private dropReduction plan = seq {
-    for (_, phase, _, step) as at in places plan do
+    for (_, program, _, step) as at in places plan do
         match step with
-        | Step.Start(token, Collective.AllReduceSum, _, inputs, outputs, _) when phase.IsEpilogue ->
+        | Step.Start(token, Collective.AllReduceSum, _, inputs, outputs, _) when program.Phase.IsEpilogue ->
             edit plan "drop the reduction" at (fun steps ->
                 steps
                 |> Array.filter (fun s ->
@@ -370,9 +370,9 @@ let private dropReduction plan = seq {
 
 /// Sums a sum again, into a new slot that all readers then read.
 let private repeatReduction (plan: PlanSet) = seq {
-    for (s, phase, i, step) as at in places plan do
+    for (s, program, i, step) as at in places plan do
         match step with
-        | Step.Start(token, Collective.AllReduceSum, group, inputs, outputs, path) when phase.IsEpilogue ->
+        | Step.Start(token, Collective.AllReduceSum, group, inputs, outputs, path) when program.Phase.IsEpilogue ->
             let slots = plan.Stages[s].Slots
 
             let fresh = {

@@ -22,6 +22,7 @@ let private sample = {
                 Programs = [|
                     {
                         Phase = Phase.F
+                        Chunk = 1
                         Steps = [|
                             Step.Launch(
                                 KernelId.RmsNorm,
@@ -39,9 +40,19 @@ let private sample = {
                 Timetable = [|
                     {
                         Phase = Phase.Prologue
+                        Chunk = 0
                         Microbatch = 0
                     }
-                    { Phase = Phase.F; Microbatch = 3 }
+                    {
+                        Phase = Phase.F
+                        Chunk = 0
+                        Microbatch = 3
+                    }
+                    {
+                        Phase = Phase.W
+                        Chunk = 1
+                        Microbatch = 0
+                    }
                 |]
             }
         |]
@@ -75,6 +86,7 @@ let private large =
             for phase in [ Phase.F; Phase.I; Phase.W ] ->
                 {
                     Phase = phase
+                    Chunk = 0
                     Steps = [|
                         for i in 0..1049 ->
                             Step.Launch(
@@ -87,7 +99,14 @@ let private large =
                     |]
                 }
         |]
-        Timetable = [| for i in 0..63 -> { Phase = Phase.F; Microbatch = i } |]
+        Timetable = [|
+            for i in 0..63 ->
+                {
+                    Phase = Phase.F
+                    Chunk = 0
+                    Microbatch = i
+                }
+        |]
     }
 
     {
@@ -137,16 +156,17 @@ let tests =
                     "  t4 <- all_gather(1) g2 %5 -> %6 ; path"
                     "  wait t4"
                     "  free %5"
-                    "timetable prologue F3"
+                    "program F@1"
+                    "timetable prologue F3 W0@1"
                 ] do
                 Expect.stringContains text (line + "\n") ""
 
         testCase "an unknown version is refused with both versions"
         <| fun () ->
-            let wrong = refused ((PlanText.print sample).Replace("dsg-plan 1", "dsg-plan 2"))
+            let wrong = refused ((PlanText.print sample).Replace("dsg-plan 2", "dsg-plan 3"))
             Expect.equal wrong.Code Codes.PlanVersion ""
+            Expect.stringContains wrong.Message "version 3" ""
             Expect.stringContains wrong.Message "version 2" ""
-            Expect.stringContains wrong.Message "version 1" ""
 
         testCase "an unknown kernel is refused with the nearest names and the line"
         <| fun () ->
@@ -164,12 +184,12 @@ let tests =
                     "hello"
                     "dsg-plan"
                     "dsg-plan 99999999999999999999"
-                    "dsg-plan 1\nfree %1"
-                    "dsg-plan 1\nslot %1"
+                    "dsg-plan 2\nfree %1"
+                    "dsg-plan 2\nslot %1"
                 ] do
                 Expect.stringStarts (refused text).Code "DSG060" text
 
-            Expect.stringContains (refused ("dsg-plan 1\nrecipe \"" + String('x', 2_000_000))).Message "characters" ""
+            Expect.stringContains (refused ("dsg-plan 2\nrecipe \"" + String('x', 2_000_000))).Message "characters" ""
 
         testCase "comments and blank lines mean nothing"
         <| fun () ->

@@ -146,10 +146,33 @@ let private stage = gen {
     let! slots = many 4 slot
 
     let! programs =
-        many 3 (Gen.map2 (fun phase steps -> { Phase = phase; Steps = steps }) (Gen.elements Phase.All) (many 6 step))
+        many
+            3
+            (Gen.map3
+                (fun phase chunk steps -> {
+                    Phase = phase
+                    Chunk = chunk
+                    Steps = steps
+                })
+                (Gen.elements Phase.All)
+                number
+                (many 6 step))
 
     let! timetable =
-        many 6 (Gen.map2 (fun phase i -> { Phase = phase; Microbatch = i }) (Gen.elements Phase.All) number)
+        many
+            6
+            (Gen.map3
+                (fun (phase: Phase) chunk microbatch ->
+                    let once = phase.IsPrologue || phase.IsEpilogue
+
+                    {
+                        Phase = phase
+                        Chunk = (if once then 0 else chunk)
+                        Microbatch = (if once then 0 else microbatch)
+                    })
+                (Gen.elements Phase.All)
+                number
+                number)
 
     return {
         Stage = stage
@@ -193,7 +216,7 @@ let plan = gen {
     let! axes = many 3 (Gen.map2 (fun name size -> { Name = name; Size = size }: MeshAxis) names number)
     let! layout = names
     let! schedule = names
-    let! counts = Gen.arrayOfLength 3 number
+    let! counts = Gen.arrayOfLength 4 number
 
     let! groups =
         many
@@ -245,7 +268,7 @@ let plan = gen {
                 number)
 
     return {
-        Version = 1
+        Version = PlanSchema.Version
         Recipe = recipe
         Mesh = {
             Tensor = degrees[0]
@@ -259,6 +282,7 @@ let plan = gen {
         }
         Layout = layout
         Schedule = schedule
+        Chunks = counts[3]
         Microbatches = counts[0]
         MicroBatch = counts[1]
         SeqLength = counts[2]
