@@ -43,7 +43,7 @@ internal static class ListRecipes
     {
         var named = Jobs.Named(name);
         Console.WriteLine("recipe");
-        Render.Pairs(named.Recipe.Lines.Select(line => line.Split('=', 2)).Select(pair => (pair[0], pair[1])));
+        Render.Pairs(RecipeSettings.lines(named.Recipe).Select(line => line.Split('=', 2)).Select(pair => (pair[0], pair[1])));
         Console.WriteLine("\nmodel");
         Render.Pairs(typeof(DeepSeekV3Config).GetProperties()
             .Where(property => property.CanWrite)

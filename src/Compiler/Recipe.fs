@@ -3,7 +3,6 @@ namespace DeepSeekGraph.Compiler
 
 open System
 open System.Collections.Generic
-open System.Globalization
 open DeepSeekGraph
 
 /// AdamW (arXiv 1711.05101) with fp32 master weights and clipping by the global norm.
@@ -14,6 +13,57 @@ type Optimizer = {
     Decay: float
     ClipNorm: float
 }
+
+/// Element types of what a step keeps beside the weights, as Megatron's precision-aware optimizer names them.
+type StateTypes = {
+    /// Master weights; compute copies have the recipe's own type.
+    MainParams: DType
+    /// Accumulated gradients.
+    MainGrads: DType
+    /// First and second moments.
+    ExpAvg: DType
+    ExpAvgSq: DType
+} with
+
+    /// fp32 throughout.
+    static member Full = {
+        MainParams = DType.Float32
+        MainGrads = DType.Float32
+        ExpAvg = DType.Float32
+        ExpAvgSq = DType.Float32
+    }
+
+/// Which fusion rules are applied.
+[<RequireQualifiedAccess>]
+type FusionChoice =
+    | All
+    | None
+    | Only of Rules: string list
+    | AllBut of Rules: string list
+
+    /// Is the rule of this name applied?
+    member this.Takes(rule: string) =
+        match this with
+        | All -> true
+        | None -> false
+        | Only rules -> List.contains rule rules
+        | AllBut rules -> not (List.contains rule rules)
+
+    /// Names that are said.
+    member this.Named =
+        match this with
+        | All
+        | None -> []
+        | Only rules
+        | AllBut rules -> rules
+
+    /// all, none, "permute,unpermute" (only these), "-permute,-unpermute" (all but these).
+    override this.ToString() =
+        match this with
+        | All -> "all"
+        | None -> "none"
+        | Only rules -> String.Join(",", rules)
+        | AllBut rules -> String.Join(",", rules |> List.map (fun r -> "-" + r))
 
 /// How routed rows reach their experts (DESIGN: reshards of rows, chosen once per mixture-of-experts block).
 [<RequireQualifiedAccess>]
@@ -54,9 +104,11 @@ type Recipe = private {
     microBatch: int
     seqLength: int
     dtype: DType
-    fuse: bool
+    fusions: FusionChoice
     recompute: string list
     optimizer: Optimizer
+    stateTypes: StateTypes
+    facts: string list
 } with
 
     /// One rank, fp32, 1F1B, fused, nothing recomputed, sequence parallel wherever tensor parallel, all-to-all.
@@ -76,7 +128,7 @@ type Recipe = private {
         microBatch = 1
         seqLength = 128
         dtype = DType.Float32
-        fuse = true
+        fusions = FusionChoice.All
         recompute = []
         optimizer = {
             Beta1 = 0.9
@@ -85,6 +137,8 @@ type Recipe = private {
             Decay = 0.1
             ClipNorm = 1.0
         }
+        stateTypes = StateTypes.Full
+        facts = []
     }
 
     member this.Degrees = {
@@ -116,10 +170,13 @@ type Recipe = private {
     member this.SeqLength = this.seqLength
     /// What matrices and activations are computed in; master weights and moments are fp32.
     member this.DType = this.dtype
-    member this.Fuse = this.fuse
+    member this.Fusions = this.fusions
     /// Names of what the backward pass computes again: core_attn.
     member this.Recompute = this.recompute :> IReadOnlyList<string>
     member this.Optimizer = this.optimizer
+    member this.StateTypes = this.stateTypes
+    /// What else a plan records, as `key=value`: the model's sizes. No pass reads them.
+    member this.Facts = this.facts :> IReadOnlyList<string>
 
     member this.WithName(name: string) = { this with name = name }
 
@@ -147,7 +204,24 @@ type Recipe = private {
     }
 
     member this.WithDType(dtype: DType) = { this with dtype = dtype }
-    member this.WithFusion(fuse: bool) = { this with fuse = fuse }
+
+    /// All rules, or none.
+    member this.WithFusion(fuse: bool) = {
+        this with
+            fusions = (if fuse then FusionChoice.All else FusionChoice.None)
+    }
+
+    member this.WithFusions(fusions: FusionChoice) = { this with fusions = fusions }
+
+    /// All rules but those named.
+    member this.WithoutFusions([<ParamArray>] rules: string[]) = {
+        this with
+            fusions =
+                (if rules.Length = 0 then
+                     FusionChoice.All
+                 else
+                     FusionChoice.AllBut(List.ofArray rules))
+    }
 
     member this.WithRecompute([<ParamArray>] names: string[]) = {
         this with
@@ -156,32 +230,26 @@ type Recipe = private {
 
     member this.WithOptimizer(optimizer: Optimizer) = { this with optimizer = optimizer }
 
-    /// `key=value` lines in a fixed order: a record of the choices, kept in the plan.
-    member this.Lines: IReadOnlyList<string> =
-        let number (x: float) = x.ToString("R", CultureInfo.InvariantCulture)
+    /// Decoupled weight decay and Adam's constants, clipping by the global norm.
+    member this.WithAdam(beta1: float, beta2: float, eps: float, weightDecay: float, clipNorm: float) = {
+        this with
+            optimizer = {
+                Beta1 = beta1
+                Beta2 = beta2
+                Eps = eps
+                Decay = weightDecay
+                ClipNorm = clipNorm
+            }
+    }
 
-        [|
-            $"name=%s{this.name}"
-            $"tensor=%i{this.tensor}"
-            $"context=%i{this.context}"
-            $"data=%i{this.data}"
-            $"pipeline=%i{this.pipeline}"
-            $"expert_tensor=%i{this.expertTensor}"
-            $"expert=%i{this.expert}"
-            $"sequence_parallel=%b{this.sequenceParallel}"
-            $"dispatcher=%s{this.dispatcher.Name}"
-            $"layout=%s{this.layout}"
-            $"schedule=%s{this.schedule.Name}"
-            $"global_batch=%i{this.globalBatch}"
-            $"micro_batch=%i{this.microBatch}"
-            $"seq_length=%i{this.seqLength}"
-            $"dtype=%s{this.dtype.Name}"
-            $"fuse=%b{this.fuse}"
-            $"""recompute=%s{String.Join(",", this.recompute)}"""
-            $"beta1=%s{number this.optimizer.Beta1}"
-            $"beta2=%s{number this.optimizer.Beta2}"
-            $"eps=%s{number this.optimizer.Eps}"
-            $"decay=%s{number this.optimizer.Decay}"
-            $"clip_norm=%s{number this.optimizer.ClipNorm}"
-        |]
-        :> IReadOnlyList<string>
+    member this.WithStateTypes(mainParams: DType, mainGrads: DType, expAvg: DType, expAvgSq: DType) = {
+        this with
+            stateTypes = {
+                MainParams = mainParams
+                MainGrads = mainGrads
+                ExpAvg = expAvg
+                ExpAvgSq = expAvgSq
+            }
+    }
+
+    member this.WithFacts(facts: string seq) = { this with facts = List.ofSeq facts }

@@ -32,6 +32,10 @@ module Codes =
     [<Literal>]
     let MeshNesting = "DSG0302"
 
+    /// A recipe names a fusion rule that does not exist.
+    [<Literal>]
+    let UnknownFusion = "DSG0401"
+
     /// A layout string does not parse.
     [<Literal>]
     let LayoutSyntax = "DSG0501"

@@ -14,6 +14,7 @@ let main argv =
             PropagateTests.tests
             PassTests.tests
             RecipeTests.tests
+            PipelineTests.tests
             TimetableTests.tests
             PlanTextTests.tests
             KernelOpsTests.tests

@@ -5,6 +5,7 @@ module DeepSeekGraph.Compiler.Fusion.Fuse
 
 open System.Collections.Generic
 open DeepSeekGraph
+open DeepSeekGraph.Compiler
 
 /// A match, and the node after which the fused op stands: the last of those it replaces.
 type private Found = {
@@ -16,12 +17,12 @@ type private Found = {
 }
 
 /// Matches that do not claim the same value twice and whose results nobody reads before the fused op stands.
-let private find (graph: Graph) =
+let private find (rules: Rules.Rule list) (graph: Graph) =
     let consumers = Rewrite.consumers graph
     let claimed = HashSet<int>()
 
     [
-        for rule in Rules.all do
+        for rule in rules do
             for node in graph.Nodes do
                 match rule.Match graph consumers node with
                 | Some(op, operands, results) when results |> List.forall (fun v -> not (claimed.Contains v)) ->
@@ -50,9 +51,21 @@ let private find (graph: Graph) =
                 | None -> ()
     ]
 
-/// The fused graph and how often each rule was applied.
-let run (graph: Graph) : Graph * (string * int) list =
-    let found = find graph
+/// Names that no rule has, as diagnostics.
+let check (choice: FusionChoice) : Diagnostic list = [
+    for name in choice.Named do
+        if not (Rules.all |> List.exists (fun r -> r.Name = name)) then
+            {
+                Code = Codes.UnknownFusion
+                At = "recipe.fusions"
+                Message = $"there is no fusion rule '%s{name}'"
+                Help = $"""choose from %s{Rules.all |> List.map _.Name |> String.concat " "}"""
+            }
+]
+
+/// The graph fused by these rules, and how often each rule was applied.
+let by (rules: Rules.Rule list) (graph: Graph) : Graph * (string * int) list =
+    let found = find rules graph
     let byNode = found |> List.map (fun f -> f.At, f) |> dict
     let claimed = HashSet(found |> Seq.collect _.Results)
     let mutable n = -1
@@ -70,3 +83,6 @@ let run (graph: Graph) : Graph * (string * int) list =
     let fused = graph |> Rewrite.fold step |> Rewrite.prune
     let count rule = found |> List.filter (fun f -> f.Rule.Name = rule) |> List.length
     fused, [ for r in Rules.all -> r.Name, count r.Name ]
+
+/// The graph fused by all rules, and how often each was applied.
+let run (graph: Graph) = by Rules.all graph

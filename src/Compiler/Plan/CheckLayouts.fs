@@ -4,6 +4,7 @@ module DeepSeekGraph.Compiler.Checking.Layouts
 open System.Collections.Generic
 open DeepSeekGraph
 open DeepSeekGraph.Compiler
+open DeepSeekGraph.Compiler.Partition
 open DeepSeekGraph.Compiler.Checking.Shapes
 open DeepSeekGraph.Compiler.Checking.Collectives
 
@@ -62,8 +63,7 @@ let private explain (def: OpDef) (rule: Rule) (operands: AxisState[]) (results: 
     ]
 
 /// What is wrong with one step's types and layouts.
-type private StepCheck(plan: PlanSet, slots: IReadOnlyList<SlotInfo>, report: string -> unit) =
-    let mesh = plan.Mesh
+type private StepCheck(mesh: MeshInfo, slots: IReadOnlyList<SlotInfo>, report: string -> unit) =
     let states id = slots[id].Layout
     let axisName m = mesh.Axes[m].Name
     let name id = named slots id
@@ -307,8 +307,83 @@ let check (f: Findings) (plan: PlanSet) : unit =
 
                 match step with
                 | Step.Launch(kernel, attributes, inputs, outputs, _) ->
-                    StepCheck(plan, stage.Slots, report).Launch(kernel, attributes, inputs, outputs)
+                    StepCheck(plan.Mesh, stage.Slots, report).Launch(kernel, attributes, inputs, outputs)
                 | Step.Start(_, kind, group, inputs, outputs, _) ->
                     Collectives.check plan.Mesh stage.Slots plan.Groups[group] kind inputs outputs report
                 | Step.Wait _
                 | Step.Free _ -> ())
+
+/// Types and layouts of every node of one rank's graph, by the same rules: each value is a slot of its own.
+let checkGraph (mesh: MeshInfo) (p: Partitioned) : Diagnostic list =
+    let graph = p.Graph
+    let found = List<Diagnostic>()
+
+    let report path message =
+        found.Add {
+            Code = Codes.PlanLayout
+            At = path
+            Message = message
+            Help = ""
+        }
+
+    let isLayout (v: int) (layout: Layout) =
+        let rank = graph.Types[v].Rank
+
+        layout.Length = mesh.Axes.Count
+        && layout
+           |> Array.forall (fun state ->
+               match state with
+               | AxisState.Split d -> d >= 0 && d < rank
+               | AxisState.Replicated
+               | AxisState.PartialSum
+               | AxisState.PartialMax -> true)
+
+    if p.Layouts.Length <> graph.Types.Length then
+        report "graph" $"%i{graph.Types.Length} values have %i{p.Layouts.Length} layouts"
+
+    for v in 0 .. min p.Layouts.Length graph.Types.Length - 1 do
+        if not (isLayout v p.Layouts[v]) then
+            report (graph.NodeOf v).Origin.Path $"%%%i{v}, %O{graph.Types[v]}, has a layout that names no dim of it"
+
+    if found.Count = 0 then
+        let slots =
+            graph.Types
+            |> Array.mapi (fun v t -> {
+                Id = v
+                Name = $"%%%i{v}"
+                Kind = SlotKind.Temporary
+                DType = t.DType
+                Axes = t.Names
+                Extents = t.Extents
+                Routed = t.Routed
+                Density = t.Density
+                Layout = p.Layouts[v]
+            })
+
+        for node in graph.Nodes do
+            let report = report node.Origin.Path
+
+            match node.Op with
+            | Op.Collective(kind, axes, _) ->
+                let group = {
+                    Id = 0
+                    Name = ""
+                    MeshAxes = Array.ofList (List.sort axes)
+                    Stages = [||]
+                }
+
+                Collectives.check mesh slots group kind node.Inputs node.Outputs report
+            | op ->
+                let types values = values |> Array.map (fun v -> graph.Types[v])
+
+                match KernelOps.ofOp op (types node.Inputs) (types node.Outputs) with
+                | Some(kernel, attributes) ->
+                    StepCheck(mesh, slots, report)
+                        .Launch(kernel, Array.ofList attributes, node.Inputs, node.Outputs)
+                | None ->
+                    // sources lie as they like; other names of a value lie as it does
+                    for v in node.Inputs do
+                        if p.Layouts[v] <> p.Layouts[node.Outputs[0]] then
+                            report $"%%%i{node.Outputs[0]} is another name of %%%i{v} but lies otherwise"
+
+    List.ofSeq found

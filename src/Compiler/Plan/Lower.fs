@@ -266,7 +266,7 @@ let run (job: Job) (p: Partitioned) : PlanSet =
 
     {
         Version = PlanSchema.Version
-        Recipe = job.Recipe.Lines
+        Recipe = RecipeSettings.lines job.Recipe
         Mesh = job.Mesh
         Layout = LayoutString.print job.Stages
         Schedule = job.Recipe.Schedule.Name

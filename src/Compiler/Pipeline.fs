@@ -1,0 +1,225 @@
+/// THE list of passes from a declared graph to a checked plan, as data: run, printed and dumped from this one list.
+namespace DeepSeekGraph.Compiler
+
+open System.Collections.Generic
+open DeepSeekGraph
+open DeepSeekGraph.Compiler.Partition
+open DeepSeekGraph.Compiler.Lowering
+
+/// What a pass works on.
+[<RequireQualifiedAccess>]
+type Form =
+    /// Unsharded: forward only, or forward and backward.
+    | Logical of Graph
+    /// One rank's shards with their layouts.
+    | Local of Partitioned
+    | Plan of PlanSet
+
+/// A job between two passes.
+type Progress = {
+    Recipe: Recipe
+    Mesh: MeshInfo
+    Microbatches: int
+    Form: Form
+    /// Units of each stage; empty before the cut.
+    Stages: LayoutUnit list list
+    /// How often each fusion rule was applied.
+    Fusions: (string * int) list
+}
+
+/// One step of a compilation. What it leaves is verified before the next one starts.
+type Pass = {
+    Name: string
+    /// Why it stands where it does.
+    Why: string
+    Run: Progress -> Result<Progress, Diagnostic list>
+}
+
+/// What a compilation made beside the plan: for tests, dumps and summaries.
+type Compiled = {
+    Plan: PlanSet
+    /// Forward graph after precision and fusion.
+    Forward: Graph
+    /// Forward and backward, logical.
+    Joint: Graph
+    /// One rank's graph.
+    Local: Partitioned
+    /// How often each fusion rule was applied.
+    Fusions: (string * int) list
+}
+
+[<RequireQualifiedAccess>]
+module Pipeline =
+    let private logical (progress: Progress) =
+        match progress.Form with
+        | Form.Logical graph -> graph
+        | Form.Local _
+        | Form.Plan _ -> invalidOp "this pass stands before the partition (a bug in dsg)"
+
+    /// Graph to graph.
+    let private onGraph name why (change: Progress -> Graph -> Graph) = {
+        Name = name
+        Why = why
+        Run =
+            fun progress ->
+                Ok {
+                    progress with
+                        Form = Form.Logical(change progress (logical progress))
+                }
+    }
+
+    let private lower (progress: Progress) (local: Partitioned) =
+        Lower.run
+            {
+                Recipe = progress.Recipe
+                Mesh = progress.Mesh
+                Stages = progress.Stages
+                Microbatches = progress.Microbatches
+            }
+            local
+
+    /// THE list of passes, in order.
+    let passes: Pass list = [
+        onGraph "prune" "first: what no output needs would be cast, fused and differentiated for nothing" (fun _ ->
+            Rewrite.prune)
+        onGraph "precision" "before fusion and gradients, which then see final element types" (fun progress ->
+            Precision.run progress.Recipe.DType)
+        {
+            Name = "fuse"
+            Why = "before gradients: a fused op brings its own gradient rule"
+            Run =
+                fun progress ->
+                    let rules = Fusion.Rules.all |> List.filter (fun rule -> progress.Recipe.Fusions.Takes rule.Name)
+                    let fused, counts = Fusion.Fuse.by rules (logical progress)
+
+                    Ok {
+                        progress with
+                            Form = Form.Logical fused
+                            Fusions = counts
+                    }
+        }
+        {
+            Name = "stages"
+            Why = "on the forward graph: its FLOPs are what a cut by cost balances"
+            Run =
+                fun progress ->
+                    Stages.run progress.Recipe.Layout progress.Mesh.Pipeline (logical progress)
+                    |> Result.map (fun stages -> { progress with Stages = stages })
+        }
+        {
+            Name = "differentiate"
+            Why = "on unsharded math, so that every collective of the backward pass falls out of the partition"
+            Run =
+                fun progress ->
+                    Autodiff.differentiate "loss" (logical progress)
+                    |> Result.map (fun joint -> { progress with Form = Form.Logical joint })
+        }
+        onGraph
+            "recompute"
+            "once there is a backward pass, while values are still logical; what it makes needless is dead before it costs collectives"
+            (fun progress -> Recompute.run (List.ofSeq progress.Recipe.Recompute))
+        {
+            Name = "partition"
+            Why = "once forward and backward are one graph: one rule shards both, a collective wherever two layouts disagree"
+            Run =
+                fun progress ->
+                    let local = Propagate.run (AxisMap.ofMesh progress.Mesh) (logical progress)
+                    Ok { progress with Form = Form.Local local }
+        }
+        {
+            Name = "lower"
+            Why = "last: slots, programs, timetables, epilogue and memory of stages; the plan is then proven anew from its text alone"
+            Run =
+                fun progress ->
+                    match progress.Form with
+                    | Form.Local local ->
+                        Ok {
+                            progress with
+                                Form = Form.Plan(lower progress local)
+                        }
+                    | Form.Logical _
+                    | Form.Plan _ -> invalidOp "lowering follows the partition (a bug in dsg)"
+        }
+    ]
+
+    /// The invariants of a form; empty for a legal one.
+    let verify (mesh: MeshInfo) (form: Form) : Diagnostic list =
+        match form with
+        | Form.Logical graph -> Verify.check graph
+        | Form.Local local ->
+            match Verify.check local.Graph with
+            | [] -> Checking.Layouts.checkGraph mesh local
+            | wrong -> wrong
+        | Form.Plan plan -> Check.run plan
+
+    /// A pass, then the invariants of what it left; what did not change was verified before.
+    let private verified (progress: Progress) (pass: Pass) : Result<Progress, Diagnostic list> =
+        match pass.Run progress with
+        | Error wrong -> Error wrong
+        | Ok after when obj.ReferenceEquals(after.Form, progress.Form) -> Ok after
+        | Ok after ->
+            match verify after.Mesh after.Form with
+            | [] -> Ok after
+            | wrong -> Error [ for d in wrong -> { d with At = $"after pass %s{pass.Name}, %s{d.At}" } ]
+
+    let private start (recipe: Recipe) (declared: Graph) : Result<Progress, Diagnostic list> =
+        Mesh.create recipe.Degrees
+        |> Result.bind (fun mesh ->
+            let wrong =
+                List.concat [
+                    Verify.check declared
+                    RecipeCheck.unsupported recipe mesh
+                    Recompute.check (List.ofSeq recipe.Recompute)
+                    Fusion.Fuse.check recipe.Fusions
+                    RecipeCheck.divides recipe mesh declared
+                ]
+
+            match wrong, RecipeCheck.batches recipe mesh with
+            | [], Ok microbatches ->
+                Ok {
+                    Recipe = recipe
+                    Mesh = mesh
+                    Microbatches = microbatches
+                    Form = Form.Logical declared
+                    Stages = []
+                    Fusions = []
+                }
+            | [], Error wrong
+            | wrong, _ -> Error wrong)
+
+    /// Runs all passes; `observe` sees the form that each leaves, numbered from 1, and the declared graph as number 0.
+    let observed
+        (observe: int -> string -> Progress -> unit)
+        (recipe: Recipe)
+        (declared: Graph)
+        : Result<Progress, Diagnostic list> =
+        let step (state: Result<Progress, Diagnostic list>) (number: int, pass: Pass) =
+            state
+            |> Result.bind (fun progress -> verified progress pass)
+            |> Result.map (fun after ->
+                observe number pass.Name after
+                after)
+
+        let begun =
+            start recipe declared
+            |> Result.map (fun progress ->
+                observe 0 "declared" progress
+                progress)
+
+        passes |> List.mapi (fun i pass -> i + 1, pass) |> List.fold step begun
+
+    /// The plan of a declared graph and what came before it.
+    let run (recipe: Recipe) (declared: Graph) : Result<Compiled, Diagnostic list> =
+        let seen = Dictionary<string, Form>()
+
+        observed (fun _ name progress -> seen[name] <- progress.Form) recipe declared
+        |> Result.map (fun progress ->
+            match progress.Form, seen["fuse"], seen["recompute"], seen["partition"] with
+            | Form.Plan plan, Form.Logical forward, Form.Logical joint, Form.Local local -> {
+                Plan = plan
+                Forward = forward
+                Joint = joint
+                Local = local
+                Fusions = progress.Fusions
+              }
+            | _unfinished -> invalidOp "the last pass made no plan (a bug in dsg)")

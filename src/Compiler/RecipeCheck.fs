@@ -1,0 +1,112 @@
+/// What keeps a recipe from being compiled for a model, found before any pass runs.
+[<RequireQualifiedAccess>]
+module DeepSeekGraph.Compiler.RecipeCheck
+
+open DeepSeekGraph
+open DeepSeekGraph.Compiler.Partition
+
+/// Axes that the mesh axes which split them do not divide.
+let divides (recipe: Recipe) (mesh: MeshInfo) (graph: Graph) : Diagnostic list =
+    let map = AxisMap.ofMesh mesh
+    let tokens = Map.find "residual" map.Anchors
+
+    let checks = [
+        for node in graph.Nodes do
+            match node.Op with
+            | Op.Parameter(spec, t) ->
+                for a in t.Axes do
+                    match Map.tryFind a.Name map.Parameters with
+                    | Some axes -> spec.Name, a, axes
+                    | None -> ()
+            | Op.Anchor name when name = "residual" ->
+                for a in graph.Types[node.Outputs[0]].Axes do
+                    match Map.tryFind a.Name tokens with
+                    | Some axes -> node.Origin.Path, a, axes
+                    | None -> ()
+            | _other -> ()
+    ]
+
+    [
+        for path, axis, axes in checks do
+            let size = Layout.size mesh axes
+
+            if axis.Extent % size <> 0 then
+                let names = axes |> List.map (fun m -> mesh.Axes[m].Name) |> String.concat " x "
+
+                let legal = [
+                    for n in 1 .. axis.Extent do
+                        if axis.Extent % n = 0 && n <= 4096 then
+                            string n
+                ]
+
+                {
+                    Code = Codes.NotDivisible
+                    At = $"%s{path}, recipe %s{recipe.Name}"
+                    Message =
+                        $"axis '%s{axis.Name}' (%i{axis.Extent}) does not split over mesh axes %s{names} (%i{size})"
+                    Help = $"""choose a product of degrees from %s{String.concat " " legal}"""
+                }
+    ]
+    |> List.distinctBy (fun d -> d.Message)
+
+let private notCompiled setting message help = {
+    Code = Codes.NotCompiledYet
+    At = $"recipe.%s{setting}"
+    Message = message + " is not compiled yet"
+    Help = help
+}
+
+/// Settings that no pass carries out: refused, never ignored.
+let unsupported (recipe: Recipe) (mesh: MeshInfo) : Diagnostic list = [
+    for name, degree in [ "context", mesh.Context; "expert_tensor", mesh.ExpertTensor ] do
+        if degree > 1 then
+            notCompiled name $"%s{name} parallelism of %i{degree}" "choose 1"
+    if recipe.Dispatcher <> Dispatcher.AllToAll then
+        notCompiled "dispatcher" $"the dispatcher %s{recipe.Dispatcher.Name}" "choose alltoall"
+
+    if not recipe.SequenceParallel && mesh.Tensor > 1 then
+        notCompiled
+            "sequence_parallel"
+            $"tensor parallelism of %i{mesh.Tensor} without sequence parallelism"
+            "turn sequence_parallel on, or choose a tensor degree of 1"
+
+    let types = recipe.StateTypes
+
+    for name, dtype in
+        [
+            "main_params_dtype", types.MainParams
+            "main_grads_dtype", types.MainGrads
+            "exp_avg_dtype", types.ExpAvg
+            "exp_avg_sq_dtype", types.ExpAvgSq
+        ] do
+        if dtype <> DType.Float32 then
+            notCompiled $"optimizer.%s{name}" $"%s{name} %s{dtype.Name}" "choose fp32"
+]
+
+/// Microbatches of a step, or why the batch does not fall into them.
+let batches (recipe: Recipe) (mesh: MeshInfo) : Result<int, Diagnostic list> =
+    let wrong message help =
+        Error [
+            {
+                Code = Codes.BatchSize
+                At = "recipe.batch"
+                Message = message
+                Help = help
+            }
+        ]
+
+    let together = recipe.MicroBatch * mesh.Data
+
+    if recipe.MicroBatch < 1 || recipe.GlobalBatch < 1 || recipe.SeqLength < 1 then
+        wrong
+            $"global batch %i{recipe.GlobalBatch}, micro batch %i{recipe.MicroBatch} and sequence length %i{recipe.SeqLength} must be at least 1"
+            ""
+    elif recipe.GlobalBatch % together <> 0 then
+        let below = recipe.GlobalBatch / together * together
+        let near = if below = 0 then string together else $"%i{below} or %i{below + together}"
+
+        wrong
+            $"global batch %i{recipe.GlobalBatch} is no multiple of micro batch %i{recipe.MicroBatch} x data %i{mesh.Data}"
+            $"choose a global batch of %s{near}"
+    else
+        Ok(recipe.GlobalBatch / together)
