@@ -57,6 +57,7 @@ let private want (op: Op) =
     | Op.Broadcast _
     | Op.Rename _
     | Op.Transpose _
+    | Op.Zigzag _
     | Op.Anchor _
     | Op.Detach
     | Op.Sum _

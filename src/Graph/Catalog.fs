@@ -29,6 +29,7 @@ let define (op: Op) : OpDef =
     | Op.Concat axis -> Movement.concat axis
     | Op.Broadcast(axis, dim) -> Movement.broadcast axis dim
     | Op.Rename(from, into) -> Movement.rename from into
+    | Op.Zigzag(axis, ranks, inverse) -> Movement.zigzag axis ranks inverse
     | Op.Transpose permutation -> Movement.transpose permutation
     | Op.Anchor _ -> Movement.anchor
     | Op.Detach -> Movement.detach

@@ -64,6 +64,8 @@ type Op =
     | Broadcast of Axis: Axis * Dim: int
     | Rename of From: string * To: string
     | Transpose of Permutation: int list
+    /// Blocks 0, 2R-1, 1, 2R-2, ... of an axis cut into 2R: each of R ranks gets one early and one late block. Inverse: back.
+    | Zigzag of Axis: string * Ranks: int * Inverse: bool
     /// Identity whose result must lie as the recipe says for this anchor ("residual", ...).
     | Anchor of Name: string
     /// Identity without gradient.

@@ -19,6 +19,8 @@ type Linearity =
     | InEach of int list
     /// In all operands together (sums, joins).
     | Jointly
+    /// In the first operands together, the others fixed.
+    | JointlyInFirst of int
 
 /// What a gradient rule sees of its node: values are ids, absent cotangents are zero.
 type Adjoint = {

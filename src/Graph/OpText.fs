@@ -128,6 +128,7 @@ module internal OpText =
         | Op.Broadcast(axis, dim) -> [ text "axis" axis.Name; int "extent" axis.Extent; int "dim" dim ]
         | Op.Rename(from, into) -> [ text "from" from; text "to" into ]
         | Op.Transpose permutation -> [ ints "permutation" permutation ]
+        | Op.Zigzag(axis, ranks, inverse) -> [ text "axis" axis; int "ranks" ranks; flag "inverse" inverse ]
         | Op.Anchor name -> [ text "name" name ]
         | Op.Contract spec -> [ text "spec" spec ]
         | Op.GroupedMatMul transposed -> [ flag "transposed" transposed ]
@@ -292,6 +293,7 @@ module internal OpText =
             )
         | "rename" -> Op.Rename(a.Text "from", a.Text "to")
         | "transpose" -> Op.Transpose(a.Ints "permutation")
+        | "zigzag" -> Op.Zigzag(a.Text "axis", a.Int "ranks", a.Flag "inverse")
         | "anchor" -> Op.Anchor(a.Text "name")
         | "contract" -> Op.Contract(a.Text "spec")
         | "grouped_matmul" -> Op.GroupedMatMul(a.Flag "transposed")

@@ -52,6 +52,8 @@ type KernelId =
     | LocalSlice = 34
     /// a -> out; Ints permutation (out dim i is a's dim p[i])
     | Transpose = 35
+    /// a -> out; Int dim, Int ranks, Int inverse: blocks 0, 2R-1, 1, 2R-2, ... of 2R; inverse: back
+    | Zigzag = 36
     // contraction
     /// a, b -> out; Text spec such as "b s k+, n k+ -> b s n"
     | Contract = 40
@@ -80,10 +82,10 @@ type KernelId =
     | RopeKv = 73
     /// dk[b s n nope+rope], dv[b s n v], table -> dkv[b s n nope+v], dkPe[b s rope] (summed over heads); Int nope
     | RopeKvGrad = 74
-    // attention: Float scale; causal; fp32 softmax. Optional Ints off: axes that split s while t is whole
-    /// q[b s n d], k[b t n d], v[b t n e] -> out[b s n e], lse[b n s] fp32
+    // attention: Float scale; causal; fp32 softmax. Optional last operand positions[s] i64: query i sees keys 0..positions[i]
+    /// q[b s n d], k[b t n d], v[b t n e] (, positions) -> out[b s n e], lse[b n s] fp32
     | Attention = 80
-    /// dout, q, k, v, out, lse -> dq, dk, dv
+    /// dout, q, k, v, out, lse (, positions) -> dq, dk, dv
     | AttentionGrad = 81
     // experts
     /// scores[b s e] fp32 (bias added) -> mask[b s e] bool; Int topK, Int groups, Int keepGroups, Int zeroMasked (1: unselected groups score 0 instead of -inf). Ties: lowest index.

@@ -95,14 +95,20 @@ let private dot (q: DenseTensor) (k: DenseTensor) b n i j =
         for d in 0 .. q.Extents[3] - 1 -> Dense.at q [| b; i; n; d |] * Dense.at k [| b; j; n; d |]
     ]
 
+/// The last key that query i sees.
+let private seen (positions: DenseTensor option) (i: int) =
+    match positions with
+    | Some p -> int p.Data[i]
+    | None -> i
+
 /// out, and lse[b, n, s] = log of the sum of exp of the scores of keys up to the query.
-let attention scale (q: DenseTensor) (k: DenseTensor) (v: DenseTensor) =
+let attention scale (q: DenseTensor) (k: DenseTensor) (v: DenseTensor) (positions: DenseTensor option) =
     let batch, seq, heads = q.Extents[0], q.Extents[1], q.Extents[2]
 
     let lse =
         Dense.init [| batch; heads; seq |] (fun index ->
             let b, n, i = index[0], index[1], index[2]
-            let scores = [ for j in 0..i -> scale * dot q k b n i j ]
+            let scores = [ for j in 0 .. seen positions i -> scale * dot q k b n i j ]
             let top = List.max scores
             top + log (List.sumBy (fun s -> exp (s - top)) scores))
 
@@ -111,14 +117,23 @@ let attention scale (q: DenseTensor) (k: DenseTensor) (v: DenseTensor) =
             let b, i, n, e = index[0], index[1], index[2], index[3]
 
             List.sum [
-                for j in 0..i ->
+                for j in 0 .. seen positions i ->
                     exp (scale * dot q k b n i j - Dense.at lse [| b; n; i |]) * Dense.at v [| b; j; n; e |]
             ])
 
     [| out; lse |]
 
 /// With p the attention weights and delta = dout . out: ds = p (dout . v - delta).
-let attentionGrad scale (dout: DenseTensor) (q: DenseTensor) (k: DenseTensor) (v: DenseTensor) out (lse: DenseTensor) =
+let attentionGrad
+    scale
+    (dout: DenseTensor)
+    (q: DenseTensor)
+    (k: DenseTensor)
+    (v: DenseTensor)
+    out
+    (lse: DenseTensor)
+    (positions: DenseTensor option)
+    =
     let dq, dk, dv = Dense.zeros q.Extents, Dense.zeros k.Extents, Dense.zeros v.Extents
 
     for b in 0 .. q.Extents[0] - 1 do
@@ -126,7 +141,7 @@ let attentionGrad scale (dout: DenseTensor) (q: DenseTensor) (k: DenseTensor) (v
             for i in 0 .. q.Extents[1] - 1 do
                 let delta = dot dout out b n i i
 
-                for j in 0..i do
+                for j in 0 .. seen positions i do
                     let p = exp (scale * dot q k b n i j - Dense.at lse [| b; n; i |])
                     let ds = scale * p * (dot dout v b n i j - delta)
 

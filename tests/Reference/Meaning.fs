@@ -92,6 +92,18 @@ let apply (op: Op) (types: TensorType[]) (rule: Rule) (results: TensorType[]) (x
             Dense.concat d [| zeros before; x[0]; zeros (total - before - x[0].Extents[d]) |]
         |]
     | Op.Concat axis -> [| Dense.concat (dim axis) x |]
+    | Op.Zigzag(axis, ranks, inverse) ->
+        let d = types[0].IndexOf axis
+        let blocks = Array.init (2 * ranks) (fun i -> Dense.block d i (2 * ranks) x[0])
+        let order = [| for r in 0 .. ranks - 1 do yield r; yield 2 * ranks - 1 - r |]
+
+        [|
+            (if inverse then
+                 Array.init (2 * ranks) (fun i -> blocks[System.Array.IndexOf(order, i)])
+             else
+                 order |> Array.map (fun i -> blocks[i]))
+            |> Dense.concat d
+        |]
     | Op.Broadcast(_, d) -> [| Dense.init extents[0] (fun i -> Dense.at x[0] (Array.removeAt d i)) |]
     | Op.Transpose permutation -> [|
         Dense.init extents[0] (fun i ->
@@ -132,8 +144,8 @@ let apply (op: Op) (types: TensorType[]) (rule: Rule) (results: TensorType[]) (x
     | Op.RopeQ inverse -> [| Formulas.rope inverse 1 x[0] x[1] |]
     | Op.RopeKv nope -> Formulas.ropeKv nope x[0] x[1] x[2]
     | Op.RopeKvGrad nope -> Formulas.ropeKvGrad nope x[0] x[1] x[2]
-    | Op.Attention scale -> Formulas.attention scale x[0] x[1] x[2]
-    | Op.AttentionGrad scale -> Formulas.attentionGrad scale x[0] x[1] x[2] x[3] x[4] x[5]
+    | Op.Attention scale -> Formulas.attention scale x[0] x[1] x[2] (Array.tryItem 3 x)
+    | Op.AttentionGrad scale -> Formulas.attentionGrad scale x[0] x[1] x[2] x[3] x[4] x[5] (Array.tryItem 6 x)
     | Op.GroupTopK spec -> [| Formulas.groupTopK spec x[0] |]
     | Op.SwiGlu -> [| Formulas.swiGlu x[0] None |]
     | Op.SwiGluGrad -> [| fst (Formulas.swiGluGrad x[0] x[1] None) |]

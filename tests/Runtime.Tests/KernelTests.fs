@@ -259,23 +259,14 @@ let private attention =
                 let q, k, v = random 1 (b * s * n * d), random 2 (b * t * n * d), random 3 (b * t * n * e)
                 let q, k, v = rounded dtype q, rounded dtype k, rounded dtype v
                 let out, lse = slot dtype [ b; s; n; e ], slot DType.Float32 [ b; n; s ]
-                let axes: MeshAxis[] = [| { Name = "cp"; Size = 2 } |]
-                let rank = RankContext(0, 0, [| coordinate |], axes)
 
-                runAt
-                    rank
-                    KernelId.Attention
-                    [
-                        Attribute.Float scale
-                        ints [
-                            if t > s then
-                                0
-                        ]
-                    ] [
-                        filled dtype [ b; s; n; d ] q
-                        filled dtype [ b; t; n; d ] k
-                        filled dtype [ b; t; n; e ] v
-                    ] [ out; lse ]
+                run KernelId.Attention [ Attribute.Float scale ] [
+                    filled dtype [ b; s; n; d ] q
+                    filled dtype [ b; t; n; d ] k
+                    filled dtype [ b; t; n; e ] v
+                    if t > s then
+                        ids [ s ] [| for i in 0 .. s - 1 -> int64 (s * coordinate + i) |]
+                ] [ out; lse ]
 
                 let expected, total = attentionNaive b s t n d e (s * coordinate) scale q k v
                 close "out" dtype (read out) expected

@@ -77,6 +77,11 @@ let samples (op: Op) : Sample list =
             s.Loss [ s.On(Op.Concat "hidden", [ x; y; x ]) ])
         onHidden "of one" (Op.Concat "seq")
       ]
+    | Op.Zigzag _ -> [
+        for inverse in [ false; true ] do
+            onHidden $"inverse %b{inverse}" (Op.Zigzag("hidden", 2, inverse))
+            onHidden $"one rank, inverse %b{inverse}" (Op.Zigzag("hidden", 1, inverse))
+      ]
     | Op.Broadcast _ -> [
         for d in 0..3 do
             onHidden $"at %i{d}" (Op.Broadcast({ Name = "n"; Extent = 3 }, d))
@@ -185,6 +190,14 @@ let samples (op: Op) : Sample list =
         sample "one value thrice" (fun s ->
             let x = s.Param("x", queries)
             s.Loss [ s.On(Op.Attention 0.5, [ x; x; x ]) ])
+        sample "queries in zigzag order" (fun s ->
+            let wide (last: string) n = [ "batch", 2; "seq", 4; "heads", 2; last, n ]
+            let q = s.On(Op.Zigzag("seq", 2, false), [ s.Param("q", wide "qk_dim" 3) ])
+            let positions = s.On(Op.Zigzag("seq", 2, false), [ s.Iota("seq", 4) ])
+
+            s.Loss [
+                s.On(Op.Attention 0.5, [ q; s.Param("k", wide "qk_dim" 3); s.Param("v", wide "v_dim" 2); positions ])
+            ])
       ]
     | Op.AttentionGrad _ -> [
         through (Op.AttentionGrad 0.5) (fun s -> [

@@ -135,6 +135,7 @@ let private choose
                     (carried shards node able m).IsSome
                     && operands |> List.forall (fun i -> not (state i).IsPartialMax)
                 | Linearity.Jointly -> partial.Length = operands.Length
+                | Linearity.JointlyInFirst n -> partial = [ 0 .. n - 1 ]
 
             // rows are never summed between ranks: a partial operand is resolved before it becomes rows
             let intoRows = node.Outputs |> Array.exists (fun v -> graph.Types[v].Routed)

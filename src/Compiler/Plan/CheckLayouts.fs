@@ -51,6 +51,7 @@ let private explain (def: OpDef) (rule: Rule) (operands: AxisState[]) (results: 
         | Linearity.InEach able ->
             partials.Length = 1 && List.contains partials[0] able && others |> Array.forall _.IsReplicated
         | Linearity.Jointly -> partials.Length = operands.Length && partials.Length > 0
+        | Linearity.JointlyInFirst n -> partials = [| 0 .. n - 1 |] && others |> Array.forall _.IsReplicated
 
     [
         if operands |> Array.forall _.IsReplicated then

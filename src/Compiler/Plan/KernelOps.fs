@@ -65,6 +65,7 @@ let ofOp (op: Op) (inputs: TensorType[]) (_outputs: TensorType[]) : (KernelId * 
     | Op.Concat axis -> Some(KernelId.Concat, [ dim axis ])
     | Op.Broadcast(axis, d) -> Some(KernelId.Broadcast, [ int d; int axis.Extent ])
     | Op.Transpose permutation -> Some(KernelId.Transpose, [ ints permutation ])
+    | Op.Zigzag(axis, ranks, inverse) -> Some(KernelId.Zigzag, [ dim axis; int ranks; flag inverse ])
     | Op.Contract spec -> Some(KernelId.Contract, [ Attribute.Text spec ])
     | Op.GroupedMatMul transposed -> Some(KernelId.GroupedMatMul, [ flag transposed ])
     | Op.GroupedWeightGrad -> plain KernelId.GroupedWeightGrad
@@ -200,6 +201,8 @@ let toOp
         result (fun t -> Op.LocalSlice(int32 d, [ for a in axes -> int32 a ], t))
     | KernelId.Transpose, [ Attribute.Ints permutation ] when permutation |> Seq.forall small ->
         Ok(Op.Transpose [ for d in permutation -> int32 d ])
+    | KernelId.Zigzag, [ Attribute.Int d; Attribute.Int ranks; Attribute.Int inverse ] when ranks > 0L && ranks < 65537L ->
+        axis d (fun name -> Op.Zigzag(name, int32 ranks, inverse <> 0L))
     | KernelId.Contract, [ Attribute.Text spec ] -> Ok(Op.Contract spec)
     | KernelId.GroupedMatMul, [ Attribute.Int transposed ] -> Ok(Op.GroupedMatMul(transposed <> 0L))
     | KernelId.GroupedWeightGrad, _ -> plain Op.GroupedWeightGrad

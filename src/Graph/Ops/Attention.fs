@@ -1,48 +1,74 @@
 /// Causal scaled dot-product attention with unequal head sizes for keys and values; keeps the log-sum-exp.
+/// An optional last operand lists the positions of the queries among the keys; without it query i stands at key i.
 module DeepSeekGraph.Ops.Attention
 
 open DeepSeekGraph
 
-let private flops k (inputs: TensorType[]) (outputs: TensorType[]) =
-    // causal: half of the score matrix; both products
-    let q, v = inputs[0], Array.last inputs
-    ignore outputs
-    let s = float q.Axes[1].Extent
-
+/// Causal: half of the score matrix, both products; queries of all ranks together see each half.
+let private flops k (q: TensorType) (keys: TensorType) (v: TensorType) =
     k * float q.Elements / float q.Axes[3].Extent
-    * s
+    * float keys.Axes[1].Extent
     * float (q.Axes[3].Extent + v.Axes[v.Rank - 1].Extent)
+
+/// Queries split by position when their positions are told; else the mask needs all of them.
+let private withPositions (count: int) (plain: string) (positioned: string) =
+    AxisRule.Custom(fun types ->
+        let text = if types.Length = count + 1 then positioned else plain
+        Axes.bind false (Axes.parse text) types)
+
+let private checkPositions (count: int) (types: TensorType[]) =
+    if types.Length > count && types[count].DType <> DType.Int64 then
+        Error $"positions are %O{types[count]}; i64 is needed"
+    else
+        Ok()
 
 let attention scale = {
     OpDef.opaque
         "attention"
-        "b s^ n d^, b t^ n d^, b t^ n e^ -> b s n e, b n s"
+        ""
         (fun types ->
             let queries, keys = types[0].Axes[1].Extent, types[1].Axes[1].Extent
 
-            if queries <> keys then
+            if types.Length = 3 && queries <> keys then
                 Error $"%i{queries} queries but %i{keys} keys; the causal mask pairs them"
             else
-                OpDef.sameOf [ 0; 1; 2 ] 1 types |> Result.map (fun t -> [| t[0]; DType.Float32 |]))
+                checkPositions 3 types
+                |> Result.bind (fun () -> OpDef.sameOf [ 0; 1; 2 ] 1 types)
+                |> Result.map (fun t -> [| t[0]; DType.Float32 |]))
         (Vjp.Rule(fun a ->
             match a.Cotangents with
             | [| ValueSome dout; ValueNone |] ->
-                let saved = List.ofArray a.Inputs @ List.ofArray a.Outputs
-                a.Emit (Op.AttentionGrad scale) (dout :: saved) |> Array.map ValueSome
+                let saved =
+                    List.ofArray a.Inputs[..2] @ List.ofArray a.Outputs @ List.ofArray a.Inputs[3..]
+
+                Array.append
+                    (a.Emit (Op.AttentionGrad scale) (dout :: saved) |> Array.map ValueSome)
+                    (Array.create (a.Inputs.Length - 3) ValueNone)
             | _other -> invalidOp "attention: only the output carries a cotangent, never the log-sum-exp")) with
+        Axes =
+            withPositions
+                3
+                "b s^ n d^, b t^ n d^, b t^ n e^ -> b s n e, b n s"
+                "b s n d^, b t^ n d^, b t^ n e^, s -> b s n e, b n s"
         Rows = OpDef.dense 2
-        Flops = flops 1.0
+        Flops = fun inputs _ -> flops 1.0 inputs[0] inputs[1] inputs[2]
 }
 
-let attentionGrad = {
+let attentionGrad scale = {
     OpDef.opaque
         "attention_grad"
-        "b s^ n e^, b s^ n d^, b t^ n d^, b t^ n e^, b s^ n e^, b n s^ -> b s n d, b t n d, b t n e"
+        ""
         (fun types ->
-            OpDef.sameOf [ 0; 1; 2; 3; 4 ] 3 types
+            checkPositions 6 types
+            |> Result.bind (fun () -> OpDef.sameOf [ 0; 1; 2; 3; 4 ] 3 types)
             |> Result.bind (fun t ->
                 if types[5].DType = DType.Float32 then Ok t else Error "the log-sum-exp must be fp32"))
         (Vjp.Missing "second derivatives are not needed") with
+        Axes =
+            withPositions
+                6
+                "b s^ n e^, b s^ n d^, b t^ n d^, b t^ n e^, b s^ n e^, b n s^ -> b s n d, b t n d, b t n e"
+                "b s+ n e^, b s n d^, b t^ n d^, b t^ n e^, b s n e^, b n s, s -> b s n d, b t n d, b t n e"
         Rows = OpDef.dense 3
-        Flops = fun inputs outputs -> flops 2.5 inputs[1..3] outputs
+        Flops = fun inputs _ -> flops 2.5 inputs[1] inputs[2] inputs[3]
 }

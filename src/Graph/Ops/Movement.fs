@@ -162,6 +162,17 @@ let transpose (permutation: int list) =
             let inverse = permutation |> List.mapi (fun i d -> d, i) |> List.sort |> List.map snd
             a.One (Op.Transpose inverse) [ a.Dy ]))
 
+/// Balanced order of a causal sequence for context parallelism (as in Megatron Core): the axis stays whole.
+let zigzag (axis: string) ranks isInverse =
+    movement
+        "zigzag"
+        (resize axis (fun extent ->
+            if ranks < 1 || extent % (2 * ranks) <> 0 then
+                Error $"axis '%s{axis}' of %i{extent} does not fall into 2 x %i{ranks} blocks"
+            else
+                Ok extent))
+        (one (fun a -> a.One (Op.Zigzag(axis, ranks, not isInverse)) [ a.Dy ]))
+
 let private identity name vjp = {
     OpDef.pointwise name vjp with
         Linear = Linearity.InEach [ 0 ]

@@ -153,5 +153,5 @@ let ropeKvGrad nope = {
                 |]
             |])
         Rows = OpDef.dense 2
-        Linear = Linearity.Jointly
+        Linear = Linearity.JointlyInFirst 2
 }

@@ -11,10 +11,10 @@ internal static unsafe class AttentionKernels
     /// <summary>Queries of a block, and the scores (512 KiB) that a block may hold.</summary>
     private const int Rows = 64, Scores = 1 << 17;
 
-    /// <summary>q[b s n d], k[b t n d], v[b t n e] -> out[b s n e], lse[b n s]; Float scale, Ints off (axes that split s).</summary>
+    /// <summary>q[b s n d], k[b t n d], v[b t n e] -> out[b s n e], lse[b n s]; Float scale; an optional last operand says at which key each query stands.</summary>
     public static void Attention(in KernelCall call)
     {
-        using var heads = new Heads(call, 0);
+        using var heads = new Heads(call, 0, 3);
         var result = call.Out(0).Fill();
         using var wide = Products.Wide(result, ScalarType.Float32);
         using var lse = new Result(call.Out(1), ScalarType.Float32);
@@ -41,10 +41,10 @@ internal static unsafe class AttentionKernels
             result.copy_(wide).On(result);
     }
 
-    /// <summary>dout, q, k, v, out, lse -> dq, dk, dv; Float scale, Ints off.</summary>
+    /// <summary>dout, q, k, v, out, lse -> dq, dk, dv; Float scale; positions as above.</summary>
     public static void AttentionGrad(in KernelCall call)
     {
-        using var heads = new Heads(call, 1);
+        using var heads = new Heads(call, 1, 6);
         using var dout = Wide(call.In(0));
         using var result = Wide(call.In(4));
         using var lse = Operand.Float(call.In(5));
@@ -161,10 +161,12 @@ internal static unsafe class AttentionKernels
     /// <summary>Queries [First, First + Rows) of heads [Head, Head + Count) of a sequence, and the keys they see.</summary>
     private readonly record struct Block(int Batch, int Head, int Count, int First, int Rows, int Keys);
 
-    /// <summary>q, k, v in fp32, their extents, and where the first query stands among the keys.</summary>
+    /// <summary>q, k, v in fp32, their extents, and where each query stands among the keys.</summary>
     private sealed class Heads : IDisposable
     {
-        public Heads(in KernelCall call, int first)
+        private readonly int[] _positions;
+
+        public Heads(in KernelCall call, int first, int positions)
         {
             Q = Wide(call.In(first));
             K = Wide(call.In(first + 1));
@@ -175,9 +177,15 @@ internal static unsafe class AttentionKernels
             T = (int)K.shape[1];
             E = (int)V.shape[3];
             Scale = (float)call.Float(0);
-            Offset = call.Rank.BlockOf(call.Ints(1)) * S;
-            if (Offset + S > T)
-                throw new InvalidOperationException($"{S} queries from position {Offset} on do not fit {T} keys");
+            _positions = new int[S];
+            var told = call.Inputs.Length > positions ? (long*)call.In(positions).Pointer() : null;
+            for (var i = 0; i < S; i++)
+            {
+                var at = told is null ? i : told[i];
+                _positions[i] = at >= 0 && at < T
+                    ? (int)at
+                    : throw new InvalidOperationException($"query {i} stands at position {at}, but there are {T} keys");
+            }
         }
 
         public Tensor Q { get; }
@@ -198,8 +206,6 @@ internal static unsafe class AttentionKernels
 
         public float Scale { get; }
 
-        public int Offset { get; }
-
         /// <summary>All blocks, in a fixed order.</summary>
         public IEnumerable<Block> Blocks()
         {
@@ -208,7 +214,7 @@ internal static unsafe class AttentionKernels
                 for (var first = 0; first < S; first += AttentionKernels.Rows)
                 {
                     var rows = Math.Min(AttentionKernels.Rows, S - first);
-                    var keys = Math.Min(T, Offset + first + rows);
+                    var keys = 1 + _positions[first..(first + rows)].Max();
                     var count = Math.Clamp(Scores / (rows * keys), 1, N);
                     for (var n = 0; n < N; n += count)
                         yield return new Block(b, n, Math.Min(count, N - n), first, rows, keys);
@@ -217,7 +223,7 @@ internal static unsafe class AttentionKernels
         }
 
         /// <summary>Keys that query i of a block may look at.</summary>
-        public int Seen(Block block, int i) => Math.Min(block.Keys, Offset + block.First + i + 1);
+        public int Seen(Block block, int i) => _positions[block.First + i] + 1;
 
         /// <summary>Place of a query in [b n s].</summary>
         public long At(Block block, int n, int i) => ((((long)block.Batch * N) + block.Head + n) * S) + block.First + i;

@@ -32,6 +32,7 @@ public static class KernelTable
         [KernelId.Broadcast] = Fills(MovementKernels.Broadcast),
         [KernelId.LocalSlice] = Fills(MovementKernels.LocalSlice),
         [KernelId.Transpose] = Fills(MovementKernels.Transpose),
+        [KernelId.Zigzag] = Fills(MovementKernels.Zigzag),
         [KernelId.Contract] = Adopts(ContractionKernels.Contract),
         [KernelId.GroupedMatMul] = Fills(GroupedKernels.GroupedMatMul),
         [KernelId.GroupedWeightGrad] = Fills(GroupedKernels.GroupedWeightGrad),

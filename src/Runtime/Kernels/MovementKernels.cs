@@ -38,6 +38,24 @@ internal static class MovementKernels
         }
     }
 
+    /// <summary>a -> out: 2R blocks of a dim in the order 0, 2R-1, 1, 2R-2, ..., or back; Int dim, ranks, inverse.</summary>
+    public static void Zigzag(in KernelCall call)
+    {
+        var a = call.In(0);
+        var dim = call.Inputs[0].StorageDim(call.Int(0));
+        var blocks = 2 * call.Int(1);
+        var length = a.shape[dim] / blocks;
+        var target = call.Out().Fill(ElementwiseKernels.Rows(call.Inputs[0]));
+        for (var i = 0; i < blocks; i++)
+        {
+            var natural = i % 2 == 0 ? i / 2 : blocks - 1 - (i / 2);
+            var (from, to) = call.Int(2) == 0 ? (natural, i) : (i, natural);
+            using var part = a.narrow(dim, from * length, length);
+            using var place = target.narrow(dim, to * length, length);
+            place.copy_(part).On(place);
+        }
+    }
+
     /// <summary>a -> out with a new dim, repeated.</summary>
     public static void Broadcast(in KernelCall call)
     {
