@@ -107,6 +107,21 @@ module Pipeline =
                     |> Result.map (fun stages -> { progress with Stages = stages })
         }
         {
+            Name = "context"
+            Why = "before gradients: what is gathered for keys forward is then a partial sum backward, reduced where it came from"
+            Run =
+                fun progress ->
+                    ContextParallel.run progress.Mesh (logical progress)
+                    |> Result.map (fun graph ->
+                        if obj.ReferenceEquals(graph, logical progress) then
+                            progress
+                        else
+                            {
+                                progress with
+                                    Form = Form.Logical graph
+                            })
+        }
+        {
             Name = "differentiate"
             Why = "on unsharded math, so that every collective of the backward pass falls out of the partition"
             Run =
@@ -123,7 +138,9 @@ module Pipeline =
             Why = "once forward and backward are one graph: one rule shards both, a collective wherever two layouts disagree"
             Run =
                 fun progress ->
-                    let local = Propagate.run (AxisMap.ofMesh progress.Mesh) (logical progress)
+                    let recipe = progress.Recipe
+                    let map = AxisMap.create recipe.SequenceParallel recipe.Dispatcher progress.Mesh
+                    let local = Propagate.run map (logical progress)
                     Ok { progress with Form = Form.Local local }
         }
         {
@@ -168,7 +185,7 @@ module Pipeline =
             let wrong =
                 List.concat [
                     Verify.check declared
-                    RecipeCheck.unsupported recipe mesh
+                    RecipeCheck.unsupported recipe
                     Recompute.check (List.ofSeq recipe.Recompute)
                     Fusion.Fuse.check recipe.Fusions
                     RecipeCheck.divides recipe mesh declared

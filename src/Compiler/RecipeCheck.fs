@@ -7,7 +7,7 @@ open DeepSeekGraph.Compiler.Partition
 
 /// Axes that the mesh axes which split them do not divide.
 let divides (recipe: Recipe) (mesh: MeshInfo) (graph: Graph) : Diagnostic list =
-    let map = AxisMap.ofMesh mesh
+    let map = AxisMap.create recipe.SequenceParallel recipe.Dispatcher mesh
     let tokens = Map.find "residual" map.Anchors
 
     let checks = [
@@ -57,18 +57,9 @@ let private notCompiled setting message help = {
 }
 
 /// Settings that no pass carries out: refused, never ignored.
-let unsupported (recipe: Recipe) (mesh: MeshInfo) : Diagnostic list = [
-    for name, degree in [ "context", mesh.Context; "expert_tensor", mesh.ExpertTensor ] do
-        if degree > 1 then
-            notCompiled name $"%s{name} parallelism of %i{degree}" "choose 1"
-    if recipe.Dispatcher <> Dispatcher.AllToAll then
-        notCompiled "dispatcher" $"the dispatcher %s{recipe.Dispatcher.Name}" "choose alltoall"
-
-    if not recipe.SequenceParallel && mesh.Tensor > 1 then
-        notCompiled
-            "sequence_parallel"
-            $"tensor parallelism of %i{mesh.Tensor} without sequence parallelism"
-            "turn sequence_parallel on, or choose a tensor degree of 1"
+let unsupported (recipe: Recipe) : Diagnostic list = [
+    if recipe.Dispatcher.IsFlex || recipe.Dispatcher.IsAuto then
+        notCompiled "dispatcher" $"the dispatcher %s{recipe.Dispatcher.Name}" "choose alltoall or allgather"
 
     let types = recipe.StateTypes
 

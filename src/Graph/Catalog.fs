@@ -49,7 +49,7 @@ let define (op: Op) : OpDef =
     | Op.Attention scale -> Attention.attention scale
     | Op.AttentionGrad _ -> Attention.attentionGrad
     | Op.GroupTopK spec -> Experts.groupTopK spec
-    | Op.Route topK -> Experts.route topK
+    | Op.Route(topK, experts) -> Experts.route topK experts
     | Op.Permute fused -> Experts.permute fused
     | Op.Unpermute fused -> Experts.unpermute fused
     | Op.RouteProbs -> Experts.routeProbs

@@ -94,8 +94,8 @@ type Op =
     | AttentionGrad of Scale: float
     // experts
     | GroupTopK of Spec: TopKSpec
-    /// The row set of a mask; TopK rows a token.
-    | Route of TopK: int
+    /// The row set of a mask; TopK of Experts rows a token. The mask may cover a part of the experts.
+    | Route of TopK: int * Experts: int
     | Permute of Fused: bool
     | Unpermute of Fused: bool
     | RouteProbs

@@ -158,7 +158,7 @@ module internal OpText =
             int "keep_groups" spec.KeepGroups
             flag "zero_masked" spec.ZeroMasked
           ]
-        | Op.Route topK -> [ int "top_k" topK ]
+        | Op.Route(topK, experts) -> [ int "top_k" topK; int "experts" experts ]
         | Op.Permute fused
         | Op.Unpermute fused -> [ flag "fused" fused ]
         | Op.Collective(kind, axes, _) -> collective kind @ [ ints "axes" axes ]
@@ -310,7 +310,7 @@ module internal OpText =
         | "attention" -> Op.Attention(a.Float "scale")
         | "attention_grad" -> Op.AttentionGrad(a.Float "scale")
         | "group_top_k" -> Op.GroupTopK(readTopK a)
-        | "route" -> Op.Route(a.Int "top_k")
+        | "route" -> Op.Route(a.Int "top_k", a.Int "experts")
         | "permute" -> Op.Permute(a.Flag "fused")
         | "unpermute" -> Op.Unpermute(a.Flag "fused")
         | "all_reduce" -> collective Collective.AllReduceSum

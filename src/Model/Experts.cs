@@ -64,7 +64,7 @@ public static class Experts
         var gateUp_E2FH = m.Weight("gate_up_proj.weight", m.Normal(), experts, ("gate_up", 2), ffn, hidden);
         var down_EHF = m.Weight("down_proj.weight", m.Normal(), experts, hidden, ffn);
 
-        var route = mask_BSE.Apply(Op.NewRoute(c.NumExpertsPerTok));
+        var route = mask_BSE.Apply(Op.NewRoute(c.NumExpertsPerTok, c.NRoutedExperts));
         var rows_BSEH = x_BSH.Apply(Op.NewPermute(fused: false), route);
         var p_BSE = probs_BSE.Apply(Op.RouteProbs, route);
         var h_BSE2F = rows_BSEH.Apply(Op.NewGroupedMatMul(transposed: false), gateUp_E2FH, route);

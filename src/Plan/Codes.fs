@@ -44,6 +44,10 @@ module Codes =
     [<Literal>]
     let LayoutUnits = "DSG0502"
 
+    /// An op needs the sequence whole and in order, but context parallelism splits it.
+    [<Literal>]
+    let SequenceOrder = "DSG0395"
+
     /// A recipe names a schedule that does not exist.
     [<Literal>]
     let ScheduleName = "DSG0503"

@@ -90,7 +90,7 @@ type KernelId =
     // experts
     /// scores[b s e] fp32 (bias added) -> mask[b s e] bool; Int topK, Int groups, Int keepGroups, Int zeroMasked (1: unselected groups score 0 instead of -inf). Ties: lowest index.
     | GroupTopK = 90
-    /// mask[b s e] -> route: rows ordered by expert, then by token
+    /// mask[b s e] -> route: rows ordered by expert, then by token; Int topK, Int experts (of all ranks): rows expected
     | Route = 91
     /// x[b s h], route -> rows[rows h]
     | Permute = 92

@@ -85,7 +85,7 @@ let tests =
             [ "rows" ]
         refuses
             "more experts a token than there are"
-            (fun s -> Op.Route 5, [ s.In("m", DType.Bool, [ "batch", 2; "seq", 3; "experts", 4 ]) ])
+            (fun s -> Op.Route(5, 4), [ s.In("m", DType.Bool, [ "batch", 2; "seq", 3; "experts", 4 ]) ])
             [ "5"; "4 experts" ]
         refuses
             "experts that do not fall into groups"

@@ -17,6 +17,10 @@ type Job = {
     Tensor: int
     Data: int
     Expert: int
+    Context: int
+    ExpertTensor: int
+    SequenceParallel: bool
+    Dispatcher: Dispatcher
     Pipeline: int
     /// Lengths of the cuts of the layout string, between units.
     Cuts: int list
@@ -76,6 +80,10 @@ type Job = {
             Recipe.Default
                 .WithName("random")
                 .WithParallelism(this.Tensor, this.Pipeline, this.Expert, this.Data)
+                .WithContextParallel(this.Context)
+                .WithExpertTensorParallel(this.ExpertTensor)
+                .WithSequenceParallel(this.SequenceParallel)
+                .WithDispatcher(this.Dispatcher)
                 .WithLayout(this.Layout)
                 .WithSchedule(if this.GPipe then Schedule.GPipe else Schedule.OneFOneB)
                 .WithFusion(this.Fuse)
@@ -89,6 +97,10 @@ type Job = {
             Tensor = 1
             Data = 1
             Expert = 1
+            Context = 1
+            ExpertTensor = 1
+            SequenceParallel = true
+            Dispatcher = Dispatcher.AllToAll
             Pipeline = 1
             Recompute = false
     }
@@ -103,11 +115,17 @@ type Job = {
             >
             1
 
+/// Ranks of a stage.
+let ranks (job: Job) = job.Tensor * job.Context * job.Data
+
 /// Does the compiler take it? (Megatron's rules: MTP behind every layer, not on the first stage.)
 let legal (job: Job) =
     job.Dense <= job.Layers
     && 4 % job.Data = 0
-    && (job.Tensor * job.Data) % job.Expert = 0
+    && (job.Tensor * job.Context * job.Data) % (job.Expert * job.ExpertTensor) = 0
+    && job.SeqLength % (2 * job.Context) = 0
+    && job.SeqLength % (job.Context * job.Tensor) = 0
+    && ranks job <= 16
     && job.Cuts |> List.distinct |> List.length >= job.Pipeline - 1
     && (match Mesh.create job.Recipe.Degrees with
         | Ok _ -> true
@@ -128,13 +146,17 @@ let private jobs (pipelines: int list) = gen {
     let! tensor = some [ 1; 2; 2; 4 ]
     let! data = some [ 1; 2; 2; 4 ]
     let! expert = some [ 1; 2; 2; 4; 8 ]
+    let! context = some [ 1; 1; 2; 4 ]
+    let! expertTensor = some [ 1; 1; 2; 4 ]
+    let! sequenceParallel = some [ true; true; false ]
+    let! dispatcher = some [ Dispatcher.AllToAll; Dispatcher.AllGather ]
     let! pipeline = some pipelines
     let! cuts = Gen.shuffle [| 1 .. layers + mtp |]
     let! gpipe = some [ false; true ]
     let! recompute = some [ false; true ]
     let! fuse = some [ true; true; false ]
     let! microbatches = some [ 1; 2; 3; 5 ]
-    let! seqLength = some [ 4; 8 ]
+    let! seqLength = some [ 4; 8; 8; 16 ]
 
     return {
         Layers = layers
@@ -145,6 +167,10 @@ let private jobs (pipelines: int list) = gen {
         Tensor = tensor
         Data = data
         Expert = expert
+        Context = context
+        ExpertTensor = expertTensor
+        SequenceParallel = sequenceParallel
+        Dispatcher = dispatcher
         Pipeline = min pipeline (layers + mtp)
         Cuts = cuts |> List.ofSeq |> List.truncate (min pipeline (layers + mtp) - 1)
         GPipe = gpipe
@@ -167,6 +193,24 @@ let shrink (job: Job) : Job seq =
 
         if job.Expert > 1 then
             { job with Expert = job.Expert / 2 }
+
+        if job.ExpertTensor > 1 then
+            {
+                job with
+                    ExpertTensor = job.ExpertTensor / 2
+            }
+
+        if job.Context > 1 then
+            { job with Context = job.Context / 2 }
+
+        if not job.SequenceParallel then
+            { job with SequenceParallel = true }
+
+        if job.Dispatcher <> Dispatcher.AllToAll then
+            {
+                job with
+                    Dispatcher = Dispatcher.AllToAll
+            }
 
         if job.Tensor > 1 then
             { job with Tensor = job.Tensor / 2 }

@@ -31,11 +31,12 @@ module Evaluator =
                         match node.Op with
                         | Op.Route _
                         | Op.Collective(Collective.RouteToExperts, _, _) -> v
+                        | Op.Collective _ when node.Inputs.Length = 1 && route[node.Inputs[0]] = node.Inputs[0] -> v
+                        | Op.Collective _ when node.Inputs.Length = 3 -> node.Inputs[2]
                         | Op.Permute _
                         | Op.RouteProbs
                         | Op.PermuteWithProbs
-                        | Op.GroupedMatMul _
-                        | Op.Collective((Collective.RowsToExperts | Collective.RowsToTokens), _, _) ->
+                        | Op.GroupedMatMul _ ->
                             Array.last node.Inputs
                         | _elementwise ->
                             node.Inputs

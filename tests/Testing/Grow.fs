@@ -208,7 +208,7 @@ type internal Grower(choices: int[]) =
             ZeroMasked = false
         }
 
-        let route = on (Op.Route k) [ on (Op.GroupTopK spec) [ on Op.Detach [ scores ] ] ]
+        let route = on (Op.Route(k, count)) [ on (Op.GroupTopK spec) [ on Op.Detach [ scores ] ] ]
         let gateUp = param [ "experts"; "gate_up"; "expert_ffn"; "hidden" ]
         let down = param [ "experts"; "hidden"; "expert_ffn" ]
         let fused = pick 2 = 1

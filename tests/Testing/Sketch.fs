@@ -58,7 +58,7 @@ type Sketch() =
             ZeroMasked = false
         }
 
-        this.On(Op.Route topK, [ this.On(Op.GroupTopK spec, [ scores ]) ])
+        this.On(Op.Route(topK, axes |> List.last |> snd), [ this.On(Op.GroupTopK spec, [ scores ]) ])
 
     /// A dense value of the same rows: rows are gathered per token, wider ones after summing what trails.
     member private this.Dense(value: int, route: int) =

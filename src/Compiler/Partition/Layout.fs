@@ -16,6 +16,8 @@ type AxisMap = {
     Inputs: Map<string, int list>
     /// Of anchored values, by anchor name, then axis name.
     Anchors: Map<string, Map<string, int list>>
+    /// How routed rows reach their experts: AllGather, AllToAll or Flex.
+    Dispatcher: Dispatcher
 }
 
 [<RequireQualifiedAccess>]
@@ -70,10 +72,10 @@ module Layout =
 
 [<RequireQualifiedAccess>]
 module AxisMap =
-    /// Tensor parallel heads, ffn and vocab; expert parallel experts; sequence parallel residual stream.
-    let ofMesh (mesh: MeshInfo) : AxisMap =
-        let tp, dp = Mesh.axesOf mesh "tp", Mesh.axesOf mesh "dp"
-        let tokens = Map [ "batch", dp; "seq", tp @ Mesh.axesOf mesh "cp" ]
+    /// Tensor parallel heads, ffn and vocab; expert parallel experts; the sequence over cp, between tensor parallel regions over tp too.
+    let create (sequenceParallel: bool) (dispatcher: Dispatcher) (mesh: MeshInfo) : AxisMap =
+        let tp, cp, dp = Mesh.axesOf mesh "tp", Mesh.axesOf mesh "cp", Mesh.axesOf mesh "dp"
+        let tokens = Map [ "batch", dp; "seq", (if sequenceParallel then tp @ cp else cp) ]
 
         {
             Mesh = mesh
@@ -86,5 +88,14 @@ module AxisMap =
                     "expert_ffn", Mesh.axesOf mesh "etp"
                 ]
             Inputs = Map [ "batch", dp ]
-            Anchors = Map [ "residual", tokens; "logits", Map [ "batch", dp; "vocab", tp ] ]
+            Anchors =
+                Map [
+                    "residual", tokens
+                    "sequence", Map [ "batch", dp; "seq", cp ]
+                    "logits", Map [ "batch", dp; "seq", cp; "vocab", tp ]
+                ]
+            Dispatcher = dispatcher
         }
+
+    /// With sequence parallelism, rows exchanged.
+    let ofMesh (mesh: MeshInfo) : AxisMap = create true Dispatcher.AllToAll mesh

@@ -23,6 +23,7 @@ type Shards(map: AxisMap, source: Graph) =
     let layouts = List<Layout>()
     let copies = Array.init source.Types.Length (fun _ -> List<Copy>())
     let routes = Array.create source.Types.Length -1
+    let gathered = HashSet<struct (int * int)>()
 
     member _.Map = map
     member _.Mesh = map.Mesh
@@ -36,6 +37,10 @@ type Shards(map: AxisMap, source: Graph) =
     member _.RouteOf
         with get (value: int) = routes[value]
         and set (value: int) (route: int) = routes[value] <- route
+
+    /// Is a forward value whole over a mesh axis only because what it is made from was gathered?
+    member _.IsGathered(value: int, meshAxis: int) = gathered.Contains(struct (value, meshAxis))
+    member _.SetGathered(value: int, meshAxis: int) = gathered.Add(struct (value, meshAxis)) |> ignore
 
     /// Adds a local node; each result lies as told.
     member _.Emit(op: Op, inputs: int list, origin: Origin, results: Layout[]) : int[] =

@@ -99,6 +99,26 @@ let private choose
         | Some _
         | None -> Place.Whole
 
+    /// Does mesh axis m split parameters along this axis?
+    let splitsWeights name =
+        match Map.tryFind name shards.Map.Parameters with
+        | Some axes -> List.contains m axes
+        | None -> false
+
+    let isExperts = splitsWeights "experts" || splitsWeights "expert_ffn"
+
+    /// Where rows are made: tokens of these ranks exchange them, or (all-gather) each makes those of its own experts.
+    let routePlace () =
+        let tokens = [ factorOfOperand 0 1; factorOfOperand 0 0 ] |> List.choose id
+
+        if shards.Map.Dispatcher.IsAllGather then
+            if splitsWeights "experts" then place (factorOfOperand 0 2) else Place.Whole
+        else
+            match splitOf 0 |> Option.filter (fun f -> List.contains f tokens && fits f) with
+            | Some f -> Place.Block f
+            | None -> place (tokens |> List.tryFind fits)
+
+
     let weight = operands |> List.tryFind (fun i -> parameterOf graph node.Inputs[i] && (splitOf i).IsSome)
     let gradientOf = forced[node.Outputs[0]]
 
@@ -109,6 +129,11 @@ let private choose
             |> Option.map (fun names -> Layout.ofNames shards.Mesh names graph.Types[node.Outputs[0]])
         | _other -> None
 
+    // rows are never summed between ranks: a partial operand is resolved before it becomes rows
+    let intoRows =
+        node.Outputs |> Array.exists (fun v -> graph.Types[v].Routed)
+        && not (node.Inputs |> Array.exists (fun v -> graph.Types[v].Routed && shards.RouteOf v <> v))
+
     let primalState =
         let primal = graph.Primals[node.Outputs[0]]
         if primal >= 0 then Some (shards.Home primal).Layout[m] else None
@@ -116,7 +141,8 @@ let private choose
     match weight, anchor, routeOperand node.Op with
     | Some i, _, _ -> place (splitOf i)
     | None, Some layout, _ -> place (splitDim layout[m] |> Option.bind factorOfResult)
-    | None, None, Some i when (splitOf i).IsSome -> place (splitOf i)
+    | None, None, _ when node.Op.IsRoute && isExperts -> routePlace ()
+    | None, None, Some i when (splitOf i).IsSome || intoRows -> place (splitOf i)
     | None, None, _ when gradientOf >= 0 && ((shards.Home gradientOf).Layout[m] |> splitDim).IsSome ->
         place (splitDim (shards.Home gradientOf).Layout[m] |> Option.bind factorOfResult)
     | None, None, _ ->
@@ -136,9 +162,6 @@ let private choose
                     && operands |> List.forall (fun i -> not (state i).IsPartialMax)
                 | Linearity.Jointly -> partial.Length = operands.Length
                 | Linearity.JointlyInFirst n -> partial = [ 0 .. n - 1 ]
-
-            // rows are never summed between ranks: a partial operand is resolved before it becomes rows
-            let intoRows = node.Outputs |> Array.exists (fun v -> graph.Types[v].Routed)
 
             if through && not intoRows then
                 Place.Through
@@ -194,13 +217,17 @@ let private settle (shards: Shards) (node: Node) v =
 
     if primal >= 0 && not (parameterOf shards.Source primal) then
         let target =
-            (shards.Home primal).Layout
-            |> Array.map (fun s ->
-                match s with
-                | AxisState.Split _ -> s
-                | AxisState.Replicated
-                | AxisState.PartialSum
-                | AxisState.PartialMax -> AxisState.Replicated)
+            Array.mapi2
+                (fun m (s: AxisState) (mine: AxisState) ->
+                    match s with
+                    | AxisState.Split _ -> s
+                    // what was gathered goes on as a partial sum, to be reduced where the gathered value came from
+                    | AxisState.Replicated when mine.IsPartialSum && shards.IsGathered(primal, m) -> mine
+                    | AxisState.Replicated
+                    | AxisState.PartialSum
+                    | AxisState.PartialMax -> AxisState.Replicated)
+                (shards.Home primal).Layout
+                (shards.Home v).Layout
 
         if (shards.Home v).Layout <> target then
             let local = Reshard.toLayout shards v target node.Origin
@@ -247,6 +274,17 @@ let private compute (shards: Shards) (forced: int[]) (node: Node) =
             let want = places |> Array.mapi (fun m place -> required shards node def rule place i m)
             Reshard.toLayout shards node.Inputs[i] want node.Origin
     ]
+
+    // whole only because an operand was gathered: every rank computes what one could have
+    if node.Origin.Pass.IsForward then
+        for m in 0 .. places.Length - 1 do
+            if
+                places[m].IsWhole
+                && node.Inputs
+                   |> Array.exists (fun v -> (shards.Home v).Layout[m].IsSplit || shards.IsGathered(v, m))
+            then
+                for v in node.Outputs do
+                    shards.SetGathered(v, m)
 
     let layouts = node.Outputs |> Array.mapi (fun r _ -> places |> Array.map (fun place -> resulting rule place r))
     let outputs = shards.Emit(node.Op, inputs, node.Origin, layouts)

@@ -143,12 +143,19 @@ let rec toLayout (shards: Shards) (value: int) (want: Layout) (origin: Origin) :
             remember shards value want origin (shards.Emit(op, [], origin, [| want |])[0])
         | _other ->
             let size copy = (shards.Builder.Type copy.Value).Bytes
-            let start = candidates |> List.minBy (fun c -> distance c.Layout want, size c)
 
             if isRows shards value then
-                moveRows shards value start want origin
+                let isSet = shards.RouteOf value = value
+
+                let reachable =
+                    candidates
+                    |> List.choose (fun c -> Rows.distance isSet c.Layout want |> Option.map (fun d -> c, d))
+
+                match reachable with
+                | [] -> refuseRows shards (shards.Home value).Layout want origin
+                | some -> moveRows shards value (some |> List.minBy (fun (c, d) -> d, size c) |> fst) want origin
             else
-                walk shards value start want origin
+                walk shards value (candidates |> List.minBy (fun c -> distance c.Layout want, size c)) want origin
 
 and private remember (shards: Shards) value layout (origin: Origin) local : int =
     shards.Remember(
@@ -209,39 +216,57 @@ and private walk (shards: Shards) value (from: Copy) (want: Layout) (origin: Ori
                 want
                 origin
 
-/// Rows move between tokens and experts by their row set; the set itself moves by exchanging counts.
+/// Rows go to their experts and back by their row set; along axes that split experts' features they are gathered and summed.
 and private moveRows (shards: Shards) value (from: Copy) (want: Layout) (origin: Origin) : int =
-    let moved = [ 0 .. want.Length - 1 ] |> List.filter (fun m -> from.Layout[m] <> want[m])
-
-    let isSplitOn dims (state: AxisState) =
-        match state with
-        | AxisState.Split d -> List.contains d dims
-        | AxisState.Replicated
-        | AxisState.PartialSum
-        | AxisState.PartialMax -> false
-
-    let toExperts = moved |> List.forall (fun m -> isSplitOn [ 0; 1 ] from.Layout[m] && isSplitOn [ 2 ] want[m])
-    let toTokens = moved |> List.forall (fun m -> isSplitOn [ 2 ] from.Layout[m] && isSplitOn [ 0; 1 ] want[m])
-    let route = shards.RouteOf value
-    let local = Layout.local shards.Mesh want shards.Source.Types[value]
-    let op kind = Op.Collective(kind, moved, local)
-
-    let emit kind inputs = remember shards value want origin (shards.Emit(op kind, inputs, origin, [| want |])[0])
-
-    if route = value && toExperts then
-        emit Collective.RouteToExperts [ from.Value ]
-    elif route <> value && (toExperts || toTokens) then
-        let here = toLayout shards route from.Layout origin
-        let there = toLayout shards route want origin
-        emit (if toExperts then Collective.RowsToExperts else Collective.RowsToTokens) [ from.Value; here; there ]
+    if from.Layout = want then
+        from.Value
     else
-        let names = moved |> List.map (fun m -> shards.Mesh.Axes[m].Name) |> String.concat " x "
+        match Rows.step from.Layout want with
+        | None -> refuseRows shards from.Layout want origin
+        | Some(kind, axes, next) ->
+            let route = shards.RouteOf value
+            let op kind = Op.Collective(kind, axes, Layout.local shards.Mesh next shards.Source.Types[value])
 
-        raise (
-            DiagnosticException.Of(
-                Codes.RowsLayout,
-                origin.Path,
-                $"routed rows would have to change their split over mesh axes %s{names}; they are exchanged only between ranks of different tokens and ranks of different experts",
-                "anchor the routed input as 'residual' so that tokens are split there, or choose expert parallelism 1"
-            )
+            let op, inputs =
+                match kind with
+                | Collective.RowsToExperts when route = value -> op Collective.RouteToExperts, [ from.Value ]
+                | Collective.AllReduceSum -> op kind, [ from.Value ]
+                | _gather when route = value -> op kind, [ from.Value ]
+                | _exchange ->
+                    op kind,
+                    [
+                        from.Value
+                        toLayout shards route (Rows.setLayout from.Layout) origin
+                        toLayout shards route (Rows.setLayout next) origin
+                    ]
+
+            let moved = shards.Emit(op, inputs, origin, [| next |])[0]
+            remember shards value next origin moved |> ignore
+
+            moveRows
+                shards
+                value
+                {
+                    Layout = next
+                    Value = moved
+                    Pass = origin.Pass
+                    Unit = origin.Unit
+                }
+                want
+                origin
+
+and private refuseRows (shards: Shards) (from: Layout) (want: Layout) (origin: Origin) : int =
+    let names =
+        [ 0 .. want.Length - 1 ]
+        |> List.filter (fun m -> from[m] <> want[m])
+        |> List.map (fun m -> shards.Mesh.Axes[m].Name)
+        |> String.concat " x "
+
+    raise (
+        DiagnosticException.Of(
+            Codes.RowsLayout,
+            origin.Path,
+            $"routed rows would have to change their split over mesh axes %s{names}; they are exchanged only between ranks of different tokens and ranks of different experts",
+            "anchor the routed input as 'residual' so that tokens are split there, or choose expert parallelism 1"
         )
+    )

@@ -151,6 +151,19 @@ let check
         if not fits then
             report $"%s{name route} is not the row set of %s{name rowsId}"
 
+    /// Rows that are gathered or scattered along a token dim come with both row sets; a row set and dense values come alone.
+    let rowsArity () =
+        if inputs.Count > 0 && slots[inputs[0]].Routed && slots[inputs[0]].Extents.Count >= 3 && inputs.Count <> 1 then
+            let fits = arity 3 1
+
+            if fits then
+                setOf inputs[1] inputs[0]
+                setOf inputs[2] outputs[0]
+
+            fits
+        else
+            arity 1 1
+
     let dimOf id d =
         let ok = d >= 0 && d < slots[id].Extents.Count
 
@@ -178,11 +191,11 @@ let check
         if arity 1 1 then
             moved _.IsPartialMax "a partial maximum" _.IsReplicated "whole" same
     | Collective.AllGather d ->
-        if arity 1 1 && dimOf inputs[0] d then
+        if rowsArity () && dimOf inputs[0] d then
             moved (isSplit d) $"split on dim %i{d}" _.IsReplicated "whole" (fun k -> (if k = d then size else 1), 1)
             inner inputs[0] d
     | Collective.ReduceScatter d ->
-        if arity 1 1 && dimOf inputs[0] d then
+        if rowsArity () && dimOf inputs[0] d then
             moved _.IsPartialSum "a partial sum" (isSplit d) $"split on dim %i{d}" (fun k ->
                 1, (if k = d then size else 1))
 

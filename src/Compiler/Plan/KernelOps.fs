@@ -86,7 +86,7 @@ let ofOp (op: Op) (inputs: TensorType[]) (_outputs: TensorType[]) : (KernelId * 
     | Op.Attention scale -> Some(KernelId.Attention, [ float scale ])
     | Op.AttentionGrad scale -> Some(KernelId.AttentionGrad, [ float scale ])
     | Op.GroupTopK s -> Some(KernelId.GroupTopK, [ int s.TopK; int s.Groups; int s.KeepGroups; flag s.ZeroMasked ])
-    | Op.Route _ -> plain KernelId.Route
+    | Op.Route(topK, experts) -> Some(KernelId.Route, [ int topK; int experts ])
     | Op.Permute fused -> plain (if fused then KernelId.PermuteFused else KernelId.Permute)
     | Op.Unpermute fused -> plain (if fused then KernelId.UnpermuteFused else KernelId.Unpermute)
     | Op.RouteProbs -> plain KernelId.RouteProbs
@@ -243,8 +243,8 @@ let toOp
                 ZeroMasked = zero <> 0L
             }
         )
-    | KernelId.Route, [] when outputs.Length = 1 && outputs[0].Rank = 3 ->
-        Ok(Op.Route(int32 (System.Math.Round(outputs[0].Density * double outputs[0].Axes[2].Extent))))
+    | KernelId.Route, [ Attribute.Int topK; Attribute.Int experts ] when small topK && small experts ->
+        Ok(Op.Route(int32 topK, int32 experts))
     | KernelId.Permute, _ -> plain (Op.Permute false)
     | KernelId.PermuteFused, _ -> plain (Op.Permute true)
     | KernelId.Unpermute, _ -> plain (Op.Unpermute false)

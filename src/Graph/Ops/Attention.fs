@@ -54,7 +54,7 @@ let attention scale = {
         Flops = fun inputs _ -> flops 1.0 inputs[0] inputs[1] inputs[2]
 }
 
-let attentionGrad scale = {
+let attentionGrad = {
     OpDef.opaque
         "attention_grad"
         ""

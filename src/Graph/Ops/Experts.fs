@@ -22,21 +22,23 @@ let groupTopK (spec: TopKSpec) =
                 Ok [| DType.Bool |])
         Vjp.Stop
 
-let route (topK: int) = {
+let route (topK: int) (experts: int) = {
     OpDef.opaque
         "route"
-        "b s e^ -> b s e"
+        "b s e -> b s e"
         (fun types ->
-            let experts = types[0].Axes[2].Extent
+            let here = types[0].Axes[2].Extent
 
             if types[0].DType <> DType.Bool || types[0].Routed then
                 Error $"the mask is %O{types[0]}; a dense bool one is needed"
             elif topK < 1 || topK > experts then
                 Error $"%i{topK} rows a token, but there are %i{experts} experts"
+            elif experts % here <> 0 then
+                Error $"the mask is of %i{here} experts, no part of %i{experts}"
             else
                 Ok [| DType.Bool |])
         Vjp.Stop with
-        Rows = fun types -> [| float topK / float types[0].Axes[2].Extent |]
+        Rows = fun _ -> [| float topK / float experts |]
 }
 
 /// Operands `rows` are rows; the last one is the row set.

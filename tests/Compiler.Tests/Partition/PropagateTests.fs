@@ -6,6 +6,7 @@ open Expecto
 open FsCheck
 open FsCheck.FSharp
 open DeepSeekGraph
+open DeepSeekGraph.Compiler
 open DeepSeekGraph.Compiler.Partition
 open DeepSeekGraph.Reference
 open DeepSeekGraph.Testing
@@ -114,6 +115,7 @@ let private mapOf (c: Case) (graph: Graph) : AxisMap =
         Parameters = Map.ofList (weights @ tokens)
         Inputs = Map.ofList tokens
         Anchors = Map [ "residual", Map.ofList tokens ]
+        Dispatcher = Dispatcher.AllToAll
     }
 
 let private seen = ConcurrentDictionary<string, int>()

@@ -50,7 +50,7 @@ let private samples = [
         ZeroMasked = true
     },
     [ x ]
-    Op.Route 2, [ TensorType.create DType.Bool [ "batch", 2; "seq", 4; "experts", 8 ] ]
+    Op.Route(2, 8), [ TensorType.create DType.Bool [ "batch", 2; "seq", 4; "experts", 8 ] ]
     Op.Permute true,
     [
         x
