@@ -179,6 +179,7 @@ let private required (shards: Shards) (node: Node) (def: OpDef) (rule: Rule) (pl
     | Place.Through ->
         match def.Linear with
         | Linearity.Jointly -> AxisState.PartialSum
+        | Linearity.JointlyInFirst n -> if i < n then AxisState.PartialSum else AxisState.Replicated
         | Linearity.InEach able when carried shards node able m = Some i -> AxisState.PartialSum
         | Linearity.InEach _
         | Linearity.No -> AxisState.Replicated

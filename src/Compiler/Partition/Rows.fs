@@ -32,69 +32,60 @@ let setLayout (layout: Layout) : Layout =
         | AxisState.PartialSum
         | AxisState.PartialMax -> AxisState.Replicated)
 
-/// The next collective, its mesh axes, and the layout afterwards; None where no step leads on.
-let step (from: Layout) (want: Layout) : (Collective * int list * Layout) option =
-    let axes test = [
-        for m in 0 .. from.Length - 1 do
-            if test from[m] want[m] then
-                m
-    ]
+let private where test (from: Layout) (want: Layout) = [
+    for m in 0 .. from.Length - 1 do
+        if test from[m] want[m] then
+            m
+]
 
-    let next (axes: int list) state = from |> Array.mapi (fun m s -> if List.contains m axes then state m else s)
-    let toExperts = axes (fun f w -> (tokenDim f).IsSome && isExpert w)
-    let toTokens = axes (fun f w -> isExpert f && (tokenDim w).IsSome)
-    let dims = [ 0; 1 ]
+let private changed (from: Layout) (axes: int list) (state: int -> AxisState) : Layout =
+    from |> Array.mapi (fun m s -> if List.contains m axes then state m else s)
 
-    let exchange kind (moved: int list) (layout: Layout) =
-        let after = next moved (fun m -> want[m])
-        // cut or joined on both sides: token dims where rows are by token, experts where they are by expert
-        let byToken, byExpert = if kind = Collective.RowsToExperts then layout, after else after, layout
+/// Towards the experts: exchange, then gather along seq, then along batch; what would leave blocks in pieces waits.
+let private forth (from: Layout) (want: Layout) : (Collective * int list * Layout) option =
+    let exchange () =
+        let axes = where (fun f w -> (tokenDim f).IsSome && isExpert w) from want
+        let next = changed from axes (fun _ -> AxisState.Split 2)
+        let cut d = axes |> List.filter (fun m -> tokenDim from[m] = Some d)
 
-        if
-            not moved.IsEmpty
-            && contiguous byExpert 2 moved
-            && dims
-               |> List.forall (fun d ->
-                   contiguous byToken d (moved |> List.filter (fun m -> tokenDim byToken[m] = Some d)))
-        then
-            Some(kind, moved, after)
+        if not axes.IsEmpty && contiguous next 2 axes && contiguous from 0 (cut 0) && contiguous from 1 (cut 1) then
+            Some(Collective.RowsToExperts, axes, next)
         else
             None
 
-    let gather d =
-        match axes (fun f w -> f = AxisState.Split d && w.IsReplicated) with
-        | [] -> None
-        | moved when contiguous from d moved ->
-            Some(Collective.AllGather d, moved, next moved (fun _ -> AxisState.Replicated))
-        | _blocked -> None
+    let gather d () =
+        match where (fun f w -> f = AxisState.Split d && w.IsReplicated) from want with
+        | axes when not axes.IsEmpty && contiguous from d axes ->
+            Some(Collective.AllGather d, axes, changed from axes (fun _ -> AxisState.Replicated))
+        | _none -> None
 
-    let scatter d =
-        match axes (fun f w -> f.IsPartialSum && w = AxisState.Split d) with
-        | [] -> None
-        | moved ->
-            // what still has to come to this dim from the experts comes first if it is slower
-            let slower = toTokens |> List.exists (fun m -> tokenDim want[m] = Some d && m > List.min moved)
+    [ exchange; gather 1; gather 0 ] |> List.tryPick (fun attempt -> attempt ())
 
-            if contiguous from d moved && not slower then
-                Some(Collective.ReduceScatter d, moved, next moved (fun _ -> AxisState.Split d))
-            else
-                None
+let rec private path (from: Layout) (want: Layout) : (Collective * int list) list option =
+    if from = want then
+        Some []
+    else
+        forth from want
+        |> Option.bind (fun (kind, axes, next) -> path next want |> Option.map (fun rest -> (kind, axes) :: rest))
 
-    let reduce () =
-        match axes (fun f w -> f.IsPartialSum && w.IsReplicated) with
-        | [] -> None
-        | moved -> Some(Collective.AllReduceSum, moved, next moved (fun _ -> AxisState.Replicated))
+/// Towards the tokens: the way that the row set came, backwards, sums scattered where it was gathered.
+let private back (from: Layout) (want: Layout) : (Collective * int list * Layout) option =
+    match path (setLayout want) (setLayout from) |> Option.map List.tryLast with
+    | Some(Some(Collective.RowsToExperts, axes)) ->
+        Some(Collective.RowsToTokens, axes, changed from axes (fun m -> want[m]))
+    | Some(Some(Collective.AllGather d, axes)) when axes |> List.forall (fun m -> from[m].IsPartialSum) ->
+        Some(Collective.ReduceScatter d, axes, changed from axes (fun m -> want[m]))
+    | Some _
+    | None -> None
 
-    [
-        fun () -> exchange Collective.RowsToExperts toExperts from
-        fun () -> scatter 1
-        fun () -> scatter 0
-        fun () -> exchange Collective.RowsToTokens toTokens from
-        reduce
-        fun () -> gather 1
-        fun () -> gather 0
-    ]
-    |> List.tryPick (fun attempt -> attempt ())
+/// The next collective, its mesh axes, and the layout afterwards; None where no step leads on.
+let step (from: Layout) (want: Layout) : (Collective * int list * Layout) option =
+    match where (fun f w -> f.IsPartialSum && w.IsReplicated) from want with
+    | [] ->
+        match where (fun f w -> (isExpert f || f.IsPartialSum) && (tokenDim w).IsSome) from want with
+        | [] -> forth from want
+        | _towardsTokens -> back from want
+    | sums -> Some(Collective.AllReduceSum, sums, changed from sums (fun _ -> AxisState.Replicated))
 
 /// Collectives on the way, or None where there is none. A row set goes to the experts only: how to go back is remembered.
 let rec distance (isSet: bool) (from: Layout) (want: Layout) : int option =

@@ -23,6 +23,16 @@ public sealed class RoutingTrace
     /// <summary>Tokens whose set of experts differed from the recorded one.</summary>
     public long Differing => _differing;
 
+    /// <summary>Where the token at `place` of a sequence in zigzag order stands in natural order: blocks lie as 0, 2R-1, 1, 2R-2, ...</summary>
+    private static int Natural(int place, int length, int ranks)
+    {
+        if (ranks == 1)
+            return place;
+        var size = length / (2 * ranks);
+        var block = place / size;
+        return ((block % 2 == 0 ? block / 2 : (2 * ranks) - 1 - (block / 2)) * size) + (place % size);
+    }
+
     /// <summary>Called after GroupTopK: `mask` is [batch, seq, experts], experts whole.</summary>
     internal unsafe void Visit(RankContext rank, long step, string path, int microbatch, SlotValue mask)
     {
@@ -41,7 +51,7 @@ public sealed class RoutingTrace
             for (var s = 0; s < positions; s++)
             {
                 var now = mine.Slice(((b * positions) + s) * experts, experts);
-                var recorded = whole.AsSpan((shard.Start[1] + s) * experts, experts);
+                var recorded = whole.AsSpan(Natural(shard.Start[1] + s, global[1], rank.Context) * experts, experts);
                 if (!Replay)
                 {
                     now.CopyTo(recorded);

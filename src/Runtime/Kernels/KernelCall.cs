@@ -11,6 +11,9 @@ public delegate void Kernel(in KernelCall call);
 /// <summary>Where a rank stands: its coordinates on the mesh and its stage.</summary>
 public sealed record RankContext(int Rank, int Stage, IReadOnlyList<int> Coordinates, IReadOnlyList<MeshAxis> Axes)
 {
+    /// <summary>Ranks that share a sequence in zigzag order.</summary>
+    public int Context { get; init; } = 1;
+
     /// <summary>Place in the product of some mesh axes (slowest last in the list, major in the result).</summary>
     public int BlockOf(IReadOnlyList<long> axes)
     {
@@ -27,7 +30,7 @@ public sealed record RankContext(int Rank, int Stage, IReadOnlyList<int> Coordin
         var rest = place;
         for (var i = 0; i < coordinates.Length; i++)
             (rest, coordinates[i]) = Math.DivRem(rest, mesh.Axes[i].Size);
-        return new RankContext((stage * RanksPerStage(mesh)) + place, stage, coordinates, mesh.Axes);
+        return new RankContext((stage * RanksPerStage(mesh)) + place, stage, coordinates, mesh.Axes) { Context = mesh.Context };
     }
 
     /// <summary>Ranks of one stage: the product of the mesh axes.</summary>
