@@ -25,13 +25,10 @@ let private base' = Recipe.Default.WithName "test"
 let tests =
     testList "Recipe" [
         testList "what no pass carries out" [
-            refused "context" (base'.WithContextParallel 2)
-            refused "expert_tensor" (base'.WithParallelism(2, 1, 1, 1).WithExpertTensorParallel 2)
             refused "dispatcher" (base'.WithDispatcher Dispatcher.Flex)
             refused
                 "optimizer.main_grads_dtype"
                 (base'.WithStateTypes(DType.Float32, DType.BFloat16, DType.Float32, DType.Float32))
-            refused "sequence_parallel" (base'.WithParallelism(2, 1, 1, 1).WithSequenceParallel false)
         ]
         testCase "a fusion rule that there is none of is refused with the names"
         <| fun () ->

@@ -113,7 +113,7 @@ let tests =
                 Data = Array.ofList values
             }
 
-            let results = Formulas.attention 1.0 (at 2 [ 1.0; 0.0 ]) (at 2 [ 2.0; 5.0 ]) (at 2 [ 3.0; 7.0 ])
+            let results = Formulas.attention 1.0 (at 2 [ 1.0; 0.0 ]) (at 2 [ 2.0; 5.0 ]) (at 2 [ 3.0; 7.0 ]) None
 
             close [ 3.0; 5.0 ] results[0]
             close [ 2.0; log 2.0 ] results[1])
