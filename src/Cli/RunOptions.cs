@@ -1,6 +1,7 @@
 // The options that say how a plan is run: steps, data, seed, learning rate and where results go.
 
 using System.CommandLine;
+using DeepSeekGraph.Runtime.Training;
 
 namespace DeepSeekGraph.Cli;
 
@@ -12,6 +13,7 @@ internal sealed record RunChoices
     public string? Out { get; init; }
     public ulong Seed { get; init; }
     public double? LearningRate { get; init; }
+    public Executor Executor { get; init; }
 }
 
 internal sealed class RunOptions
@@ -49,9 +51,15 @@ internal sealed class RunOptions
         Description = "Highest learning rate: warm-up over a tenth of the steps, then a cosine down to a tenth of it",
     };
 
+    private readonly Option<string?> _executor = new("--executor")
+    {
+        HelpName = "compiled|interpreter",
+        Description = "What runs the plan: C# made from it (the default), or its steps one by one; the same bits",
+    };
+
     public void AddTo(Command command)
     {
-        foreach (var option in (Option[])[_steps, _data, _out, _seed, _learningRate])
+        foreach (var option in (Option[])[_steps, _data, _out, _seed, _learningRate, _executor])
             command.Add(option);
     }
 
@@ -75,8 +83,21 @@ internal sealed class RunOptions
             Out = parse.GetValue(_out),
             Seed = parse.GetValue(_seed),
             LearningRate = rate,
+            Executor = ExecutorOf(parse.GetValue(_executor)),
         };
     }
+
+    private static Executor ExecutorOf(string? name)
+        => name switch
+        {
+            null or "compiled" => Executor.Compiled,
+            "interpreter" => Executor.Interpreter,
+            _ => throw DiagnosticException.Of(
+                Codes.OptionValue,
+                "--executor",
+                $"there is no executor '{name}'",
+                Nearest.Help(name, ["compiled", "interpreter"])),
+        };
 
     private static DiagnosticException Wrong(string option, string value, string help)
         => DiagnosticException.Of(Codes.OptionValue, option, $"'{value}' is no value for '{option}'", help);

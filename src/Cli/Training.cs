@@ -32,12 +32,15 @@ internal static class Training
             Seed = choices.Seed,
             LearningRate = rate,
             ThreadsPerRank = ThisMachine.ThreadsPerRank(plan),
+            Executor = choices.Executor,
         };
         Console.WriteLine(Heading(plan, steps, rate, choices.Seed));
 
         var trainer = await Trainer.StartAsync(plan, options, CancellationToken.None).ConfigureAwait(false);
         await using (trainer.ConfigureAwait(false))
         {
+            foreach (var remark in trainer.Remarks)
+                Console.WriteLine(remark);
             var folder = RunFolder.Create(choices.Out);
             signals.Arm();
             PlanFile.Write(Path.Combine(folder, Files.Plan), plan);

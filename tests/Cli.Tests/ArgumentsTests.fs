@@ -67,6 +67,13 @@ let tests =
         refused "a word too many" "DSG0901" [ "'b'" ] [ "show"; "a"; "b" ]
         refused "a word for a number" "DSG0902" [ "at   --steps" ] [ "pretrain"; "--steps"; "many" ]
         refused "no steps" "DSG0902" [ "at   --steps" ] [ "pretrain"; "--steps"; "0" ]
+        refused "an executor that is none" "DSG0902" [ "at   --executor"; "interpreter" ] [
+            "run"
+            "plan.txt"
+            "--executor"
+            "interpret"
+        ]
+
         refused "a learning rate below zero" "DSG0902" [ "at   --lr" ] [ "pretrain"; "--lr"; "-1" ]
 
         refused "an unknown recipe" "DSG0706" [ "'deepseek_v3_tinny'"; "choose from deepseek_v3_tiny" ] [

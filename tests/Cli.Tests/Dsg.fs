@@ -24,7 +24,7 @@ let inFolder (body: string -> 'a) : 'a =
     finally
         folder.Delete true
 
-let start (folder: string) (program: string) (arguments: string list) =
+let private startWith (folder: string) (variables: (string * string) list) (program: string) (arguments: string list) =
     let info =
         ProcessStartInfo(
             "dotnet",
@@ -37,7 +37,13 @@ let start (folder: string) (program: string) (arguments: string list) =
 
     // test programs run under a terminal or not: the child sees none
     info.Environment["NO_COLOR"] <- "1"
+
+    for name, value in variables do
+        info.Environment[name] <- value
+
     nonNull (Process.Start info)
+
+let start folder program arguments = startWith folder [] program arguments
 
 /// The result of a started command; it is killed after three minutes.
 let finish (child: Process) =
@@ -56,6 +62,9 @@ let finish (child: Process) =
     }
 
 let run (folder: string) (arguments: string list) = start folder program arguments |> finish
+
+/// The same with environment variables.
+let runWith folder variables arguments = startWith folder variables program arguments |> finish
 
 [<DllImport("libc", EntryPoint = "kill")>]
 extern int private kill(int pid, int signal)

@@ -119,6 +119,72 @@ let tests =
                 Expect.equal (metrics folder "one").Count 2 "steps")
         }
 
+        test "both executors give the same bits; the C# of a plan is written for reading, into an empty folder only" {
+            Dsg.inFolder (fun folder ->
+                let data = Dsg.writeText folder
+                let small = [ "--tp"; "1"; "--pp"; "2"; "--layout"; "Ettt|tmL" ] @ small
+                let compiled = succeed folder ([ "compile"; "--out"; "p.txt"; "--emit-csharp"; "code" ] @ small)
+                Expect.stringContains compiled "its C# is in code" "said"
+
+                Expect.sequenceEqual
+                    (Directory.GetFiles(Path.Combine(folder, "code")) |> Array.map Path.GetFileName |> Array.sort)
+                    [ "Stage0.cs"; "Stage1.cs" ]
+                    "a file a stage"
+
+                let source = File.ReadAllText(Path.Combine(folder, "code", "Stage0.cs"))
+                Expect.stringContains source "RmsNorm(new(" "kernels by name"
+
+                let again = Dsg.run folder ([ "compile"; "--out"; "q.txt"; "--emit-csharp"; "code" ] @ small)
+                Expect.equal again.Code 1 "exit code"
+                Expect.stringContains again.Error "error DSG0815: the output folder 'code' is not empty" "refused"
+                Expect.isFalse (File.Exists(Path.Combine(folder, "q.txt"))) "before the work"
+
+                for executor in [ "compiled"; "interpreter" ] do
+                    succeed folder [
+                        "run"
+                        "p.txt"
+                        "--steps"
+                        "2"
+                        "--data"
+                        data
+                        "--executor"
+                        executor
+                        "--out"
+                        executor
+                    ]
+                    |> ignore
+
+                Expect.equal
+                    (numbers (metrics folder "compiled"))
+                    (numbers (metrics folder "interpreter"))
+                    "losses and norms")
+        }
+
+        test "a cache folder that others may use is said once, and the plan still runs" {
+            Dsg.inFolder (fun folder ->
+                let data = Dsg.writeText folder
+                let shared = Directory.CreateDirectory(Path.Combine(folder, "shared"))
+                File.SetUnixFileMode(shared.FullName, enum<UnixFileMode> 0o777)
+                let info = Dsg.run folder ([ "compile"; "--tp"; "1"; "--out"; "p.txt" ] @ small)
+                Expect.equal info.Code 0 "compiled"
+
+                let result =
+                    Dsg.runWith folder [ "DSG_CACHE", shared.FullName ] [
+                        "run"
+                        "p.txt"
+                        "--steps"
+                        "1"
+                        "--data"
+                        data
+                    ]
+
+                Expect.equal (result.Code, result.Error) (0, "") "runs"
+
+                Expect.equal (result.Out.Split("other users may use it").Length - 1) 1 $"said once: %s{result.Out}"
+
+                Expect.isEmpty (shared.GetFiles()) "nothing kept")
+        }
+
         test "a plan that was tampered with is refused" {
             Dsg.inFolder (fun folder ->
                 let data = Dsg.writeText folder

@@ -16,4 +16,5 @@ let main argv =
             RunTests.tests
             PartitionTests.tests
             ParallelTests.tests
+            ExecutorTests.tests
         ])

@@ -17,4 +17,6 @@ let main argv =
             RowKernelTests.tests
             CollectiveTests.tests
             RunnerTests.tests
+            CodeTests.tests
+            CodeCacheTests.tests
         ])

@@ -2,6 +2,7 @@
 namespace DeepSeekGraph.Testing
 
 open System
+open System.IO
 open System.Text
 open Expecto
 open Expecto.Impl
@@ -17,6 +18,16 @@ module TestMain =
         Console.Out.Flush()
         use output = Console.OpenStandardOutput()
         output.Write(Encoding.ASCII.GetBytes line)
+
+    /// Compiled plans of the tests, and of the commands that they start, go to a folder that goes with them.
+    let private withOwnCache (body: unit -> int) =
+        let folder = Directory.CreateTempSubdirectory "dsg-code-"
+        Environment.SetEnvironmentVariable("DSG_CACHE", folder.FullName)
+
+        try
+            body ()
+        finally
+            folder.Delete true
 
     let private runExpecto (argv: string[]) (tests: Test) =
         let mutable closing = None
@@ -38,7 +49,7 @@ module TestMain =
             CLIArguments.Fail_On_Focused_Tests
         ]
 
-        let exitCode = runTestsWithCLIArgs arguments argv tests
+        let exitCode = withOwnCache (fun () -> runTestsWithCLIArgs arguments argv tests)
         Option.iter printClosingLine closing
         exitCode
 

@@ -1,4 +1,4 @@
-// Start here: one rank walks its timetable, step by step, over its slots (the interpreter).
+// Start here: one rank walks its timetable and has an executor run each program over the slots of a microbatch.
 using System.Diagnostics;
 using DeepSeekGraph.Runtime.Collectives;
 using DeepSeekGraph.Runtime.Kernels;
@@ -16,50 +16,60 @@ public interface IInputSource
 /// <summary>Runs a stage's plan at one place of the mesh. Belongs to one thread; shares nothing but collectives.</summary>
 public sealed class RankRunner : IDisposable
 {
-    private readonly ICollectives _collectives;
-    private readonly CancellationToken _stop;
-    private readonly Dictionary<(int Phase, int Chunk), Instruction[]> _programs = [];
+    private readonly StageInstructions _instructions;
+    private readonly StageCode _code;
+    private readonly Dictionary<(int Phase, int Chunk), int> _programs = [];
     private readonly Dictionary<string, int> _places = [];
-    private readonly bool[] _perStep;
-    private readonly SlotValue?[] _persistent;
+    private readonly int[] _inputs;
+    private readonly SlotValue?[] _shared;
     private readonly SortedDictionary<int, Frame> _frames = [];
-    private Frame? _stepFrame;
-    private long _step;
+    private readonly Dictionary<int, int> _lastEntries = [];
+    private readonly Stack<Frame> _spare = [];
+    private readonly Frame _stepFrame;
+    private long _begin;
 
-    public RankRunner(PlanSet plan, StagePlan stage, RankContext rank, ICollectives collectives, CancellationToken stop)
+    /// <summary>Allocates the slots that outlive a step, zeroed. Without `code` the interpreter runs the programs.</summary>
+    public RankRunner(
+        PlanSet plan, StagePlan stage, RankContext rank, ICollectives collectives, CancellationToken stop, StageCodeFactory? code = null)
     {
         Plan = plan;
         Stage = stage;
         Rank = rank;
-        _collectives = collectives;
-        _stop = stop;
-        var ids = new Dictionary<int, int>();
+        _instructions = new StageInstructions(stage, plan.Groups, KernelTable.Cpu);
+        var site = new StageSite(stage, plan.Groups, rank, collectives, KernelTable.Cpu, stop);
+        _code = code is null ? new Interpreter(site, _instructions) : code(site);
         for (var i = 0; i < stage.Slots.Count; i++)
-        {
-            ids[stage.Slots[i].Id] = i;
             _places[stage.Slots[i].Name] = i;
-        }
-
-        var groups = plan.Groups.ToDictionary(g => g.Id);
-        _perStep = new bool[stage.Slots.Count];
-        foreach (var program in stage.Programs)
+        for (var i = 0; i < stage.Programs.Count; i++)
+            _programs[(stage.Programs[i].Phase.Tag, stage.Programs[i].Chunk)] = i;
+        for (var i = 0; i < stage.Timetable.Count; i++)
         {
-            Instruction[] code = [.. program.Steps.Select(s => Instruction.Of(s, ids, groups, KernelTable.Cpu))];
-            _programs[(program.Phase.Tag, program.Chunk)] = code;
-            if (program.Phase.IsPrologue || program.Phase.IsEpilogue)
-                MarkPerStep(code);
+            var action = stage.Timetable[i];
+            if (!IsOnce(action.Phase) && _programs.ContainsKey(Key(action)))
+                _lastEntries[action.Microbatch] = i;
         }
 
-        _persistent = new SlotValue?[stage.Slots.Count];
-        for (var i = 0; i < _persistent.Length; i++)
+        _inputs = [.. Enumerable.Range(0, stage.Slots.Count).Where(i => stage.Slots[i].Kind.IsInput)];
+
+        var perStep = PerStep();
+        _shared = new SlotValue?[stage.Slots.Count];
+        var ofStep = new List<SlotValue>();
+        for (var i = 0; i < _shared.Length; i++)
         {
             var value = new SlotValue(stage.Slots[i], Memory);
-            if (!value.IsPersistent)
+            if (value.IsPersistent)
+            {
+                var tensor = value.Fill();
+                tensor.zero_().On(tensor);
+            }
+            else if (perStep[i])
+                ofStep.Add(value);
+            else
                 continue;
-            _persistent[i] = value;
-            var tensor = value.Fill();
-            tensor.zero_().On(tensor);
+            _shared[i] = value;
         }
+
+        _stepFrame = NewFrame(ofStep);
     }
 
     public PlanSet Plan { get; }
@@ -78,35 +88,39 @@ public sealed class RankRunner : IDisposable
     public StepProfile? Profile { get; set; }
 
     /// <summary>Every slot that outlives a step, in plan order.</summary>
-    public IEnumerable<SlotValue> Persistent => _persistent.OfType<SlotValue>();
+    public IEnumerable<SlotValue> Persistent => _shared.OfType<SlotValue>().Where(v => v.IsPersistent);
 
     /// <summary>A slot that outlives a step, by name; null when this stage has none.</summary>
-    public SlotValue? Find(string name) => _places.TryGetValue(name, out var place) ? _persistent[place] : null;
+    public SlotValue? Find(string name)
+        => _places.TryGetValue(name, out var place) && _shared[place] is { IsPersistent: true } value ? value : null;
 
     /// <summary>One step: all entries of the timetable, or all but the epilogue. `observe` sees each written slot before it is freed.</summary>
     public void RunStep(long step, IInputSource inputs, bool epilogue = true, System.Action<SlotValue, int>? observe = null)
     {
-        _step = step;
+        var watched = observe is not null || Trace is not null || Profile is not null;
         try
         {
-            foreach (var action in Stage.Timetable)
+            for (var entry = 0; entry < Stage.Timetable.Count; entry++)
             {
-                if (action.Phase.IsEpilogue && !epilogue)
+                var action = Stage.Timetable[entry];
+                if ((action.Phase.IsEpilogue && !epilogue) || !_programs.TryGetValue(Key(action), out var program))
                     continue;
-                if (!_programs.TryGetValue((action.Phase.Tag, action.Chunk), out var code))
-                    continue;
-                Run(code, FrameOf(action, inputs), action, step, observe);
+                var frame = FrameOf(action, inputs);
+                _code.Watch = watched ? at => Watch(_instructions.Programs[program][at], frame, action.Microbatch, step, observe) : null;
+                Run(program, frame, action, step);
+                if (!IsOnce(action.Phase) && _lastEntries[action.Microbatch] == entry)
+                    Release(action.Microbatch, frame, step);
             }
 
-            CheckNothingLeft(step, epilogue);
+            if (epilogue || _stepFrame.LeftPending > 0)
+                CheckNothingLeft("the step", _stepFrame, step);
         }
         finally
         {
             foreach (var frame in _frames.Values)
                 frame.Dispose();
             _frames.Clear();
-            _stepFrame?.Dispose();
-            _stepFrame = null;
+            _stepFrame.Dispose();
         }
     }
 
@@ -116,62 +130,79 @@ public sealed class RankRunner : IDisposable
             value.Dispose();
     }
 
-    private void MarkPerStep(Instruction[] code)
+    private static bool IsOnce(Phase phase) => phase.IsPrologue || phase.IsEpilogue;
+
+    private static (int Phase, int Chunk) Key(Action action) => (action.Phase.Tag, action.Chunk);
+
+    /// <summary>Which slots prologue and epilogue write: those live for the step, all others for a microbatch.</summary>
+    private bool[] PerStep()
     {
-        foreach (var instruction in code)
+        var perStep = new bool[Stage.Slots.Count];
+        for (var i = 0; i < Stage.Programs.Count; i++)
         {
-            var outputs = instruction switch
+            foreach (var instruction in IsOnce(Stage.Programs[i].Phase) ? _instructions.Programs[i] : [])
             {
-                Instruction.Launch launch => launch.Outputs,
-                Instruction.Start start => start.Outputs,
-                _ => [],
-            };
-            foreach (var output in outputs)
-                _perStep[output] = true;
+                foreach (var output in Outputs(instruction))
+                    perStep[output] = true;
+            }
         }
+
+        return perStep;
+    }
+
+    private static int[] Outputs(Instruction instruction)
+        => instruction switch
+        {
+            Instruction.Launch launch => launch.Outputs,
+            Instruction.Start start => start.Outputs,
+            _ => [],
+        };
+
+    private Frame NewFrame(List<SlotValue> own)
+    {
+        var slots = new SlotValue[_shared.Length];
+        for (var i = 0; i < slots.Length; i++)
+        {
+            if (_shared[i] is { } shared)
+                slots[i] = shared;
+            else
+                own.Add(slots[i] = new SlotValue(Stage.Slots[i], Memory));
+        }
+
+        return new Frame(slots, [.. own], _instructions.Tokens);
     }
 
     private Frame FrameOf(Action action, IInputSource inputs)
     {
-        _stepFrame ??= new Frame(Stage.Slots.Count);
-        if (action.Phase.IsPrologue || action.Phase.IsEpilogue)
+        if (IsOnce(action.Phase))
             return _stepFrame;
         if (_frames.TryGetValue(action.Microbatch, out var frame))
             return frame;
-        _frames[action.Microbatch] = frame = new Frame(Stage.Slots.Count);
-        for (var i = 0; i < Stage.Slots.Count; i++)
-        {
-            if (Stage.Slots[i].Kind.IsInput)
-            {
-                var value = ValueAt(i, frame);
-                inputs.Fill(Stage.Slots[i], Rank, action.Microbatch, value.Fill());
-            }
-        }
-
+        _frames[action.Microbatch] = frame = _spare.TryPop(out var spare) ? spare : NewFrame([]);
+        foreach (var input in _inputs)
+            inputs.Fill(Stage.Slots[input], Rank, action.Microbatch, frame.Slots[input].Fill());
         return frame;
     }
 
-    private SlotValue ValueAt(int place, Frame frame)
-        => _persistent[place] ?? ((_perStep[place] ? _stepFrame! : frame).Values[place] ??= new SlotValue(Stage.Slots[place], Memory));
-
-    private void Run(Instruction[] code, Frame frame, Action action, long step, System.Action<SlotValue, int>? observe)
+    /// <summary>After the last program of a microbatch.</summary>
+    private void Release(int microbatch, Frame frame, long step)
     {
-        Instruction? current = null;
+        CheckNothingLeft($"microbatch {microbatch}", frame, step);
+        frame.Dispose();
+        _frames.Remove(microbatch);
+        _spare.Push(frame);
+    }
+
+    private void Run(int program, Frame frame, Action action, long step)
+    {
+        _begin = Stopwatch.GetTimestamp();
         try
         {
-            foreach (var instruction in code)
-            {
-                current = instruction;
-                if (_stop.IsCancellationRequested)
-                    throw new StoppedException("the job was stopped");
-                var begin = Profile is null ? 0 : Stopwatch.GetTimestamp();
-                Run(instruction, frame, action.Microbatch, observe);
-                if (Profile is not null && instruction is not Instruction.Free)
-                    Profile.Add(instruction is Instruction.Launch launch ? launch.Id.ToString() : instruction.GetType().Name, begin);
-            }
+            _code.RunProgram(program, frame);
         }
-        catch (Exception e) when (e is not StoppedException and not RuntimeException)
+        catch (Exception e) when (e is not StoppedException and not RuntimeException && _code.Current >= 0)
         {
+            var current = _instructions.Programs[program][_code.Current];
             throw new RuntimeException(
                 current is Instruction.Launch ? Codes.KernelFailed : Codes.CollectiveFailed,
                 e.Message.Split('\n')[0],
@@ -179,92 +210,56 @@ public sealed class RankRunner : IDisposable
             {
                 Rank = Rank.Rank,
                 Step = step,
-                Instruction = $"{action.Name}: {current!.Text(Stage.Slots)}",
+                Instruction = $"{action.Name}: {current.Text(Stage.Slots, Plan.Groups)}",
                 Path = current.Path,
             };
         }
     }
 
-    private void Run(Instruction instruction, Frame frame, int microbatch, System.Action<SlotValue, int>? observe)
+    /// <summary>After a step of a program, for those who look on.</summary>
+    private void Watch(Instruction done, Frame frame, int microbatch, long step, System.Action<SlotValue, int>? observe)
     {
-        switch (instruction)
+        Profile?.Add(done is Instruction.Launch { Id: var id } ? id.ToString() : done.GetType().Name, _begin);
+        int[] written = [];
+        switch (done)
         {
             case Instruction.Launch launch:
-                Launch(launch, frame, microbatch);
-                Observe(launch.Outputs, frame, microbatch, observe);
+                written = launch.Outputs;
+                if (launch.Id == KernelId.GroupTopK)
+                    Trace?.Visit(Rank, step, launch.Path, microbatch, frame.Slots[written[^1]]);
                 break;
             case Instruction.Start start:
-                frame.Pending.Add(start.Token, (_collectives.Start(new CollectiveCall(
-                    start.Kind, start.Group, Values(start.Inputs, frame), Values(start.Outputs, frame))), start));
+                frame.Started[start.Token] = start.Outputs;
                 break;
             case Instruction.Wait wait:
-                if (!frame.Pending.Remove(wait.Token, out var pending))
-                    throw new InvalidOperationException($"nothing to wait for under token {wait.Token}");
-                pending.Pending.Wait();
-                Observe(pending.Start.Outputs, frame, microbatch, observe);
+                written = frame.Started[wait.Token];
                 break;
-            case Instruction.Free free:
-                ValueAt(free.Slot, frame).Dispose();
+            case Instruction.Free:
                 break;
-            default:
-                throw new UnreachableException($"no handler for {instruction}");
         }
+
+        if (observe is not null)
+        {
+            foreach (var place in written)
+                observe(frame.Slots[place], microbatch);
+        }
+
+        _begin = Stopwatch.GetTimestamp();
     }
 
-    private void Launch(Instruction.Launch launch, Frame frame, int microbatch)
+    private void CheckNothingLeft(string of, Frame frame, long step)
     {
-        var values = new SlotValue[launch.Inputs.Length + launch.Outputs.Length];
-        for (var i = 0; i < launch.Inputs.Length; i++)
-            values[i] = ValueAt(launch.Inputs[i], frame);
-        for (var i = 0; i < launch.Outputs.Length; i++)
-            values[launch.Inputs.Length + i] = ValueAt(launch.Outputs[i], frame);
-        launch.Run(new KernelCall(launch.Attributes, values.AsSpan(0, launch.Inputs.Length), values.AsSpan(launch.Inputs.Length), Rank));
-        if (launch.Id == KernelId.GroupTopK)
-            Trace?.Visit(Rank, _step, launch.Path, microbatch, values[^1]);
-    }
-
-    private SlotValue[] Values(int[] places, Frame frame) => [.. places.Select(p => ValueAt(p, frame))];
-
-    private void Observe(int[] outputs, Frame frame, int microbatch, System.Action<SlotValue, int>? observe)
-    {
-        if (observe is null)
+        var (left, pending) = (frame.Left, frame.LeftPending);
+        if (left is null && pending == 0)
             return;
-        foreach (var output in outputs)
-            observe(ValueAt(output, frame), microbatch);
-    }
-
-    private void CheckNothingLeft(long step, bool epilogue)
-    {
-        foreach (var (name, frame) in _frames.Select(f => ($"microbatch {f.Key}", f.Value)).Append(("the step", _stepFrame!)))
+        throw new RuntimeException(
+            Codes.StepIncomplete,
+            left is null
+                ? $"{pending} collectives of {of} were never waited for; this is a bug in dsg"
+                : $"slot {left.Info.Name} of {of} was never freed; this is a bug in dsg")
         {
-            var left = frame.Values.FirstOrDefault(v => v is { IsSet: true } && !v.Info.Kind.IsInput);
-            if (left is null && frame.Pending.Count == 0)
-                continue;
-            if (frame == _stepFrame && !epilogue && frame.Pending.Count == 0)
-                continue;
-            throw new RuntimeException(
-                Codes.StepIncomplete,
-                left is null
-                    ? $"{frame.Pending.Count} collectives of {name} were never waited for; this is a bug in dsg"
-                    : $"slot {left.Info.Name} of {name} was never freed; this is a bug in dsg")
-            {
-                Rank = Rank.Rank,
-                Step = step,
-            };
-        }
-    }
-
-    /// <summary>The instances of slots that one microbatch (or the step) has in flight.</summary>
-    private sealed class Frame(int slots) : IDisposable
-    {
-        public SlotValue?[] Values { get; } = new SlotValue?[slots];
-
-        public Dictionary<int, (IPending Pending, Instruction.Start Start)> Pending { get; } = [];
-
-        public void Dispose()
-        {
-            foreach (var value in Values)
-                value?.Dispose();
-        }
+            Rank = Rank.Rank,
+            Step = step,
+        };
     }
 }

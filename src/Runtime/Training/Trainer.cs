@@ -4,6 +4,7 @@ using System.Runtime.CompilerServices;
 using System.Runtime.ExceptionServices;
 using DeepSeekGraph.Runtime.Collectives;
 using DeepSeekGraph.Runtime.Execution;
+using DeepSeekGraph.Runtime.Execution.Generated;
 using DeepSeekGraph.Runtime.Kernels;
 using DeepSeekGraph.Runtime.Memory;
 using DeepSeekGraph.Runtime.Native;
@@ -18,17 +19,20 @@ public sealed class Trainer : IAsyncDisposable
 {
     private readonly LoopbackWorld _world = new();
     private readonly RankThread[] _ranks;
+    private readonly GeneratedCode? _code;
 
     private Trainer(PlanSet plan, TrainerOptions options)
     {
         Plan = plan;
         Options = options;
+        if (options.Executor == Executor.Compiled)
+            _code = new GeneratedCode(plan, new CodeCache(options.CodeFolder ?? CodeCache.DefaultFolder));
         var perStage = RankContext.RanksPerStage(plan.Mesh);
         _ranks = new RankThread[plan.Stages.Count * perStage];
         for (var i = 0; i < _ranks.Length; i++)
         {
             var rank = RankContext.At(plan.Mesh, i / perStage, i % perStage);
-            var stage = plan.Stages[i / perStage];
+            var stage = i / perStage;
             _ranks[i] = new RankThread(_world, () => Create(stage, rank), i, options.ThreadsPerRank);
         }
     }
@@ -42,6 +46,12 @@ public sealed class Trainer : IAsyncDisposable
 
     /// <summary>The ranks, by number; touch their slots between steps only.</summary>
     public IReadOnlyList<RankRunner> Ranks => [.. _ranks.Select(r => r.Runner!)];
+
+    /// <summary>What is not as asked for without being wrong, each once: that plans are interpreted, or not kept, and why.</summary>
+    public IReadOnlyList<string> Remarks => _code?.Remarks ?? [];
+
+    /// <summary>Stages whose code was compiled for this trainer; the others were interpreted or kept from an earlier run.</summary>
+    public int CompiledStages => _code?.Compiled ?? 0;
 
     /// <summary>Bytes held at most, measured: by stage, the largest of its ranks.</summary>
     public IReadOnlyList<MemoryRow> PeakBytes => [.. Ranks.GroupBy(r => r.Rank.Stage).Select(Measured)];
@@ -156,11 +166,12 @@ public sealed class Trainer : IAsyncDisposable
             foreach (var rank in _ranks)
                 rank.Dispose();
         }).ConfigureAwait(false);
+        _code?.Dispose();
         _world.Dispose();
     }
 
-    private RankRunner Create(StagePlan stage, RankContext rank)
-        => new(Plan, stage, rank, _world.For(rank), _world.Stop)
+    private RankRunner Create(int stage, RankContext rank)
+        => new(Plan, Plan.Stages[stage], rank, _world.For(rank), _world.Stop, _code?.For(stage))
         {
             Trace = Options.Trace,
             Profile = Options.Profile ? new StepProfile() : null,

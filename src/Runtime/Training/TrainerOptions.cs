@@ -4,6 +4,16 @@ using static TorchSharp.torch;
 
 namespace DeepSeekGraph.Runtime.Training;
 
+/// <summary>What runs the programs of a plan; both give the same bits.</summary>
+public enum Executor
+{
+    /// <summary>C# written for the plan and compiled, kept from run to run; the interpreter where that cannot be.</summary>
+    Compiled,
+
+    /// <summary>The reference: the plan's steps one by one.</summary>
+    Interpreter,
+}
+
 /// <summary>Seed, learning rate and data of a run. Parallelism, precision and optimizer constants are the plan's.</summary>
 public sealed record TrainerOptions
 {
@@ -21,6 +31,12 @@ public sealed record TrainerOptions
 
     /// <summary>LibTorch threads of each rank; results are the same bits for the same number.</summary>
     public int ThreadsPerRank { get; init; } = 1;
+
+    /// <summary>What runs the programs.</summary>
+    public Executor Executor { get; init; }
+
+    /// <summary>Folder of compiled plans, for its owner alone; null: the user's cache (CodeCache.DefaultFolder).</summary>
+    public string? CodeFolder { get; init; }
 
     /// <summary>Counts time by kernel.</summary>
     public bool Profile { get; init; }
