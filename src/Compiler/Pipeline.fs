@@ -21,6 +21,8 @@ type Progress = {
     Mesh: MeshInfo
     Microbatches: int
     Form: Form
+    /// As the recipe says, or for `auto` what was chosen.
+    Dispatcher: Dispatcher
     /// Units of each stage; empty before the cut.
     Stages: LayoutUnit list list
     /// How often each fusion rule was applied.
@@ -139,9 +141,30 @@ module Pipeline =
             Run =
                 fun progress ->
                     let recipe = progress.Recipe
-                    let map = AxisMap.create recipe.SequenceParallel recipe.Dispatcher progress.Mesh
-                    let local = Propagate.run map (logical progress)
-                    Ok { progress with Form = Form.Local local }
+                    let graph = logical progress
+                    let dispatcher = Dispatching.choose recipe progress.Mesh graph
+                    let local = Propagate.run (AxisMap.create recipe.SequenceParallel dispatcher progress.Mesh) graph
+
+                    Ok {
+                        progress with
+                            Form = Form.Local local
+                            Dispatcher = dispatcher
+                    }
+        }
+        {
+            Name = "dispatch"
+            Why = "once exchanges of rows are there: flex makes one dispatch and one combine of them and their permutations"
+            Run =
+                fun progress ->
+                    match progress.Form with
+                    | Form.Local local when progress.Dispatcher.IsFlex ->
+                        Ok {
+                            progress with
+                                Form = Form.Local(FusedDispatch.run progress.Recipe.RanksPerNode local)
+                        }
+                    | Form.Local _
+                    | Form.Logical _
+                    | Form.Plan _ -> Ok progress
         }
         {
             Name = "lower"
@@ -198,6 +221,7 @@ module Pipeline =
                     Mesh = mesh
                     Microbatches = microbatches
                     Form = Form.Logical declared
+                    Dispatcher = recipe.Dispatcher
                     Stages = []
                     Fusions = []
                 }
@@ -231,7 +255,7 @@ module Pipeline =
 
         observed (fun _ name progress -> seen[name] <- progress.Form) recipe declared
         |> Result.map (fun progress ->
-            match progress.Form, seen["fuse"], seen["recompute"], seen["partition"] with
+            match progress.Form, seen["fuse"], seen["recompute"], seen["dispatch"] with
             | Form.Plan plan, Form.Logical forward, Form.Logical joint, Form.Local local -> {
                 Plan = plan
                 Forward = forward

@@ -98,6 +98,7 @@ type Recipe = private {
     expert: int
     sequenceParallel: bool
     dispatcher: Dispatcher
+    ranksPerNode: int
     layout: string
     schedule: Schedule
     globalBatch: int
@@ -122,6 +123,7 @@ type Recipe = private {
         expert = 0
         sequenceParallel = true
         dispatcher = Dispatcher.AllToAll
+        ranksPerNode = 8
         layout = ""
         schedule = Schedule.OneFOneB
         globalBatch = 8
@@ -160,6 +162,8 @@ type Recipe = private {
     /// Is the residual stream split over tokens between tensor-parallel regions?
     member this.SequenceParallel = this.sequenceParallel
     member this.Dispatcher = this.dispatcher
+    /// Consecutive ranks that share fast links (NVLink).
+    member this.RanksPerNode = this.ranksPerNode
     /// Megatron's layout string; empty: cut by cost.
     member this.Layout = this.layout
     member this.Schedule = this.schedule
@@ -193,6 +197,7 @@ type Recipe = private {
     member this.WithExpertTensorParallel(degree: int) = { this with expertTensor = degree }
     member this.WithSequenceParallel(on: bool) = { this with sequenceParallel = on }
     member this.WithDispatcher(dispatcher: Dispatcher) = { this with dispatcher = dispatcher }
+    member this.WithRanksPerNode(ranks: int) = { this with ranksPerNode = ranks }
     member this.WithLayout(layout: string) = { this with layout = layout }
     member this.WithSchedule(schedule: Schedule) = { this with schedule = schedule }
 

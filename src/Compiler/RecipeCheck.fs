@@ -58,8 +58,13 @@ let private notCompiled setting message help = {
 
 /// Settings that no pass carries out: refused, never ignored.
 let unsupported (recipe: Recipe) : Diagnostic list = [
-    if recipe.Dispatcher.IsFlex || recipe.Dispatcher.IsAuto then
-        notCompiled "dispatcher" $"the dispatcher %s{recipe.Dispatcher.Name}" "choose alltoall or allgather"
+    if recipe.RanksPerNode < 1 then
+        {
+            Code = Codes.MeshDegree
+            At = "recipe.ranks_per_node"
+            Message = $"a node of %i{recipe.RanksPerNode} ranks"
+            Help = "give the GPUs of a node, usually 8"
+        }
 
     let types = recipe.StateTypes
 

@@ -102,6 +102,8 @@ module internal OpText =
         | Collective.AllToAll(split, join) -> [ int "split" split; int "join" join ]
         | Collective.Send stage
         | Collective.Recv stage -> [ int "stage" stage ]
+        | Collective.Dispatch ranks
+        | Collective.Combine ranks -> [ int "ranks_per_node" ranks ]
         | Collective.AllReduceSum
         | Collective.AllReduceMax
         | Collective.RouteToExperts
@@ -321,6 +323,8 @@ module internal OpText =
         | "route_to_experts" -> collective Collective.RouteToExperts
         | "rows_to_experts" -> collective Collective.RowsToExperts
         | "rows_to_tokens" -> collective Collective.RowsToTokens
+        | "dispatch" -> collective (Collective.Dispatch(a.Int "ranks_per_node"))
+        | "combine" -> collective (Collective.Combine(a.Int "ranks_per_node"))
         | "send" -> collective (Collective.Send(a.Int "stage"))
         | "recv" -> collective (Collective.Recv(a.Int "stage"))
         | "local_slice" -> Op.LocalSlice(a.Int "dim", a.Ints "axes", t)

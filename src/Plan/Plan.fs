@@ -75,6 +75,12 @@ type Collective =
     | RowsToExperts
     /// rows, route by expert, route by token -> rows by token.
     | RowsToTokens
+    /// Permute and RowsToExperts in one: x, route by token, route by expert -> rows by expert; with probabilities [batch seq expert]
+    /// after x also -> their rows. A token goes once to each node of `RanksPerNode` ranks that has experts for it, and is handed on inside.
+    | Dispatch of RanksPerNode: int
+    /// RowsToTokens and Unpermute in one: rows by expert, route by expert, route by token -> y; with rows of probabilities after the
+    /// rows also -> [batch seq expert]. A token's rows are summed inside each node, and the nodes' sums in node order.
+    | Combine of RanksPerNode: int
     | Send of Stage: int
     | Recv of Stage: int
 

@@ -80,6 +80,8 @@ let private collectives = [|
     "route_to_experts"
     "rows_to_experts"
     "rows_to_tokens"
+    "dispatch"
+    "combine"
     "send"
     "recv"
 |]
@@ -108,6 +110,8 @@ let private collective (s: Scanner) : Collective =
     | "route_to_experts" -> Collective.RouteToExperts
     | "rows_to_experts" -> Collective.RowsToExperts
     | "rows_to_tokens" -> Collective.RowsToTokens
+    | "dispatch" -> Collective.Dispatch(one ())
+    | "combine" -> Collective.Combine(one ())
     | "send" -> Collective.Send(one ())
     | "recv" -> Collective.Recv(one ())
     | other -> raise (malformed $"there is no collective '%s{other}'" $"the nearest are %s{nearest other collectives}")

@@ -82,6 +82,8 @@ let private collective (kind: Collective) =
     | Collective.RouteToExperts -> "route_to_experts"
     | Collective.RowsToExperts -> "rows_to_experts"
     | Collective.RowsToTokens -> "rows_to_tokens"
+    | Collective.Dispatch ranks -> $"dispatch(%i{ranks})"
+    | Collective.Combine ranks -> $"combine(%i{ranks})"
     | Collective.Send stage -> $"send(%i{stage})"
     | Collective.Recv stage -> $"recv(%i{stage})"
 

@@ -25,7 +25,6 @@ let private base' = Recipe.Default.WithName "test"
 let tests =
     testList "Recipe" [
         testList "what no pass carries out" [
-            refused "dispatcher" (base'.WithDispatcher Dispatcher.Flex)
             refused
                 "optimizer.main_grads_dtype"
                 (base'.WithStateTypes(DType.Float32, DType.BFloat16, DType.Float32, DType.Float32))

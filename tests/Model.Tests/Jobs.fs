@@ -84,6 +84,7 @@ type Job = {
                 .WithExpertTensorParallel(this.ExpertTensor)
                 .WithSequenceParallel(this.SequenceParallel)
                 .WithDispatcher(this.Dispatcher)
+                .WithRanksPerNode(2)
                 .WithLayout(this.Layout)
                 .WithSchedule(if this.GPipe then Schedule.GPipe else Schedule.OneFOneB)
                 .WithFusion(this.Fuse)
@@ -149,7 +150,7 @@ let private jobs (pipelines: int list) = gen {
     let! context = some [ 1; 1; 2; 4 ]
     let! expertTensor = some [ 1; 1; 2; 4 ]
     let! sequenceParallel = some [ true; false ]
-    let! dispatcher = some [ Dispatcher.AllToAll; Dispatcher.AllGather ]
+    let! dispatcher = some [ Dispatcher.AllToAll; Dispatcher.AllGather; Dispatcher.Flex; Dispatcher.Auto ]
     let! pipeline = some pipelines
     let! cuts = Gen.shuffle [| 1 .. layers + mtp |]
     let! gpipe = some [ false; true ]

@@ -32,7 +32,7 @@ module Evaluator =
                         | Op.Route _
                         | Op.Collective(Collective.RouteToExperts, _, _) -> v
                         | Op.Collective _ when node.Inputs.Length = 1 && route[node.Inputs[0]] = node.Inputs[0] -> v
-                        | Op.Collective _ when node.Inputs.Length = 3 -> node.Inputs[2]
+                        | Op.Collective _ when node.Inputs.Length >= 3 -> Array.last node.Inputs
                         | Op.Permute _
                         | Op.RouteProbs
                         | Op.PermuteWithProbs

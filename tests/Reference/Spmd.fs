@@ -41,6 +41,8 @@ module Spmd =
         | Collective.RouteToExperts
         | Collective.RowsToExperts
         | Collective.RowsToTokens
+        | Collective.Dispatch _
+        | Collective.Combine _
         | Collective.Send _
         | Collective.Recv _ -> invalidOp $"%A{kind} is no exchange of dense blocks"
 
@@ -49,6 +51,54 @@ module Spmd =
         let whole = Shard.assemble from sizes shards
         Array.init shards.Length (fun r -> Shard.shard into sizes (Shard.coordinates sizes r) whole)
 
+    /// A layout of [b s x ...] as one of [b s e x ...].
+    let private wider (layout: AxisState[]) =
+        layout
+        |> Array.map (fun s ->
+            match s with
+            | AxisState.Split d when d >= 2 -> AxisState.Split(d + 1)
+            | AxisState.Split _
+            | AxisState.Replicated
+            | AxisState.PartialSum
+            | AxisState.PartialMax -> s)
+
+    /// Permute, then rows to experts: the definition of a fused dispatch, value by value.
+    let private dispatch (layouts: AxisState[][]) sizes (node: Node) (values: DenseTensor[][]) =
+        let here = values[node.Inputs[node.Inputs.Length - 2]]
+
+        node.Outputs
+        |> Array.mapi (fun i out ->
+            let x = node.Inputs[i]
+
+            let rows, layout =
+                if i = 1 then
+                    Array.map2 Evaluator.mask here values[x], layouts[x]
+                else
+                    Array.map2
+                        (fun (route: DenseTensor) (x: DenseTensor) ->
+                            Dense.init (Array.insertAt 2 route.Extents[2] x.Extents) (fun j ->
+                                Dense.at route j[..2] * Dense.at x (Array.removeAt 2 j)))
+                        here
+                        values[x],
+                    wider layouts[x]
+
+            reshard layout layouts[out] sizes rows)
+
+    /// Rows to tokens, then unpermute.
+    let private combine (layouts: AxisState[][]) sizes (node: Node) (values: DenseTensor[][]) =
+        node.Outputs
+        |> Array.mapi (fun i out ->
+            let rows = node.Inputs[i]
+
+            if i = 1 then
+                reshard layouts[rows] layouts[out] sizes values[rows]
+            else
+                reshard layouts[rows] (wider layouts[out]) sizes values[rows]
+                |> Array.map (fun x ->
+                    let y = Dense.zeros (Array.removeAt 2 x.Extents)
+                    Dense.each x.Extents (fun j -> Dense.accumulate y (Array.removeAt 2 j) (Dense.at x j))
+                    y))
+
     let private collective kind axes (layouts: AxisState[][]) sizes (node: Node) (values: DenseTensor[][]) =
         let operand = values[node.Inputs[0]]
 
@@ -56,6 +106,8 @@ module Spmd =
         | Collective.RouteToExperts
         | Collective.RowsToExperts
         | Collective.RowsToTokens -> reshard layouts[node.Inputs[0]] layouts[node.Outputs[0]] sizes operand
+        | Collective.Dispatch _
+        | Collective.Combine _
         | Collective.Send _
         | Collective.Recv _ -> operand
         | Collective.AllReduceSum
@@ -92,6 +144,10 @@ module Spmd =
             match node.Op with
             | Op.Parameter(spec, _) -> values[v[0]] <- each (fun c -> parameters c spec.Name)
             | Op.Input(name, _) -> values[v[0]] <- each (fun c -> inputs c name)
+            | Op.Collective(Collective.Dispatch _, _, _) ->
+                dispatch layouts sizes node values |> Array.iteri (fun i x -> values[v[i]] <- x)
+            | Op.Collective(Collective.Combine _, _, _) ->
+                combine layouts sizes node values |> Array.iteri (fun i x -> values[v[i]] <- x)
             | Op.Collective(kind, axes, _) -> values[v[0]] <- collective kind axes layouts sizes node values
             | Op.LocalSlice(dim, axes, _) ->
                 let count = axes |> List.fold (fun n m -> n * sizes[m]) 1

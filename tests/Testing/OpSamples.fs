@@ -305,6 +305,8 @@ let samples (op: Op) : Sample list =
         moved Collective.RouteToExperts
         moved Collective.RowsToExperts
         moved Collective.RowsToTokens
+        moved (Collective.Dispatch 8)
+        moved (Collective.Combine 4)
         moved (Collective.Send 1)
         moved (Collective.Recv 0)
       ]

@@ -22,7 +22,7 @@ let isInner (layout: IReadOnlyList<AxisState>) dim (axes: int list) =
     axesOn layout dim |> List.except axes |> List.forall (fun m -> m > List.max axes)
 
 /// What is wrong with one collective's operands.
-let check
+let rec check
     (mesh: MeshInfo)
     (slots: IReadOnlyList<SlotInfo>)
     (group: Group)
@@ -172,6 +172,47 @@ let check
 
         ok
 
+    /// One-wide rows of probabilities lie along the experts themselves; all others gain that axis.
+    /// The rows by token that a fused collective makes of a dense operand, or sums to a dense result, without holding them.
+    let virtually isProbs dense here (law: IReadOnlyList<SlotInfo> -> int -> unit) =
+        let x, r = slots[dense], slots[here]
+
+        if x.Routed || x.Extents.Count < 3 || not r.Routed || r.Extents.Count <> 3 then
+            report $"%s{name dense} and %s{name here} are no dense value and its row set"
+        else
+            let shift (s: AxisState) =
+                match s with
+                | AxisState.Split d when d >= 2 && not isProbs -> AxisState.Split(d + 1)
+                | AxisState.Split _
+                | AxisState.Replicated
+                | AxisState.PartialSum
+                | AxisState.PartialMax -> s
+
+            let insert (expert: 'a) (dims: 'a seq) =
+                if isProbs then Array.ofSeq dims else Seq.insertAt 2 expert dims |> Array.ofSeq
+
+            let rows = {
+                x with
+                    Routed = true
+                    Density = r.Density
+                    Axes = insert r.Axes[2] x.Axes
+                    Extents = insert r.Extents[2] x.Extents
+                    Layout = x.Layout |> Seq.map shift |> Array.ofSeq
+            }
+
+            law (Seq.append slots [ rows ] |> Array.ofSeq) slots.Count
+
+    /// Operands of a fused collective: values, then the row sets of their side and of the other.
+    let fused ranks takes law =
+        let values = inputs.Count - 2
+
+        if ranks < 1 then
+            report $"a node has %i{ranks} ranks"
+        elif values < 1 || values > 2 || outputs.Count <> values then
+            report $"%s{takes}, and has an output for each value"
+        else
+            law inputs[values] inputs[values + 1] [ for i in 0 .. values - 1 -> i = 1, inputs[i], outputs[i] ]
+
     match kind with
     | Collective.Send _ -> arity 1 0 |> ignore
     | Collective.Recv _ -> arity 0 1 |> ignore
@@ -219,3 +260,13 @@ let check
             rows kind.IsRowsToExperts
             setOf inputs[1] inputs[0]
             setOf inputs[2] outputs[0]
+    | Collective.Dispatch ranks ->
+        fused ranks "it takes x, or x and probabilities, and both row sets" (fun here there pairs ->
+            for isProbs, dense, rows in pairs do
+                virtually isProbs dense here (fun slots id ->
+                    check mesh slots group Collective.RowsToExperts [| id; here; there |] [| rows |] report))
+    | Collective.Combine ranks ->
+        fused ranks "it takes rows, or rows and those of probabilities, and both row sets" (fun there here pairs ->
+            for isProbs, rows, dense in pairs do
+                virtually isProbs dense here (fun slots id ->
+                    check mesh slots group Collective.RowsToTokens [| rows; there; here |] [| id |] report))

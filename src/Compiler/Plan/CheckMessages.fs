@@ -83,7 +83,9 @@ let private events (plan: PlanSet) (lanes: Lanes) (program: Program) : Event[] =
             | Collective.AllToAll _
             | Collective.RouteToExperts
             | Collective.RowsToExperts
-            | Collective.RowsToTokens -> None
+            | Collective.RowsToTokens
+            | Collective.Dispatch _
+            | Collective.Combine _ -> None
         // tokens of collectives inside the stage are not known as open and never block
         | Step.Wait token -> Some(Event.Wait(token, i))
         | Step.Launch _

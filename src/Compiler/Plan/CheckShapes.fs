@@ -271,7 +271,9 @@ let private checkSteps (f: Findings) (plan: PlanSet) (stage: StagePlan) =
                     | Collective.AllToAll _
                     | Collective.RouteToExperts
                     | Collective.RowsToExperts
-                    | Collective.RowsToTokens ->
+                    | Collective.RowsToTokens
+                    | Collective.Dispatch _
+                    | Collective.Combine _ ->
                         if not across.IsEmpty then
                             wrong $"its group g%i{group} runs across stages"
             | Step.Wait _ -> ()

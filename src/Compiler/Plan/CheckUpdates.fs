@@ -149,6 +149,8 @@ type private Epilogue(f: Findings, plan: PlanSet, stage: StagePlan) =
         | Collective.RouteToExperts
         | Collective.RowsToExperts
         | Collective.RowsToTokens
+        | Collective.Dispatch _
+        | Collective.Combine _
         | Collective.Send _
         | Collective.Recv _ -> wrong "the epilogue has sums only"
 

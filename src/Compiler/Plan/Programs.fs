@@ -76,7 +76,10 @@ type private Writer(nextToken: unit -> int) =
         for slot in slots do
             match pending.TryGetValue slot with
             | true, token ->
-                pending.Remove slot |> ignore
+                // a collective may fill several slots; it is waited for once
+                for filled in [ for KeyValue(s, t) in pending do if t = token then s ] do
+                    pending.Remove filled |> ignore
+
                 this.Wait token
             | false, _ -> ()
 

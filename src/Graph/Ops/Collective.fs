@@ -41,8 +41,56 @@ let name (collective: Collective) =
     | Collective.RouteToExperts -> "route_to_experts"
     | Collective.RowsToExperts -> "rows_to_experts"
     | Collective.RowsToTokens -> "rows_to_tokens"
+    | Collective.Dispatch _ -> "dispatch"
+    | Collective.Combine _ -> "combine"
     | Collective.Send _ -> "send"
     | Collective.Recv _ -> "recv"
 
-let collective (kind: Collective) (t: TensorType) = moved (name kind) t
+/// With four operands a fused dispatch or combine moves probabilities too; their type follows from the others.
+let private withProbs name (t: TensorType) (second: TensorType[] -> TensorType) =
+    let single = moved name t
+
+    {
+        single with
+            Axes =
+                AxisRule.Custom(fun types ->
+                    match single.Axes with
+                    | AxisRule.Custom infer when types.Length = 4 ->
+                        infer types
+                        |> Result.map (fun rule -> {
+                            Factors = rule.Factors |> Array.map (fun f -> { f with Results = [| -1; -1 |] })
+                            ResultAxes = [| t.Axes; (second types).Axes |]
+                        })
+                    | AxisRule.Custom infer -> infer types
+                    | AxisRule.Axes _
+                    | AxisRule.Named _ -> Error "no rule")
+            Result =
+                fun types ->
+                    Ok [|
+                        t.DType
+                        if types.Length = 4 then
+                            (second types).DType
+                    |]
+            Rows =
+                fun types -> [|
+                    OpDef.density t
+                    if types.Length = 4 then
+                        OpDef.density (second types)
+                |]
+    }
+
+let collective (kind: Collective) (t: TensorType) =
+    match kind with
+    | Collective.Dispatch _ ->
+        withProbs (name kind) t (fun types -> {
+            t with
+                DType = types[1].DType
+                Axes = Array.truncate 3 t.Axes
+        })
+    | Collective.Combine _ ->
+        withProbs (name kind) t (fun types -> {
+            TensorType.create types[1].DType [] with
+                Axes = Array.append (Array.truncate 2 t.Axes) (Array.skip 2 (Array.truncate 3 types[3].Axes))
+        })
+    | _other -> moved (name kind) t
 let localSlice (t: TensorType) = moved "local_slice" t

@@ -10,7 +10,7 @@ namespace DeepSeekGraph.Runtime.Collectives;
 internal sealed class LoopbackCollectives(LoopbackWorld world, RankContext rank) : ICollectives
 {
     private readonly Dictionary<(Lane Lane, bool Reads), long> _next = [];
-    private readonly Dictionary<int, (Lane Lane, int Me, int Members)> _groups = [];
+    private readonly Dictionary<int, (Lane Lane, int Me, int[] Ranks)> _groups = [];
 
     public IPending Start(CollectiveCall call)
     {
@@ -27,7 +27,7 @@ internal sealed class LoopbackCollectives(LoopbackWorld world, RankContext rank)
                 {
                     var lane = world.Lane(call.Group.Id, from, Place(rank.Coordinates), rank.Stage);
                     var number = Number(lane, true);
-                    return new Meeting(world, call, lane, number, lane.Open(number, 1), 0);
+                    return new Meeting(world, call, lane, number, lane.Open(number, 1), 0, []);
                 }
 
             default:
@@ -35,9 +35,10 @@ internal sealed class LoopbackCollectives(LoopbackWorld world, RankContext rank)
                     if (!_groups.TryGetValue(call.Group.Id, out var group))
                         _groups[call.Group.Id] = group = Find(call.Group);
                     var number = Number(group.Lane, false);
-                    var exchange = group.Lane.Open(number, group.Members);
+                    var exchange = group.Lane.Open(number, group.Ranks.Length);
+                    Count(call, group.Ranks, group.Me);
                     exchange.Put(group.Me, Parcel.Of(call.Inputs));
-                    return new Meeting(world, call, group.Lane, number, exchange, group.Me);
+                    return new Meeting(world, call, group.Lane, number, exchange, group.Me, group.Ranks);
                 }
         }
     }
@@ -49,14 +50,14 @@ internal sealed class LoopbackCollectives(LoopbackWorld world, RankContext rank)
         return number;
     }
 
-    private (Lane Lane, int Me, int Members) Find(Group group)
+    private (Lane Lane, int Me, int[] Ranks) Find(Group group)
     {
         if (group.Stages.Count > 0)
         {
             var me = group.Stages.ToList().IndexOf(rank.Stage);
             return me < 0
                 ? throw new InvalidOperationException($"stage {rank.Stage} is not in group {group.Name}")
-                : (world.Lane(group.Id, -1, Place(rank.Coordinates), -1), me, group.Stages.Count);
+                : (world.Lane(group.Id, -1, Place(rank.Coordinates), -1), me, new int[group.Stages.Count]);
         }
 
         long[] axes = [.. group.MeshAxes.Order()];
@@ -68,7 +69,47 @@ internal sealed class LoopbackCollectives(LoopbackWorld world, RankContext rank)
             members *= rank.Axes[(int)axis].Size;
         }
 
-        return (world.Lane(group.Id, rank.Stage, Place(others), -1), rank.BlockOf(axes), members);
+        var ranks = new int[members];
+        for (var i = 0; i < members; i++)
+        {
+            // member order: the slowest axis is major
+            var rest = i;
+            foreach (var axis in axes)
+                (rest, others[axis]) = Math.DivRem(rest, rank.Axes[(int)axis].Size);
+            ranks[i] = rank.Rank - Place(rank.Coordinates) + Place(others);
+        }
+
+        foreach (var axis in axes)
+            others[axis] = 0;
+        return (world.Lane(group.Id, rank.Stage, Place(others), -1), rank.BlockOf(axes), ranks);
+    }
+
+    /// <summary>Rows and tokens that leave this rank for others, and sums that come back to it.</summary>
+    private void Count(CollectiveCall call, int[] ranks, int me)
+    {
+        if (world.Traffic is not { } traffic)
+            return;
+        var (inputs, outputs) = (call.Inputs, call.Outputs);
+        switch (call.Kind)
+        {
+            case var kind when kind.IsRowsToExperts:
+                traffic.CountRows(inputs[1].Rows, ranks, me, RowExchange.Width(inputs[0].Tensor));
+                break;
+            case var kind when kind.IsRowsToTokens:
+                traffic.CountRows(inputs[2].Rows, ranks, me, RowExchange.Width(inputs[0].Tensor));
+                break;
+            case Collective.Dispatch or Collective.Combine:
+                {
+                    var route = inputs[call.Kind.IsDispatch ? outputs.Count : outputs.Count + 1].Rows;
+                    var width = RowExchange.Width(inputs[0].Tensor);
+                    if (call.Kind.IsDispatch)
+                        width /= inputs[0].Tensor.shape[1];
+                    traffic.CountTokens(route, ranks, me, width);
+                    if (outputs.Count == 2)
+                        traffic.CountRows(route, ranks, me, TensorMemory.Width(inputs[1].Tensor.dtype));
+                    break;
+                }
+        }
     }
 
     private int Place(IReadOnlyList<int> coordinates)
@@ -91,7 +132,7 @@ internal sealed class LoopbackCollectives(LoopbackWorld world, RankContext rank)
 
     /// <summary>Everything else waits for the other members, then writes its own outputs.</summary>
     private sealed class Meeting(
-        LoopbackWorld world, CollectiveCall call, Lane lane, long number, Exchange exchange, int me) : IPending
+        LoopbackWorld world, CollectiveCall call, Lane lane, long number, Exchange exchange, int me, int[] ranks) : IPending
     {
         public void Wait()
         {
@@ -123,6 +164,27 @@ internal sealed class LoopbackCollectives(LoopbackWorld world, RankContext rank)
                 case var kind when kind.IsRowsToTokens:
                     RowExchange.Return(Values(0), Routes(1), me, inputs[2].Rows, output);
                     break;
+                case Collective.Dispatch:
+                    {
+                        var values = call.Outputs.Count;
+                        var mine = inputs[values + 1].Rows;
+                        FusedExchange.Tokens(Values(0), Routes(values), me * mine.Experts, mine, output);
+                        if (values == 2)
+                            FusedExchange.Probabilities(Values(1), Routes(values), me * mine.Experts, mine, call.Outputs[1]);
+                        break;
+                    }
+
+                case Collective.Combine { RanksPerNode: var perNode }:
+                    {
+                        var values = call.Outputs.Count;
+                        var mine = inputs[values + 1].Rows;
+                        int[] nodes = [.. ranks.Select(r => r / perNode)];
+                        FusedExchange.Sums(Values(0), Routes(values), nodes, me, mine, output);
+                        if (values == 2)
+                            FusedExchange.Scattered(Values(1), Routes(values), me, mine, call.Outputs[1]);
+                        break;
+                    }
+
                 case Collective.AllGather when exchange[0].Rows[0] is not null:
                     output.Adopt(RowExchange.Joined(Routes(0)));
                     break;

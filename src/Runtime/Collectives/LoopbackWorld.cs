@@ -14,6 +14,9 @@ public sealed class LoopbackWorld : IDisposable
     /// <summary>Cancelled when a rank failed or the job was cancelled.</summary>
     public CancellationToken Stop => _stop.Token;
 
+    /// <summary>Counts what the exchange of routed rows would send between and inside nodes; null: nothing is counted.</summary>
+    public Traffic? Traffic { get; init; }
+
     /// <summary>The error that stopped the job; null while it runs.</summary>
     public Exception? FirstError => _firstError;
 

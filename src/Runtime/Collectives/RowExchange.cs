@@ -74,7 +74,8 @@ internal static unsafe class RowExchange
         }
     }
 
-    private static long Start(RowSet route, int member, int expert)
+    /// <summary>Where a member's rows of a local expert begin among those received.</summary>
+    public static long Start(RowSet route, int member, int expert)
     {
         long start = route.Offsets[expert];
         for (var i = 0; i < member; i++)
@@ -82,7 +83,8 @@ internal static unsafe class RowExchange
         return start;
     }
 
-    private static long Width(Tensor rows)
+    /// <summary>Bytes of one row.</summary>
+    public static long Width(Tensor rows)
     {
         long width = TensorMemory.Width(rows.dtype);
         foreach (var extent in rows.shape.AsSpan(1))

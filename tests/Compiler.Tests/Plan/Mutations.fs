@@ -136,6 +136,8 @@ let private otherKinds (kind: Collective) =
     | Collective.RouteToExperts -> [ Collective.AllGather 2; Collective.AllReduceMax ]
     | Collective.RowsToExperts -> [ Collective.RowsToTokens; Collective.RouteToExperts ]
     | Collective.RowsToTokens -> [ Collective.RowsToExperts; Collective.RouteToExperts ]
+    | Collective.Dispatch n -> [ Collective.Combine n; Collective.RowsToExperts ]
+    | Collective.Combine n -> [ Collective.Dispatch n; Collective.RowsToTokens ]
     | Collective.Send s -> [ Collective.Recv s; Collective.AllReduceSum ]
     | Collective.Recv s -> [ Collective.Send s; Collective.AllReduceSum ]
 

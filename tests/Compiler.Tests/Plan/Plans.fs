@@ -94,6 +94,8 @@ let private collective =
         Gen.map Collective.AllGather (Gen.choose (0, 4))
         Gen.map Collective.ReduceScatter (Gen.choose (0, 4))
         Gen.map2 (fun a b -> Collective.AllToAll(a, b)) (Gen.choose (0, 4)) (Gen.choose (0, 4))
+        Gen.map Collective.Dispatch number
+        Gen.map Collective.Combine number
         Gen.map Collective.Send number
         Gen.map Collective.Recv number
     ]
