@@ -139,6 +139,162 @@ let private table =
                 [ hidden "all_gather", 3; hidden "reduce_scatter", 1 ]
                 "backward: dy of attention; dy and saved input of the MLP"
 
+        testCase "context parallel: the key's latent and its rope part are gathered, never keys and values; cotangents scattered"
+        <| fun () ->
+            let c = compiled Presets.Tiny (tiny.WithParallelism(1, 1, 1, 1).WithContextParallel 2)
+
+            for layer in 0..3 do
+                // without what the balance loss sums
+                let attention =
+                    List.filter (fun (s: string) -> not (s.Contains "experts" || s.StartsWith "all_reduce"))
+
+                Expect.equal
+                    (attention (traffic c (ModelUnit.Layer layer) true))
+                    [ "all_gather cp kv_lora"; "all_gather cp rope" ]
+                    "forward"
+
+                Expect.equal
+                    (attention (traffic c (ModelUnit.Layer layer) false))
+                    [ "reduce_scatter cp kv_lora"; "reduce_scatter cp rope" ]
+                    "backward"
+
+        testCase "context and tensor parallel: the latent of keys over both at once, that of queries over tp"
+        <| fun () ->
+            let c = compiled Presets.Tiny (tiny.WithParallelism(2, 1, 1, 1).WithContextParallel 2)
+            let latents = List.filter (fun (s: string) -> s.Contains "lora" || s.Contains "rope")
+
+            Expect.equal
+                (latents (traffic c (ModelUnit.Layer 0) true))
+                [ "all_gather tp q_lora"; "all_gather tp+cp kv_lora"; "all_gather tp+cp rope" ]
+                "forward"
+
+            Expect.equal
+                (latents (traffic c (ModelUnit.Layer 0) false))
+                [
+                    "all_gather tp q_lora"
+                    "reduce_scatter tp q_lora"
+                    "reduce_scatter tp+cp kv_lora"
+                    "reduce_scatter tp+cp rope"
+                ]
+                "backward"
+
+        testCase "keys and values are gathered where the latent would be wider"
+        <| fun () ->
+            let wide =
+                DeepSeekV3Config(
+                    VocabSize = 256,
+                    HiddenSize = 128,
+                    NumHiddenLayers = 1,
+                    NumAttentionHeads = 1,
+                    QLoraRank = 0,
+                    KvLoraRank = 1024,
+                    QkNopeHeadDim = 8,
+                    QkRopeHeadDim = 8,
+                    VHeadDim = 8,
+                    IntermediateSize = 256,
+                    FirstKDenseReplace = 1,
+                    NumNextnPredictLayers = 0
+                )
+
+            let c = compiled wide (tiny.WithParallelism(1, 1, 1, 1).WithContextParallel 2)
+
+            Expect.equal
+                (traffic c (ModelUnit.Layer 0) true)
+                [ "all_gather cp qk_dim"; "all_gather cp v_dim" ]
+                "one head of 16 features instead of a latent of 1024"
+
+        testCase "expert tensor parallel: rows exchanged over ep, then gathered over etp, and back the other way round"
+        <| fun () ->
+            let c = compiled Presets.Tiny (tiny.WithParallelism(2, 1, 2, 2).WithExpertTensorParallel 2)
+            let routed =
+                List.filter (fun (s: string) ->
+                    not (s.StartsWith "all_reduce")
+                    && (s.Contains "rows" || s.Contains "route" || s.Contains "experts"))
+
+            let forward, backward = traffic c (ModelUnit.Layer 1) true, traffic c (ModelUnit.Layer 1) false
+
+            Expect.equal
+                (routed forward)
+                [
+                    // the row set and the one-wide probabilities
+                    "all_gather tp experts"
+                    "all_gather tp experts"
+                    "route_to_experts dp experts"
+                    "rows_to_experts dp experts"
+                    "rows_to_experts dp hidden"
+                    "rows_to_tokens dp hidden"
+                ]
+                "forward"
+
+            Expect.equal
+                (routed backward)
+                [
+                    // saved probabilities, gathered again
+                    "all_gather tp experts"
+                    "reduce_scatter tp experts"
+                    "rows_to_experts dp hidden"
+                    "rows_to_tokens dp experts"
+                    "rows_to_tokens dp hidden"
+                ]
+                "backward"
+
+            let wide (s: string) = s = "all_gather tp hidden" || s = "reduce_scatter tp hidden"
+            let without = compiled Presets.Tiny (tiny.WithParallelism(2, 1, 2, 2))
+            let extra forward = (traffic c (ModelUnit.Layer 1) forward |> List.filter wide |> List.countBy id)
+            let usual forward = (traffic without (ModelUnit.Layer 1) forward |> List.filter wide |> List.countBy id)
+
+            Expect.equal (usual true) [ "all_gather tp hidden", 1; "reduce_scatter tp hidden", 2 ] "without, forward"
+            Expect.equal (extra true) [ "all_gather tp hidden", 2; "reduce_scatter tp hidden", 3 ] "rows gathered, sums scattered"
+            Expect.equal (usual false) [ "all_gather tp hidden", 3; "reduce_scatter tp hidden", 1 ] "without, backward"
+            Expect.equal (extra false) [ "all_gather tp hidden", 5; "reduce_scatter tp hidden", 2 ] "dy rows and saved rows gathered"
+
+        testCase "the all-gather dispatcher gathers tokens and scatters sums; of rows nothing moves"
+        <| fun () ->
+            let recipe = tiny.WithParallelism(1, 1, 2, 2).WithDispatcher Dispatcher.AllGather
+            let c = compiled Presets.Tiny recipe
+
+            Expect.equal
+                (traffic c (ModelUnit.Layer 1) true |> List.filter (fun s -> not (s.StartsWith "all_to_all")))
+                [ "all_gather dp hidden"; "reduce_scatter dp hidden" ]
+                "forward"
+
+            Expect.equal
+                (traffic c (ModelUnit.Layer 1) false |> List.filter (fun s -> not (s.StartsWith "all_to_all")))
+                [ "all_gather dp hidden"; "reduce_scatter dp hidden" ]
+                "backward"
+
+            Expect.equal
+                (traffic c (ModelUnit.Layer 1) true |> List.filter (fun s -> s.StartsWith "all_to_all"))
+                [ "all_to_all dp experts"; "all_to_all dp experts" ]
+                "mask and probabilities go to the ranks of their experts"
+
+        testCase "flex: one dispatch and one combine a layer and direction"
+        <| fun () ->
+            let recipe = tiny.WithParallelism(1, 1, 2, 2).WithDispatcher Dispatcher.Flex
+            let c = compiled Presets.Tiny recipe
+
+            Expect.equal
+                (traffic c (ModelUnit.Layer 1) true)
+                [ "combine dp hidden"; "dispatch dp hidden"; "route_to_experts dp experts" ]
+                "forward"
+
+            Expect.equal
+                (traffic c (ModelUnit.Layer 1) false)
+                [ "combine dp hidden"; "dispatch dp hidden" ]
+                "backward: probabilities come back with the rows"
+
+        testCase "without sequence parallelism the residual stream is whole over tp, and dispatch over tp is a free slice"
+        <| fun () ->
+            let c = compiled Presets.Tiny (tiny.WithParallelism(2, 1, 2, 1).WithSequenceParallel false)
+            let dense = traffic c (ModelUnit.Layer 0) true
+
+            Expect.equal dense [ "all_reduce tp hidden"; "all_reduce tp hidden" ] "attention and MLP: Megatron's two all-reduces"
+
+            Expect.equal
+                (traffic c (ModelUnit.Layer 1) true |> List.filter (fun s -> s.Contains "rows" || s.Contains "gather"))
+                [ "all_gather tp hidden"; "rows_to_experts tp experts"; "rows_to_experts tp hidden"; "rows_to_tokens tp hidden" ]
+                "rows; tokens come together again after the experts"
+
         testCase "embedding, head and loss: scatter; gather, maximum and two sums; gathers for the weight gradients"
         <| fun () ->
             let c = compiled withoutMtp (tiny.WithParallelism(2, 1, 1, 1))
