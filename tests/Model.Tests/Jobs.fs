@@ -27,6 +27,7 @@ type Job = {
     GPipe: bool
     Recompute: bool
     Fuse: bool
+    Bf16: bool
     Microbatches: int
     SeqLength: int
 } with
@@ -88,6 +89,7 @@ type Job = {
                 .WithLayout(this.Layout)
                 .WithSchedule(if this.GPipe then Schedule.GPipe else Schedule.OneFOneB)
                 .WithFusion(this.Fuse)
+                .WithDType(if this.Bf16 then DType.BFloat16 else DType.Float32)
                 .WithBatch(this.Microbatches * 4, 4 / this.Data, this.SeqLength)
 
         if this.Recompute then recipe.WithRecompute("core_attn") else recipe
@@ -156,6 +158,7 @@ let private jobs (pipelines: int list) = gen {
     let! gpipe = some [ false; true ]
     let! recompute = some [ false; true ]
     let! fuse = some [ true; true; false ]
+    let! bf16 = some [ false; false; true ]
     let! microbatches = some [ 1; 2; 3; 5 ]
     let! seqLength = some [ 4; 8; 8; 16 ]
 
@@ -177,6 +180,7 @@ let private jobs (pipelines: int list) = gen {
         GPipe = gpipe
         Recompute = recompute
         Fuse = fuse
+        Bf16 = bf16
         Microbatches = microbatches
         SeqLength = seqLength
     }
@@ -228,6 +232,9 @@ let shrink (job: Job) : Job seq =
 
         if job.Mtp > 0 && job.Pipeline = 1 then
             { job with Mtp = 0; Cuts = [] }
+
+        if job.Bf16 then
+            { job with Bf16 = false }
 
         if job.Recompute then
             { job with Recompute = false }

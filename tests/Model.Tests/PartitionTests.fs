@@ -382,6 +382,14 @@ let private cover (job: Job) (c: Compiled) =
     count "context parallel" (job.Context > 1)
     count "expert tensor parallel" (job.ExpertTensor > 1)
     count "no sequence parallel" (not job.SequenceParallel && job.Tensor > 1)
+    count "several stages, uneven" job.Uneven
+    count "recomputed" job.Recompute
+    count "not fused" (not job.Fuse)
+    count "bf16" job.Bf16
+    count "fused dispatch" (c.Local.Graph.Nodes |> Array.exists (fun n ->
+        match n.Op with
+        | Op.Collective(Collective.Dispatch _, _, _) -> true
+        | _other -> false))
     count "rows by all-gather" (job.Dispatcher.IsAllGather && job.Expert > 1)
     count "two or more base axes" (c.Plan.Mesh.Axes.Count >= 2)
 
@@ -455,10 +463,21 @@ let private covered () =
             "expert tensor parallel", 0.05
             "no sequence parallel", 0.05
             "rows by all-gather", 0.1
+            "fused dispatch", 0.05
+            "several stages, uneven", 0.1
+            "recomputed", 0.2
+            "not fused", 0.1
+            "bf16", 0.1
         ] do
         let share = total name / total "cases"
         printfn $"coverage: %s{name} %.0f{100.0 * share} %%"
         Expect.isGreaterThanOrEqual share least name
+
+/// The law of the whole compiler: 200 cases, or twice DSG_FSCHECK_TESTS.
+let private law = {
+    Properties.config [ typeof<AnyStages> ] with
+        maxTest = 2 * Properties.cases
+}
 
 let private few = {
     Properties.config [ typeof<OneStage> ] with
@@ -469,7 +488,7 @@ let tests =
     testSequenced
     <| testList "partition" [
         table
-        testPropertyWithConfig few "a partitioned model computes what the model computes" partitioned
+        testPropertyWithConfig law "a partitioned model computes what the model computes" partitioned
         testCase "the models partitioned cover rows split by expert, pending sums and several mesh axes" covered
         testPropertyWithConfig few "a fused model computes what the model computes" fused
 
