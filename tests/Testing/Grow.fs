@@ -23,12 +23,14 @@ type internal Grower(choices: int[]) =
     let extents = Dictionary<string, int>()
 
     /// The extent of an axis name, the same throughout a graph.
-    let extent (name: string) =
+    let rec extent (name: string) =
         match extents.TryGetValue name with
         | true, e -> e
         | false, _ ->
             let e =
                 match name with
+                // every rank scores all experts, whoever holds them: the router's own axis is never split
+                | "router" -> extent "experts"
                 | "batch"
                 | "seq"
                 | "heads"
@@ -198,7 +200,8 @@ type internal Grower(choices: int[]) =
     let experts () =
         let x = tokens ()
         let count = extent "experts"
-        let scores = on Op.Sigmoid [ contract x (param [ "experts"; "hidden" ]) ]
+        let logits = on (Op.Rename("router", "experts")) [ contract x (param [ "router"; "hidden" ]) ]
+        let scores = on Op.Sigmoid [ logits ]
         let k = 1 + pick (min 2 count)
 
         let spec = {
