@@ -84,6 +84,22 @@ type Collective =
     | Send of Stage: int
     | Recv of Stage: int
 
+    /// May one start carry several operand tuples? A message carries one value, a fused exchange values of several kinds.
+    member this.TakesTuples =
+        match this with
+        | AllReduceSum
+        | AllReduceMax
+        | AllGather _
+        | ReduceScatter _
+        | AllToAll _
+        | RouteToExperts
+        | RowsToExperts
+        | RowsToTokens -> true
+        | Dispatch _
+        | Combine _
+        | Send _
+        | Recv _ -> false
+
 /// One instruction. `Path` is the module path it came from, for messages and explanations.
 [<RequireQualifiedAccess>]
 type Step =
@@ -94,6 +110,7 @@ type Step =
         Outputs: IReadOnlyList<int> *
         Path: string
     /// Begins a collective on the lane of its group; inputs must not be written, outputs not touched, until its Wait.
+    /// A bundle has several outputs, each with an operand tuple of its own: inputs of output i are those from i x (inputs / outputs) on.
     | Start of
         Token: int *
         Collective: Collective *

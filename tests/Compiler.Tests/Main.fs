@@ -18,5 +18,6 @@ let main argv =
             TimetableTests.tests
             PlanTextTests.tests
             KernelOpsTests.tests
+            BundleTests.tests
             CheckTests.tests
         ])

@@ -97,6 +97,40 @@ let private moeBackward ep = [
     "all_reduce tp experts"
 ]
 
+/// What a plan starts for one layer: "phase kind module xTuples", sorted; neighbours of a group are one start.
+let private starts (c: Compiled) (layer: string) =
+    [
+        for program in c.Plan.Stages[0].Programs do
+            if not (program.Phase.IsPrologue || program.Phase.IsEpilogue) then
+                for step in program.Steps do
+                    match step with
+                    | Step.Start(_, kind, _, _, outputs, path) when path.StartsWith layer ->
+                        let part = path.Substring(layer.Length).TrimStart '.'
+                        $"%s{program.Phase.Name} %s{Ops.Collective.name kind} %s{part} x%i{outputs.Count}"
+                    | Step.Start _
+                    | Step.Launch _
+                    | Step.Wait _
+                    | Step.Free _ -> ()
+    ]
+    |> List.sort
+
+/// The table's collectives as a plan starts them: 7 forward for 11 values moved, 6 backward for 12 (one stage: I is empty).
+let private moeStarts = [
+    "F all_gather mlp.shared_experts x1"
+    "F all_gather self_attn x3"
+    "F reduce_scatter mlp x1"
+    "F reduce_scatter self_attn x1"
+    "F route_to_experts mlp.experts x1"
+    "F rows_to_experts mlp.experts x2"
+    "F rows_to_tokens mlp.experts x1"
+    "W all_gather mlp.shared_experts x2"
+    "W all_gather self_attn x3"
+    "W reduce_scatter  x1"
+    "W reduce_scatter self_attn x3"
+    "W rows_to_experts mlp.experts x1"
+    "W rows_to_tokens mlp.experts x2"
+]
+
 let private fallsOut tp ep dp mesh =
     testCase $"a MoE layer on tp %i{tp}, ep %i{ep}, dp %i{dp} moves what the table says"
     <| fun () ->
@@ -116,6 +150,13 @@ let private table =
         fallsOut 2 2 2 "tp"
         fallsOut 2 2 1 "tp"
         fallsOut 2 4 2 "tp+dp"
+
+        testCase "neighbours of a group are started together"
+        <| fun () ->
+            let c = compiled Presets.Tiny (tiny.WithParallelism(2, 1, 2, 2))
+            Expect.equal (starts c "model.layers.1") moeStarts "one MoE layer"
+            let sums = starts c "loss" |> List.filter (fun s -> s.Contains "all_reduce ")
+            Expect.equal sums [ "F all_reduce  x2"; "F all_reduce  x2" ] "the two sums of each cross-entropy"
 
         testCase "without TP only rows move"
         <| fun () ->

@@ -326,6 +326,44 @@ let private routing =
 
             Expect.isLessThan fused.Between plain.Between "fewer bytes between nodes")
 
+        testCase "a bundle of rows is one meeting with the results of many" (fun () ->
+            let b, s, e, h = 1, 6, 4, 3
+
+            let results =
+                together [ 2 ] 1 (fun rank collectives ->
+                    let group = axesGroup 0 [ 0 ]
+                    let route = routeOf b s e (randomMask (rank.Rank + 3) s e 2)
+                    let n = route.Rows.Rows
+                    let there = rowSlot DType.Bool [ b; 2 * s; e / 2 ]
+                    perform collectives Collective.RouteToExperts group [ route ] [ there ]
+                    let rows = filledRows f32 [ b; s; e; h ] n (random rank.Rank (n * h))
+                    let probabilities = filledRows f32 [ b; s; e ] n (random (rank.Rank + 50) n)
+
+                    let results () =
+                        rowSlot f32 [ b; 2 * s; e / 2; h ], rowSlot f32 [ b; 2 * s; e / 2 ]
+
+                    let (x, p), (x', p') = results (), results ()
+
+                    perform collectives Collective.RowsToExperts group [
+                        rows
+                        route
+                        there
+                        probabilities
+                        route
+                        there
+                    ] [ x; p ]
+
+                    perform collectives Collective.RowsToExperts group [ rows; route; there ] [ x' ]
+                    perform collectives Collective.RowsToExperts group [ probabilities; route; there ] [ p' ]
+                    let back, back' = rowSlot f32 [ b; s; e; h ], rowSlot f32 [ b; s; e ]
+                    perform collectives Collective.RowsToTokens group [ x; there; route; p; there; route ] [ back; back' ]
+                    (read x, read p), (read x', read p'), (read back, read back'), (read rows, read probabilities))
+                |> values
+
+            for bundled, single, back, own in results do
+                Expect.equal bundled single "the bits of one at a time"
+                Expect.equal back own "and they come back")
+
         testCase "rows are gathered over a group and their results summed back" (fun () ->
             let b, s, e, h = 1, 4, 3, 2
 

@@ -21,8 +21,8 @@ let axesOn (layout: IReadOnlyList<AxisState>) dim =
 let isInner (layout: IReadOnlyList<AxisState>) dim (axes: int list) =
     axesOn layout dim |> List.except axes |> List.forall (fun m -> m > List.max axes)
 
-/// What is wrong with one collective's operands.
-let rec check
+/// What is wrong with one operand tuple of a collective.
+let rec private checkTuple
     (mesh: MeshInfo)
     (slots: IReadOnlyList<SlotInfo>)
     (group: Group)
@@ -264,9 +264,29 @@ let rec check
         fused ranks "it takes x, or x and probabilities, and both row sets" (fun here there pairs ->
             for isProbs, dense, rows in pairs do
                 virtually isProbs dense here (fun slots id ->
-                    check mesh slots group Collective.RowsToExperts [| id; here; there |] [| rows |] report))
+                    checkTuple mesh slots group Collective.RowsToExperts [| id; here; there |] [| rows |] report))
     | Collective.Combine ranks ->
         fused ranks "it takes rows, or rows and those of probabilities, and both row sets" (fun there here pairs ->
             for isProbs, rows, dense in pairs do
                 virtually isProbs dense here (fun slots id ->
-                    check mesh slots group Collective.RowsToTokens [| rows; there; here |] [| id |] report))
+                    checkTuple mesh slots group Collective.RowsToTokens [| rows; there; here |] [| id |] report))
+
+/// What is wrong with a collective's operands: each tuple of a bundle must be right by itself.
+let check
+    (mesh: MeshInfo)
+    (slots: IReadOnlyList<SlotInfo>)
+    (group: Group)
+    (kind: Collective)
+    (inputs: IReadOnlyList<int>)
+    (outputs: IReadOnlyList<int>)
+    (report: string -> unit)
+    : unit =
+    if outputs.Count < 2 || not kind.TakesTuples then
+        checkTuple mesh slots group kind inputs outputs report
+    elif inputs.Count % outputs.Count <> 0 then
+        report $"%i{inputs.Count} inputs do not make %i{outputs.Count} operand tuples"
+    else
+        let tuples = Seq.chunkBySize (inputs.Count / outputs.Count) inputs
+
+        for operands, output in Seq.zip tuples outputs do
+            checkTuple mesh slots group kind operands [| output |] report

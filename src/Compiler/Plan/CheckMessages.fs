@@ -8,11 +8,11 @@ open System.Collections.Generic
 open DeepSeekGraph
 open DeepSeekGraph.Compiler.Checking.Shapes
 
-/// What one stage posts on a lane: message or sum, with the slot that carries it.
+/// What one stage posts on a lane: message or sum, with the slots that carry it.
 [<Struct>]
 type private Post = {
     Kind: Collective
-    Slot: int
+    Slots: IReadOnlyList<int>
     Microbatch: int
     /// Of this stage's post: action and step.
     Action: Action
@@ -22,7 +22,7 @@ type private Post = {
 /// The only steps that another stage can hold up.
 [<RequireQualifiedAccess>]
 type private Event =
-    | Post of Lane: int * Kind: Collective * Slot: int * Token: int * Step: int
+    | Post of Lane: int * Kind: Collective * Slots: IReadOnlyList<int> * Token: int * Step: int
     | Wait of Token: int * Step: int
 
 /// Members of a lane, each with what it has posted so far.
@@ -62,10 +62,10 @@ type private Lanes() =
 let private events (plan: PlanSet) (lanes: Lanes) (program: Program) : Event[] =
     let tokens = HashSet<int>()
 
-    let post kind group slot token i =
+    let post kind group slots token i =
         tokens.Add token |> ignore
         let isMessage = (kind: Collective).IsSend || kind.IsRecv
-        Some(Event.Post(lanes.Of(plan.Groups[group], isMessage), kind, slot, token, i))
+        Some(Event.Post(lanes.Of(plan.Groups[group], isMessage), kind, slots, token, i))
 
     program.Steps
     |> Seq.indexed
@@ -73,9 +73,9 @@ let private events (plan: PlanSet) (lanes: Lanes) (program: Program) : Event[] =
         match step with
         | Step.Start(token, kind, group, inputs, outputs, _) ->
             match kind with
-            | Collective.Send _ -> post kind group inputs[0] token i
-            | Collective.Recv _ -> post kind group outputs[0] token i
-            | Collective.AllReduceSum when plan.Groups[group].Stages.Count > 0 -> post kind group inputs[0] token i
+            | Collective.Send _ -> post kind group inputs token i
+            | Collective.Recv _ -> post kind group outputs token i
+            | Collective.AllReduceSum when plan.Groups[group].Stages.Count > 0 -> post kind group inputs token i
             | Collective.AllReduceSum
             | Collective.AllReduceMax
             | Collective.AllGather _
@@ -143,13 +143,13 @@ let private compare (f: Findings) (plan: PlanSet) (lane: Lane) (k: int) =
 
     let describe i =
         let post = lane.Posts[i][k]
-        post, plan.Stages[stages[i]].Slots[post.Slot]
+        post, [ for id in post.Slots -> plan.Stages[stages[i]].Slots[id] ]
 
-    let first, slot = describe 0
+    let first, carried = describe 0
     let at i = place stages[i] lane.Posts[i].[k].Action.Name lane.Posts[i].[k].Step ""
 
     for i in 1 .. stages.Length - 1 do
-        let other, peer = describe i
+        let other, answered = describe i
         let wrong message = f.Add(Codes.PlanDeadlock, at i, message)
 
         if (first.Kind.IsSend || first.Kind.IsRecv) <> (other.Kind.IsSend || other.Kind.IsRecv) then
@@ -157,17 +157,22 @@ let private compare (f: Findings) (plan: PlanSet) (lane: Lane) (k: int) =
         elif first.Microbatch <> other.Microbatch then
             wrong
                 $"of the %s{lane.Name}, number %i{k} is of microbatch %i{first.Microbatch} on stage %i{stages[0]} but of microbatch %i{other.Microbatch} on stage %i{stages[i]}"
-        elif meaning first slot <> meaning other peer then
+        elif carried.Length <> answered.Length then
             wrong
-                $"of the %s{lane.Name}, number %i{k} is '%s{slot.Name}' on stage %i{stages[0]} but '%s{peer.Name}' on stage %i{stages[i]}"
-        elif
-            slot.DType <> peer.DType
-            || List.ofSeq slot.Extents <> List.ofSeq peer.Extents
-            || List.ofSeq slot.Layout <> List.ofSeq peer.Layout
-            || slot.Routed <> peer.Routed
-        then
-            wrong
-                $"of the %s{lane.Name}, number %i{k} ('%s{slot.Name}') has another type or layout on stage %i{stages[i]} than on stage %i{stages[0]}"
+                $"of the %s{lane.Name}, number %i{k} has %i{carried.Length} values on stage %i{stages[0]} but %i{answered.Length} on stage %i{stages[i]}"
+        else
+            for slot, peer in List.zip carried answered do
+                if meaning first slot <> meaning other peer then
+                    wrong
+                        $"of the %s{lane.Name}, number %i{k} is '%s{slot.Name}' on stage %i{stages[0]} but '%s{peer.Name}' on stage %i{stages[i]}"
+                elif
+                    slot.DType <> peer.DType
+                    || List.ofSeq slot.Extents <> List.ofSeq peer.Extents
+                    || List.ofSeq slot.Layout <> List.ofSeq peer.Layout
+                    || slot.Routed <> peer.Routed
+                then
+                    wrong
+                        $"of the %s{lane.Name}, number %i{k} ('%s{slot.Name}') has another type or layout on stage %i{stages[i]} than on stage %i{stages[0]}"
 
 /// Runs all stages until none can go on.
 let check (f: Findings) (plan: PlanSet) : unit =
@@ -203,13 +208,13 @@ let check (f: Findings) (plan: PlanSet) : unit =
             | ValueNone ->
                 r.NextAction()
                 advance r true
-            | ValueSome(Event.Post(lane, kind, slot, token, step)) ->
+            | ValueSome(Event.Post(lane, kind, slots, token, step)) ->
                 let l = lanes.All[lane]
                 let member' = Array.IndexOf(l.Stages, r.Stage.Stage)
 
                 l.Posts[member'].Add {
                     Kind = kind
-                    Slot = slot
+                    Slots = slots
                     Microbatch = r.Action.Microbatch
                     Action = r.Action
                     Step = step

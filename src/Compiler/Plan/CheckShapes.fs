@@ -250,6 +250,15 @@ let private checkSteps (f: Findings) (plan: PlanSet) (stage: StagePlan) =
                 slots inputs
                 slots outputs
 
+                if outputs |> Seq.distinct |> Seq.length <> outputs.Count then
+                    wrong "it has one slot twice among its outputs"
+
+                if (kind.IsSend || kind.IsRecv) && inputs.Count + outputs.Count <> 1 then
+                    wrong "a message carries one value"
+
+                if not kind.IsSend && outputs.Count = 0 || not kind.IsRecv && inputs.Count = 0 then
+                    wrong "it has no operand"
+
                 if group < 0 || group >= plan.Groups.Count then
                     wrong $"it names group g%i{group}, but the plan has %i{plan.Groups.Count} groups"
                 else

@@ -181,4 +181,4 @@ let build (c: StageContext) : Step list[] =
                 writer.Wait t
 
         writer.Close()
-        writer.Steps)
+        Bundle.run writer.Steps)

@@ -3,7 +3,7 @@ using DeepSeekGraph.Runtime.Memory;
 
 namespace DeepSeekGraph.Runtime.Collectives;
 
-/// <summary>One collective of one rank: neighbours of a group may be bundled, input i yields output i.</summary>
+/// <summary>One collective of one rank: neighbours of a group may be bundled, each output with an equal share of the inputs, in order.</summary>
 public sealed record CollectiveCall(
     Collective Kind, Group Group, IReadOnlyList<SlotValue> Inputs, IReadOnlyList<SlotValue> Outputs);
 

@@ -150,19 +150,33 @@ internal sealed class LoopbackCollectives(LoopbackWorld world, RankContext rank)
                 lane.Close(number);
         }
 
+        /// <summary>A bundle is one meeting: output i has the operand tuple of inputs that begins at i x arity.</summary>
         private void FinishAll()
         {
-            var (inputs, output) = (call.Inputs, call.Outputs[0]);
+            if (!call.Kind.TakesTuples)
+            {
+                Finish(0, call.Outputs[0]);
+                return;
+            }
+
+            var arity = call.Inputs.Count / call.Outputs.Count;
+            for (var i = 0; i < call.Outputs.Count; i++)
+                Finish(i * arity, call.Outputs[i]);
+        }
+
+        private void Finish(int i, SlotValue output)
+        {
+            var inputs = call.Inputs;
             switch (call.Kind)
             {
                 case var kind when kind.IsRouteToExperts:
-                    output.Adopt(RowExchange.ToExperts(Routes(0), me));
+                    output.Adopt(RowExchange.ToExperts(Routes(i), me));
                     break;
                 case var kind when kind.IsRowsToExperts:
-                    RowExchange.Collect(Values(0), Routes(1), me * inputs[2].Rows.Experts, inputs[2].Rows, output);
+                    RowExchange.Collect(Values(i), Routes(i + 1), me * inputs[i + 2].Rows.Experts, inputs[i + 2].Rows, output);
                     break;
                 case var kind when kind.IsRowsToTokens:
-                    RowExchange.Return(Values(0), Routes(1), me, inputs[2].Rows, output);
+                    RowExchange.Return(Values(i), Routes(i + 1), me, inputs[i + 2].Rows, output);
                     break;
                 case Collective.Dispatch:
                     {
@@ -185,23 +199,22 @@ internal sealed class LoopbackCollectives(LoopbackWorld world, RankContext rank)
                         break;
                     }
 
-                case Collective.AllGather when exchange[0].Rows[0] is not null:
-                    output.Adopt(RowExchange.Joined(Routes(0)));
+                case Collective.AllGather when exchange[0].Rows[i] is not null:
+                    output.Adopt(RowExchange.Joined(Routes(i)));
                     break;
                 case Collective.AllGather { Dim: < 3 } when output.Info.Routed:
-                    RowExchange.Collect(Values(0), Routes(1), 0, inputs[2].Rows, output);
+                    RowExchange.Collect(Values(i), Routes(i + 1), 0, inputs[i + 2].Rows, output);
                     break;
                 case Collective.ReduceScatter { Dim: < 3 } when output.Info.Routed:
-                    RowExchange.ReduceScatter(exchange, inputs[1].Rows, me, output);
+                    RowExchange.ReduceScatter(exchange, i, inputs[i + 1].Rows, me, output);
                     break;
                 default:
-                    for (var i = 0; i < call.Outputs.Count; i++)
-                        Finish(i, call.Outputs[i]);
+                    FinishDense(i, output);
                     break;
             }
         }
 
-        private void Finish(int i, SlotValue output)
+        private void FinishDense(int i, SlotValue output)
         {
             switch (call.Kind)
             {

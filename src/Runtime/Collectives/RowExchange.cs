@@ -57,10 +57,10 @@ internal static unsafe class RowExchange
         }
     }
 
-    /// <summary>Sums everybody's results for my rows; all members hold the same joined row set.</summary>
-    public static void ReduceScatter(Exchange exchange, RowSet joined, int me, SlotValue result)
+    /// <summary>Sums everybody's results i for my rows; all members hold the same joined row set.</summary>
+    public static void ReduceScatter(Exchange exchange, int i, RowSet joined, int me, SlotValue result)
     {
-        using var sum = Reduction.Of(exchange, 0, false);
+        using var sum = Reduction.Of(exchange, i, false);
         using var typed = sum.to_type(result.ScalarType);
         var mine = joined.MemberCounts[me];
         var target = result.Fill(mine.Sum());

@@ -417,6 +417,38 @@ let private repeatReduction (plan: PlanSet) = seq {
         | Step.Free _ -> ()
 }
 
+/// Bundles whose results change places, or that lose their last operand tuple.
+let private unbundle (plan: PlanSet) = seq {
+    for (s, _, i, step) as at in places plan do
+        match step with
+        | Step.Start(token, kind, group, inputs, outputs, path) when outputs.Count > 1 ->
+            let bundle ins outs = Step.Start(token, kind, group, Array.ofSeq ins, Array.ofSeq outs, path)
+            let slots = plan.Stages[s].Slots
+            let extents id = List.ofSeq slots[id].Extents
+
+            // of equal types a plan cannot tell which was meant
+            if extents outputs[0] <> extents (Seq.last outputs) then
+                edit plan "results in another order" at (Array.updateAt i (bundle inputs (Seq.rev outputs)))
+
+            let left = outputs.Count - 1
+            let arity = inputs.Count / outputs.Count
+
+            edit plan "a tuple left out" at (fun steps ->
+                steps
+                |> Array.updateAt i (bundle (Seq.truncate (left * arity) inputs) (Seq.truncate left outputs))
+                |> Array.filter (fun s -> s <> Step.Free outputs[left]))
+
+            edit plan "an operand left out" at (Array.updateAt i (bundle (Seq.skip 1 inputs) outputs))
+
+            if extents inputs[0] <> extents inputs[arity] then
+                let swapped = Seq.append (Seq.skip arity inputs) (Seq.truncate arity inputs)
+                edit plan "operands in another order" at (Array.updateAt i (bundle swapped outputs))
+        | Step.Start _
+        | Step.Launch _
+        | Step.Wait _
+        | Step.Free _ -> ()
+}
+
 /// All classes by name.
 let classes: (string * (PlanSet -> Mutant seq)) list = [
     "a step deleted", deleteStep
@@ -436,6 +468,7 @@ let classes: (string * (PlanSet -> Mutant seq)) list = [
     "a zero or accumulate dropped", dropZero
     "a reduction dropped", dropReduction
     "a reduction repeated", repeatReduction
+    "a bundle taken apart", unbundle
 ]
 
 /// `n` of a class, spread over all places.
