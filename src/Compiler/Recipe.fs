@@ -5,7 +5,7 @@ open System
 open System.Collections.Generic
 open DeepSeekGraph
 
-/// AdamW (arXiv 1711.05101) with fp32 master weights and clipping by the global norm.
+/// AdamW (arXiv 1711.05101), fp32 inside, with clipping by the global norm.
 type Optimizer = {
     Beta1: float
     Beta2: float
@@ -108,6 +108,7 @@ type Recipe = private {
     fusions: FusionChoice
     recompute: string list
     optimizer: Optimizer
+    distributedOptimizer: bool
     stateTypes: StateTypes
     facts: string list
 } with
@@ -139,6 +140,7 @@ type Recipe = private {
             Decay = 0.1
             ClipNorm = 1.0
         }
+        distributedOptimizer = true
         stateTypes = StateTypes.Full
         facts = []
     }
@@ -172,12 +174,14 @@ type Recipe = private {
     /// Sequences of a microbatch on one data-parallel rank.
     member this.MicroBatch = this.microBatch
     member this.SeqLength = this.seqLength
-    /// What matrices and activations are computed in; master weights and moments are fp32.
+    /// What matrices and activations are computed in; StateTypes says what masters, gradients and moments are kept in.
     member this.DType = this.dtype
     member this.Fusions = this.fusions
     /// Names of what the backward pass computes again: core_attn.
     member this.Recompute = this.recompute :> IReadOnlyList<string>
     member this.Optimizer = this.optimizer
+    /// Are master weights and moments split over the ranks that hold copies of a parameter (dp x cp; of experts, edp)?
+    member this.DistributedOptimizer = this.distributedOptimizer
     member this.StateTypes = this.stateTypes
     /// What else a plan records, as `key=value`: the model's sizes. No pass reads them.
     member this.Facts = this.facts :> IReadOnlyList<string>
@@ -246,6 +250,8 @@ type Recipe = private {
                 ClipNorm = clipNorm
             }
     }
+
+    member this.WithDistributedOptimizer(on: bool) = { this with distributedOptimizer = on }
 
     member this.WithStateTypes(mainParams: DType, mainGrads: DType, expAvg: DType, expAvgSq: DType) = {
         this with

@@ -116,6 +116,7 @@ module RecipeSettings =
         real "optimizer.eps" _.Eps (fun o x -> { o with Eps = x })
         real "optimizer.weight_decay" _.Decay (fun o x -> { o with Decay = x })
         real "optimizer.clip_grad" _.ClipNorm (fun o x -> { o with ClipNorm = x })
+        flag "optimizer.distributed" _.DistributedOptimizer _.WithDistributedOptimizer
         stateType "optimizer.main_params_dtype" _.MainParams (fun t d -> { t with MainParams = d })
         stateType "optimizer.main_grads_dtype" _.MainGrads (fun t d -> { t with MainGrads = d })
         stateType "optimizer.exp_avg_dtype" _.ExpAvg (fun t d -> { t with ExpAvg = d })

@@ -129,13 +129,14 @@ type KernelId =
     // step
     /// -> out: zeros
     | Zero = 130
-    /// a -> out: out += a (out fp32 or i64)
+    /// a -> out: out += a (out i64, or fp32 or bf16: added in fp32, rounded to nearest even)
     | Accumulate = 131
     /// g1, ..., gn -> out[] fp32: sum of squares, in operand order, fp64 inside
     | SumSquares = 132
     /// sumsq[], -> norm[], scale[]; Float maxNorm: scale = min(1, maxNorm / (norm + 1e-6))
     | ClipScale = 133
-    /// grad, scale[], lr[], step[] -> master, m, v, param (in place); Float beta1, beta2, eps, decay
+    /// grad, scale[], lr[], step[] -> master, m, v, param (in place; param may be a temporary shard); Float beta1, beta2, eps, decay
+    /// grad, m, v, param fp32 or bf16, master fp32; fp32 inside, rounded to nearest even
     | AdamW = 134
     /// counts[e] i64 -> bias[e] fp32 in place; Float rate: bias += rate * sign(mean(counts) - counts)
     | RouterBias = 135

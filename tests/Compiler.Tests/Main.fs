@@ -19,5 +19,6 @@ let main argv =
             PlanTextTests.tests
             KernelOpsTests.tests
             BundleTests.tests
+            OptimizerTests.tests
             CheckTests.tests
         ])

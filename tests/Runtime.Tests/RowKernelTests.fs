@@ -298,6 +298,83 @@ let private step =
             run KernelId.Zero [] [] [ counts ]
             Expect.equal (read counts) [| 0.0; 0.0 |] "zero")
 
+        for dtype in [ f32; DType.BFloat16 ] do
+            testCase $"bf16 sums of %s{dtype.Name} gradients round once an addend, to nearest even" (fun () ->
+                let n = 259
+                let into = filled DType.BFloat16 [ n ] (Array.create n 1.0)
+                let mutable expected = Array.create n 1.0
+
+                for microbatch in 1..5 do
+                    let addend = random microbatch n |> rounded dtype
+                    run KernelId.Accumulate [] [ filled dtype [ n ] addend ] [ into ]
+                    // fp64 holds the sum exactly; fp32 rounds it once, bf16 once more, as the kernel does
+                    expected <- Array.map2 (+) expected addend |> rounded f32 |> rounded DType.BFloat16
+
+                Expect.equal (read into) expected "the same bits"
+                // ties: 1 + 2^-8 lies between 1 and 1 + 2^-7 and goes to the even one; 1 + 3 x 2^-8 goes up
+                let tie = filled DType.BFloat16 [ 2 ] [| 1.0; 1.0 + 2.0 ** -7.0 |]
+                run KernelId.Accumulate [] [ filled f32 [ 2 ] [| 2.0 ** -8.0; 2.0 ** -8.0 |] ] [ tie ]
+                Expect.equal (read tie) [| 1.0; 1.0 + 2.0 ** -6.0 |] "to even")
+
+        for first, second, main in
+            [
+                DType.BFloat16, DType.BFloat16, DType.BFloat16
+                DType.BFloat16, f32, DType.BFloat16
+                f32, DType.BFloat16, f32
+                f32, f32, f32
+            ] do
+            testCase
+                $"AdamW rounds where a float64 oracle does: m %s{first.Name}, v %s{second.Name}, gradients %s{main.Name}"
+                (fun () ->
+                    let n, lr, b1, b2, eps, decay = 1003, 0.01, 0.9, 0.95, 1e-8, 0.1
+                    let master = filled f32 [ n ] (random 2 n)
+                    let ms, vs = filled first [ n ] (Array.zeroCreate n), filled second [ n ] (Array.zeroCreate n)
+                    let param = slot DType.BFloat16 [ n ]
+                    let mutable off = 0
+
+                    for step in 1..8 do
+                        let g = random (step + 10) n |> rounded main
+                        let p, m, v = read master, read ms, read vs
+
+                        run KernelId.AdamW (List.map Attribute.Float [ b1; b2; eps; decay ]) [
+                            filled main [ n ] g
+                            filled f32 [] [| 1.0 |]
+                            filled f32 [] [| lr |]
+                            filled f32 [] [| float step |]
+                        ] [ master; ms; vs; param ]
+
+                        let m = Array.map2 (fun m g -> b1 * m + (1.0 - b1) * g) m g
+                        let v = Array.map2 (fun v g -> b2 * v + (1.0 - b2) * g * g) v g
+
+                        // the update takes the moments before they are rounded
+                        let expected =
+                            Array.init n (fun i ->
+                                p[i] * (1.0 - lr * decay)
+                                - lr * (m[i] / (1.0 - b1 ** float step))
+                                  / (sqrt (v[i] / (1.0 - b2 ** float step)) + eps))
+
+                        close "master" f32 (read master) expected
+
+                        let ulps what (dtype: DType) (actual: float[]) exact =
+                            if dtype = DType.BFloat16 then
+                                Array.iter2
+                                    (fun a e ->
+                                        if a <> e then
+                                            off <- off + 1
+                                            // neighbours in bf16: fp32 arithmetic crossed a tie
+                                            Expect.isLessThan (abs (a - e)) (abs e * 2.0 ** -6.0 + 1e-30) what)
+                                    actual
+                                    (rounded dtype exact)
+                            else
+                                close what dtype actual exact
+
+                        ulps "m" first (read ms) m
+                        ulps "v" second (read vs) v
+                        Expect.equal (read param) (rounded DType.BFloat16 (read master)) "param is the rounded master"
+
+                    // fp32 differs from fp64 by 2^-24, a tie of bf16 is that near once in 2^-15
+                    Expect.isLessThan off 8 "moments that differ from the oracle's, of 16,048")
+
         for moments in [ f32; DType.BFloat16 ] do
             testCase $"AdamW with %s{moments.Name} moments" (fun () ->
                 let n, lr, step, b1, b2, eps, decay, clip = 11, 0.01, 3.0, 0.9, 0.95, 1e-8, 0.1, 0.5

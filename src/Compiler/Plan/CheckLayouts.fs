@@ -223,10 +223,14 @@ type private StepCheck(mesh: MeshInfo, slots: IReadOnlyList<SlotInfo>, report: s
         | KernelId.Accumulate ->
             if arity inputs outputs 1 1 "accumulate" then
                 let from, into = inputs[0], outputs[0]
-                let sum = if slots[from].DType.IsFloat then DType.Float32 else DType.Int64
+                // gradients may be summed in bf16; counters are exact
+                let fits =
+                    if not slots[from].DType.IsFloat then slots[into].DType = DType.Int64
+                    elif slots[into].Kind.IsGradient then slots[into].DType.IsFloat
+                    else slots[into].DType = DType.Float32
 
                 require
-                    (slots[into].DType = sum && sameShape from into)
+                    (fits && sameShape from into)
                     $"%s{name from} does not fit into %s{name into}"
 
                 require
@@ -274,6 +278,10 @@ type private StepCheck(mesh: MeshInfo, slots: IReadOnlyList<SlotInfo>, report: s
                     "adam_w takes four numbers as attributes and whole fp32 scale, lr, step"
 
                 require (isWhole gradient) $"%s{name gradient} is still a partial sum"
+
+                require
+                    (slots[outputs[0]].DType = DType.Float32)
+                    $"the master %s{name outputs[0]} is not of fp32"
 
                 for id in Seq.append [ gradient ] outputs do
                     require

@@ -159,18 +159,32 @@ type private Walk(f: Findings, stage: StagePlan) =
                 if not phase.IsEpilogue then
                     wrong $"%s{name id} is updated outside the epilogue"
 
-                if not (slots[id].Kind.IsParameter || slots[id].Kind.IsOptimizer) then
+                if slots[id].Kind.IsTemporary && kernel = KernelId.AdamW && id = outputs[outputs.Count - 1] then
+                    // a shard on its way to its parameter
+                    made.Add(struct (at, Array.singleton id :> IReadOnlyList<int>))
+                    write phase id
+                elif not (slots[id].Kind.IsParameter || slots[id].Kind.IsOptimizer) then
                     wrong $"%s{name id} is neither parameter nor optimizer state"
 
-                if readers[id] > 0 then
-                    wrong $"%s{name id} is updated while a collective reads it"
+                if readers[id] > 0 || writers[id] >= 0 then
+                    wrong $"%s{name id} is updated while a collective reads or fills it"
         | _ ->
             made.Add(struct (at, outputs))
 
             for id in outputs do
                 write phase id
 
-    let start phase token (inputs: IReadOnlyList<int>) (outputs: IReadOnlyList<int>) =
+    /// A parameter is filled by the gather of its updated shards, once.
+    let gather (phase: Phase) id =
+        touch phase id
+
+        if readers[id] > 0 || writers[id] >= 0 then
+            wrong $"%s{name id} is filled while another collective reads or fills it"
+
+        if not (written.Add id) then
+            wrong $"%s{name id} is filled twice"
+
+    let start (phase: Phase) token (kind: Collective) (inputs: IReadOnlyList<int>) (outputs: IReadOnlyList<int>) =
         if not (used.Add token) then
             wrong $"collective t%i{token} is started twice"
 
@@ -181,7 +195,10 @@ type private Walk(f: Findings, stage: StagePlan) =
             made.Add(struct (at, outputs))
 
         for id in outputs do
-            write phase id
+            if kind.IsAllGather && phase.IsEpilogue && slots[id].Kind.IsParameter then
+                gather phase id
+            else
+                write phase id
 
         if not (flying.ContainsKey token) then
             flying[token] <- struct (inputs, outputs)
@@ -231,7 +248,7 @@ type private Walk(f: Findings, stage: StagePlan) =
 
             match step with
             | Step.Launch(kernel, _, inputs, outputs, _) -> launch phase kernel inputs outputs
-            | Step.Start(token, _, _, inputs, outputs, _) -> start phase token inputs outputs
+            | Step.Start(token, kind, _, inputs, outputs, _) -> start phase token kind inputs outputs
             | Step.Wait token -> wait token
             | Step.Free slot -> free phase slot)
 

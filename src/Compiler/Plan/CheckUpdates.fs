@@ -30,6 +30,8 @@ type private Epilogue(f: Findings, plan: PlanSet, stage: StagePlan) =
     let share = Dictionary<int, Share>()
     // the accumulator that a value is the reduced form of
     let origin = Dictionary<int, int>()
+    // updated shards that are yet to be gathered -> their parameter
+    let shards = Dictionary<int, string>()
     let norms, updated = List<int>(), List<string>()
     let mutable clips = 0
     let mutable at = ""
@@ -71,22 +73,35 @@ type private Epilogue(f: Findings, plan: PlanSet, stage: StagePlan) =
         let target = slots[outputs[3]]
         let gradient = slots[originOf inputs[0]]
         demandWhole inputs[0] "the update"
-        updated.Add target.Name
 
-        match parameter target.Name with
-        | Some { Update = Update.AdamW _ } when target.Kind.IsParameter -> ()
+        // a shard is of the parameter whose gradient it takes, and counts once it is gathered
+        let name =
+            match prefixed "grad:" gradient.Name with
+            | ValueSome name when not target.Kind.IsParameter ->
+                if not (shards.TryAdd(outputs[3], name)) || shards.Values |> Seq.filter ((=) name) |> Seq.length > 1 then
+                    wrong $"%s{named slots outputs[3]}, a shard of %s{name}, is updated twice"
+
+                name
+            | ValueSome _
+            | ValueNone ->
+                updated.Add target.Name
+                target.Name
+
+        match parameter name with
+        | Some { Update = Update.AdamW _ } when target.Kind.IsParameter || target.Kind.IsTemporary -> ()
+        | Some { Update = Update.AdamW _ } when outputs[0] = outputs[3] -> ()
         | Some _
         | None -> wrong $"%s{named slots outputs[3]} is no parameter that AdamW updates"
 
-        if gradient.Name <> $"grad:%s{target.Name}" || not gradient.Kind.IsGradient then
-            wrong $"%s{target.Name} is updated by '%s{gradient.Name}', which is not its gradient"
+        if gradient.Name <> $"grad:%s{name}" || not gradient.Kind.IsGradient then
+            wrong $"%s{name} is updated by '%s{gradient.Name}', which is not its gradient"
 
         for i in 0..2 do
             let slot = slots[outputs[i]]
-            let isOwn = slot.Name = stateNames[i] + target.Name && slot.Kind.IsOptimizer
+            let isOwn = slot.Name = stateNames[i] + name && slot.Kind.IsOptimizer
 
-            if not (isOwn || i = 0 && outputs[0] = outputs[3]) then
-                wrong $"%s{named slots outputs[i]} is not the %s{stateNames[i].TrimEnd ':'} of %s{target.Name}"
+            if not (isOwn || i = 0 && outputs[0] = outputs[3] && target.Kind.IsParameter) then
+                wrong $"%s{named slots outputs[i]} is not the %s{stateNames[i].TrimEnd ':'} of %s{name}"
 
         for i, name in [ 2, "lr"; 3, "step" ] do
             if slots[inputs[i]].Name <> name then
@@ -126,25 +141,39 @@ type private Epilogue(f: Findings, plan: PlanSet, stage: StagePlan) =
             for id in inputs do
                 demandWhole id "this step"
 
+    /// A reduction: over mesh axes (whole or scattered), or over stages.
+    let reduce (group: Group) from into =
+        origin[into] <- originOf from
+
+        if group.Stages.Count = 0 then
+            share[into] <- shareOf from
+        else
+            match shareOf from with
+            | Share.Part stages when stages = List.ofSeq group.Stages -> ()
+            | Share.Part _
+            | Share.Whole -> wrong $"%s{named slots from} is no sum over the stages of group %s{group.Name}"
+
+            share[into] <- Share.Whole
+
+    /// Updated shards become the parameter again.
+    let gather from into =
+        match shards.TryGetValue from with
+        | true, name when slots[into].Kind.IsParameter && slots[into].Name = name -> updated.Add name
+        | true, name -> wrong $"%s{named slots into} is filled with shards of %s{name}"
+        | false, _ -> wrong $"%s{named slots from} is gathered but is no updated shard"
+
     let start kind (group: Group) (inputs: IReadOnlyList<int>) (outputs: IReadOnlyList<int>) =
-        match kind with
-        | Collective.AllReduceSum when inputs.Count = 1 && outputs.Count = 1 ->
-            let from, into = inputs[0], outputs[0]
-            origin[into] <- originOf from
-
-            if group.Stages.Count = 0 then
-                share[into] <- shareOf from
+        let each run =
+            if inputs.Count = outputs.Count then
+                Seq.iter2 run inputs outputs
             else
-                match shareOf from with
-                | Share.Part stages when stages = List.ofSeq group.Stages -> ()
-                | Share.Part _
-                | Share.Whole -> wrong $"%s{named slots from} is no sum over the stages of group %s{group.Name}"
+                wrong "a collective of the epilogue takes one operand a result"
 
-                share[into] <- Share.Whole
+        match kind with
         | Collective.AllReduceSum
+        | Collective.ReduceScatter _ -> each (reduce group)
+        | Collective.AllGather _ -> each gather
         | Collective.AllReduceMax
-        | Collective.AllGather _
-        | Collective.ReduceScatter _
         | Collective.AllToAll _
         | Collective.RouteToExperts
         | Collective.RowsToExperts
@@ -152,7 +181,7 @@ type private Epilogue(f: Findings, plan: PlanSet, stage: StagePlan) =
         | Collective.Dispatch _
         | Collective.Combine _
         | Collective.Send _
-        | Collective.Recv _ -> wrong "the epilogue has sums only"
+        | Collective.Recv _ -> wrong "the epilogue has sums, and gathers of updated shards, only"
 
     member _.Run() =
         for program in stage.Programs do

@@ -1,5 +1,5 @@
-/// The end of a step: gradients reduced, clipped, applied; router biases and metrics.
-/// before: accumulators of one stage; after: prologue and epilogue steps. Every partial sum is reduced once, parameters in order.
+/// The end of a step: gradients reduced once, clipped, applied to shards, parameters gathered; router biases and metrics.
+/// before: accumulators of one stage; after: prologue and epilogue steps. Every partial sum is reduced once, parameters in reverse order.
 module DeepSeekGraph.Compiler.Lowering.Epilogue
 
 open System.Collections.Generic
@@ -7,6 +7,7 @@ open DeepSeekGraph
 open DeepSeekGraph.Compiler
 open DeepSeekGraph.Compiler.Partition
 open DeepSeekGraph.Compiler.Lowering.Slots
+open DeepSeekGraph.Compiler.Lowering.OptimizerShards
 
 /// A gradient or count of one parameter on one stage.
 type Accumulated = {
@@ -22,6 +23,9 @@ type Input = {
     Stage: int
     Stages: int
     Optimizer: Optimizer
+    StateTypes: StateTypes
+    /// Are optimizer states split over data-parallel ranks?
+    Distributed: bool
     Slots: SlotTable
     Groups: GroupTable
     Mesh: MeshInfo
@@ -32,7 +36,36 @@ type Input = {
 
 let private scalar = TensorType.scalar DType.Float32
 
-/// Writes epilogue steps: every reduction is waited for at once.
+/// One value on its way through a collective; `Ready` writes the steps that make it.
+type private Move = {
+    Kind: Collective
+    Group: int
+    From: int
+    Into: int
+    Ready: unit -> unit
+}
+
+/// Elements of a bundle, as Megatron sizes its buckets: enough to be worth a collective of that many ranks.
+let private bucket (ranks: int) = max 40_000_000L (1_000_000L * int64 ranks)
+
+/// Moves that go together: of one kind, group and element type, in order, a bucket at a time.
+let private buckets (input: Input) (moves: Move list) : Move list list =
+    let slot m = input.Slots[m.From]
+    let elements m = (slot m).Extents |> Seq.fold (fun n e -> n * int64 e) 1L
+
+    let cut (moves: Move list) =
+        let axes = input.Groups[moves.Head.Group].MeshAxes
+        let most = bucket (Mesh.extent input.Mesh axes)
+        // the bucket a move falls into is where the sum before it ends
+        let before = moves |> List.scan (fun n m -> n + elements m) 0L
+        List.zip moves (List.truncate moves.Length before) |> List.groupBy (fun (_, at) -> at / most)
+
+    moves
+    |> List.groupBy (fun m -> m.Kind, m.Group, (slot m).DType)
+    |> List.collect (snd >> cut)
+    |> List.map (snd >> List.map fst)
+
+/// Writes epilogue steps.
 [<Sealed>]
 type private Writer(input: Input) =
     let steps = List<Step>()
@@ -48,50 +81,179 @@ type private Writer(input: Input) =
         fresh <- fresh + 1
         input.Slots.Get($"%s{name}#%i{fresh}", SlotKind.Temporary, t, layout)
 
-    member private _.AllReduce(group: int, from: int, into: int, path: string) =
-        token <- token + 1
-        steps.Add(Step.Start(token, Collective.AllReduceSum, group, [| from |], [| into |], path))
-        steps.Add(Step.Wait token)
-
     static member private TypeOf(slot: SlotInfo) : TensorType = {
         TensorType.create slot.DType (Seq.zip slot.Axes slot.Extents) with
             Routed = slot.Routed
             Density = slot.Density
     }
 
-    /// The slot summed over the mesh axes where it is partial; itself when there are none.
-    member this.Whole(slot: int, path: string) : int =
+    /// Bundles of moves, each begun as soon as its values are ready, all waited for at the end.
+    member _.Together(moves: Move list, path: string) =
+        let begun =
+            buckets input moves
+            |> List.map (fun bundle ->
+                for m in bundle do
+                    m.Ready()
+
+                token <- token + 1
+                let ids (pick: Move -> int) = bundle |> List.map pick |> Array.ofList
+                let first = bundle.Head
+                steps.Add(Step.Start(token, first.Kind, first.Group, ids _.From, ids _.Into, path))
+                token)
+
+        for t in begun do
+            steps.Add(Step.Wait t)
+
+    /// Each slot after a collective: `move` gives its kind, group and what it becomes, or nothing where it stays.
+    member this.Each(slots: int list, path: string, move: int -> struct (Collective * int * int) voption) : int list =
+        let moved = slots |> List.map (fun slot -> slot, move slot)
+
+        let moves = [
+            for from, goes in moved do
+                match goes with
+                | ValueSome(struct (kind, group, into)) -> {
+                    Kind = kind
+                    Group = group
+                    From = from
+                    Into = into
+                    Ready = ignore
+                  }
+                | ValueNone -> ()
+        ]
+
+        this.Together(moves, path)
+
+        [
+            for from, goes in moved do
+                match goes with
+                | ValueSome(struct (_, _, into)) -> into
+                | ValueNone -> from
+        ]
+
+    /// The sum of a slot over some of the mesh axes where it is partial, whole or as its block of a dim.
+    member this.Summed(slot: int, axes: int list, dim: int voption) : struct (Collective * int * int) voption =
         let info = input.Slots[slot]
         let layout = Array.ofSeq info.Layout
+        let here = axes |> List.filter (fun m -> layout[m].IsPartialSum)
 
-        match Layout.partials layout with
-        | [] -> slot
-        | axes ->
-            let whole = layout |> Array.map (fun s -> if s.IsPartialSum then AxisState.Replicated else s)
-            let into = this.Temporary($"reduced:%s{info.Name}", Writer.TypeOf info, whole)
-            this.AllReduce(input.Groups.Along axes, slot, into, path)
-            into
+        if here.IsEmpty then
+            ValueNone
+        else
+            let state, kind =
+                match dim with
+                | ValueSome d -> AxisState.Split d, Collective.ReduceScatter d
+                | ValueNone -> AxisState.Replicated, Collective.AllReduceSum
 
-    /// The slot summed over stages; itself when there is only one.
-    member this.OverStages(slot: int, stages: int list, path: string) : int =
+            let whole = layout |> Array.mapi (fun m s -> if List.contains m here then state else s)
+            let t = Writer.TypeOf info
+            let size = Mesh.extent input.Mesh here
+
+            let axesOfResult =
+                t.Axes
+                |> Array.mapi (fun d a -> if ValueSome d = dim then { a with Extent = a.Extent / size } else a)
+
+            // summed in steps, a value keeps the name of what is summed
+            let name = info.Name.Split('#')[0]
+            let name = if name.StartsWith "reduced:" then name else $"reduced:%s{name}"
+            let into = this.Temporary(name, { t with Axes = axesOfResult }, whole)
+            ValueSome(struct (kind, input.Groups.Along here, into))
+
+    /// The sum of a slot over stages; it stays where there is only one.
+    member this.OverStages(slot: int, stages: int list) : struct (Collective * int * int) voption =
         match stages with
         | []
-        | [ _ ] -> slot
+        | [ _ ] -> ValueNone
         | many ->
             let info = input.Slots[slot]
             let into = this.Temporary($"stages:%s{info.Name}", Writer.TypeOf info, Array.ofSeq info.Layout)
-            this.AllReduce(input.Groups.Across many, slot, into, path)
-            into
+            ValueSome(struct (Collective.AllReduceSum, input.Groups.Across many, into))
+
+    /// Slots summed over all mesh axes where they are partial, then over the stages that hold a part.
+    member this.Whole(slots: int list, stages: int -> int list, path: string) : int list =
+        let axes slot = Layout.partials (Array.ofSeq input.Slots[slot].Layout)
+        let summed = this.Each(slots, path, (fun slot -> this.Summed(slot, axes slot, ValueNone)))
+        let over = Dictionary<int, int list>()
+        List.iter2 (fun from into -> over[into] <- stages from) slots summed
+        this.Each(summed, path, (fun slot -> this.OverStages(slot, over[slot])))
 
 let private allStages (input: Input) = [ 0 .. input.Stages - 1 ]
 
-/// Norm of all gradients; a tied parameter counts on its first stage only.
-let private clip (input: Input) (writer: Writer) (reduced: (Accumulated * int) list) : int =
+/// A complete gradient, or its shard.
+type private Reduced = {
+    Parameter: ParameterInfo
+    Shard: Shard
+    Gradient: int
+}
+
+/// Every gradient once: over the data axes, scattered where states are sharded; over the other axes; over stages.
+let private reduce (input: Input) (writer: Writer) : Reduced list =
+    let path = "optimizer.reduce"
+    // backward makes gradients in reverse order, so that this is the order in which they are ready
+    let gradients = List.rev input.Gradients
+
+    let shards = [
+        for g in gradients -> place input.Distributed input.Mesh g.Parameter input.Slots[g.Slot].Layout
+    ]
+
+    let about = Dictionary<int, struct (Shard * int list)>()
+
+    let also (slots: int list) =
+        for slot, shard, g in List.zip3 slots shards gradients do
+            about[slot] <- struct (shard, List.ofSeq g.Parameter.Stages)
+
+        slots
+
+    let shardOf slot =
+        let struct (shard, _) = about[slot]
+        shard
+
+    let data =
+        also (gradients |> List.map _.Slot)
+        |> fun slots ->
+            writer.Each(
+                slots,
+                path,
+                fun slot ->
+                    let shard = shardOf slot
+                    writer.Summed(slot, shard.Data, shard.Dim)
+            )
+
+    let rest =
+        also data
+        |> fun slots ->
+            writer.Each(
+                slots,
+                path,
+                fun slot ->
+                    let axes = Layout.partials (Array.ofSeq input.Slots[slot].Layout)
+                    writer.Summed(slot, axes, ValueNone)
+            )
+
+    let everywhere =
+        also rest
+        |> fun slots ->
+            writer.Each(
+                slots,
+                path,
+                fun slot ->
+                    let struct (_, stages) = about[slot]
+                    writer.OverStages(slot, stages)
+            )
+
+    List.zip3 gradients shards everywhere
+    |> List.map (fun (g, shard, slot) -> {
+        Parameter = g.Parameter
+        Shard = shard
+        Gradient = slot
+    })
+
+/// Norm of all gradients, each element once: a class is what is split over the same mesh axes; a tied parameter counts on its first stage.
+let private clip (input: Input) (writer: Writer) (reduced: Reduced list) : int =
     let classes =
         reduced
-        |> List.filter (fun (g, _) -> g.Parameter.Stages[0] = input.Stage)
-        |> List.groupBy (fun (g, _) ->
-            g.Parameter.Layout
+        |> List.filter (fun g -> g.Parameter.Stages[0] = input.Stage)
+        |> List.groupBy (fun g ->
+            g.Shard.Layout
             |> Seq.indexed
             |> Seq.filter (fun (_, s) -> s.IsSplit)
             |> Seq.map fst
@@ -105,13 +267,13 @@ let private clip (input: Input) (writer: Writer) (reduced: (Accumulated * int) l
                     if List.contains m axes then AxisState.PartialSum else AxisState.Replicated)
 
             let squares = writer.Temporary("squares", scalar, layout)
-            writer.Launch(KernelId.SumSquares, [], List.map snd members, [ squares ], "optimizer.clip")
-            writer.Whole(squares, "optimizer.clip"))
+            writer.Launch(KernelId.SumSquares, [], members |> List.map _.Gradient, [ squares ], "optimizer.clip")
+            squares)
 
     let whole = Layout.replicated input.Mesh
 
     let local =
-        match sums with
+        match writer.Whole(sums, (fun _ -> []), "optimizer.clip") with
         | [] ->
             let zero = writer.Temporary("squares", scalar, whole)
             writer.Launch(KernelId.Zero, [], [], [ zero ], "optimizer.clip")
@@ -122,7 +284,7 @@ let private clip (input: Input) (writer: Writer) (reduced: (Accumulated * int) l
             writer.Launch(KernelId.Add, [], many, [ sum ], "optimizer.clip")
             sum
 
-    let total = writer.OverStages(local, allStages input, "optimizer.clip")
+    let total = writer.Whole([ local ], (fun _ -> allStages input), "optimizer.clip") |> List.head
     let scale = writer.Temporary("clip_scale", scalar, whole)
     let norm = input.Slots.Get("metric:grad_norm", SlotKind.Counter, scalar, whole)
 
@@ -136,17 +298,30 @@ let private clip (input: Input) (writer: Writer) (reduced: (Accumulated * int) l
 
     scale
 
-let private adamW (input: Input) (writer: Writer) (scale: int) (g: Accumulated, gradient: int) =
+/// The update of one parameter: of all of it, or of its shard, which is then gathered.
+let private adamW (input: Input) (writer: Writer) (scale: int) (g: Reduced) : Move voption =
     let p = g.Parameter
     let layout = Array.ofSeq p.Layout
-    let local = Layout.local input.Mesh layout (TensorType.create p.DType (Seq.zip p.Axes p.Extents))
-    let wide = { local with DType = DType.Float32 }
-    let state name = input.Slots.Get($"%s{name}:%s{p.Name}", SlotKind.Optimizer, wide, layout)
-    let parameter = input.Slots.Get(p.Name, SlotKind.Parameter, local, layout)
-    let whole = Layout.replicated input.Mesh
-    let lr = input.Slots.Get("lr", SlotKind.Scalar, scalar, whole)
-    let step = input.Slots.Get("step", SlotKind.Scalar, scalar, whole)
-    let master = if p.DType = DType.Float32 then parameter else state "master"
+    let whole = TensorType.create p.DType (Seq.zip p.Axes p.Extents)
+    let parameter = input.Slots.Get(p.Name, SlotKind.Parameter, Layout.local input.Mesh layout whole, layout)
+    let shard = Layout.local input.Mesh g.Shard.Layout whole
+    let isSharded = g.Shard.Dim.IsSome
+
+    let state name dtype =
+        input.Slots.Get($"%s{name}:%s{p.Name}", SlotKind.Optimizer, { shard with DType = dtype }, g.Shard.Layout)
+
+    let types = input.StateTypes
+    let scalarSlot name = input.Slots.Get(name, SlotKind.Scalar, scalar, Layout.replicated input.Mesh)
+    let lr, step = scalarSlot "lr", scalarSlot "step"
+    // parameters of the master's type are their own master, unless each rank keeps only a shard of it
+    let isMaster = p.DType = types.MainParams
+    let master = if isMaster && not isSharded then parameter else state "master" types.MainParams
+    let m, v = state "m" types.ExpAvg, state "v" types.ExpAvgSq
+
+    let updated =
+        if not isSharded then parameter
+        elif isMaster then master
+        else writer.Temporary($"updated:%s{p.Name}", shard, g.Shard.Layout)
 
     let decay =
         match p.Update with
@@ -155,18 +330,32 @@ let private adamW (input: Input) (writer: Writer) (scale: int) (g: Accumulated, 
         | Update.RouterBias _
         | Update.Frozen -> 0.0
 
-    writer.Launch(
-        KernelId.AdamW,
-        [
-            Attribute.Float input.Optimizer.Beta1
-            Attribute.Float input.Optimizer.Beta2
-            Attribute.Float input.Optimizer.Eps
-            Attribute.Float decay
-        ],
-        [ gradient; scale; lr; step ],
-        [ master; state "m"; state "v"; parameter ],
-        $"optimizer.%s{p.Name}"
-    )
+    let launch () =
+        writer.Launch(
+            KernelId.AdamW,
+            [
+                Attribute.Float input.Optimizer.Beta1
+                Attribute.Float input.Optimizer.Beta2
+                Attribute.Float input.Optimizer.Eps
+                Attribute.Float decay
+            ],
+            [ g.Gradient; scale; lr; step ],
+            [ master; m; v; updated ],
+            $"optimizer.%s{p.Name}"
+        )
+
+    match g.Shard.Dim with
+    | ValueSome d ->
+        ValueSome {
+            Kind = Collective.AllGather d
+            Group = input.Groups.Along g.Shard.Data
+            From = updated
+            Into = parameter
+            Ready = launch
+        }
+    | ValueNone ->
+        launch ()
+        ValueNone
 
 /// Prologue: accumulators start at zero.
 let prologue (input: Input) : Step list = [
@@ -179,37 +368,41 @@ let prologue (input: Input) : Step list = [
         Step.Launch(KernelId.Zero, [||], [||], [| slot |], "step")
 ]
 
-/// Epilogue: reduce, clip, update, report.
+let private routerBiases (input: Input) (writer: Writer) =
+    let biases = [
+        for c in input.Counts do
+            match c.Parameter.Update, input.Slots.TryFind c.Parameter.Name with
+            | Update.RouterBias rate, ValueSome bias -> c, rate, bias
+            | Update.RouterBias _, ValueNone
+            | Update.AdamW _, _
+            | Update.Frozen, _ -> ()
+    ]
+
+    let stages = dict [ for c, _, _ in biases -> c.Slot, List.ofSeq c.Parameter.Stages ]
+    let slots = [ for c, _, _ in biases -> c.Slot ]
+    let counts = writer.Whole(slots, (fun slot -> stages[slot]), "optimizer.router_bias")
+
+    for (c, rate, bias), sum in List.zip biases counts do
+        writer.Launch(
+            KernelId.RouterBias,
+            [ Attribute.Float rate ],
+            [ sum ],
+            [ bias ],
+            $"optimizer.%s{c.Parameter.Name}"
+        )
+
+/// Epilogue: reduce, clip, update, gather, report.
 let epilogue (input: Input) : Step list =
     let writer = Writer input
-
-    let reduced =
-        input.Gradients
-        |> List.map (fun g ->
-            let path = $"optimizer.%s{g.Parameter.Name}"
-            g, writer.OverStages(writer.Whole(g.Slot, path), List.ofSeq g.Parameter.Stages, path))
-
+    let reduced = reduce input writer
     let scale = clip input writer reduced
+    let gathers = reduced |> List.map (adamW input writer scale)
+    writer.Together([ for g in gathers |> List.filter _.IsSome -> g.Value ], "optimizer.gather")
+    routerBiases input writer
+    let sums = writer.Whole(input.Metrics |> List.map _.Slot, (fun _ -> allStages input), "metrics")
 
-    for update in reduced do
-        adamW input writer scale update
-
-    for c in input.Counts do
-        match c.Parameter.Update with
-        | Update.RouterBias rate ->
-            let path = $"optimizer.%s{c.Parameter.Name}"
-            let counts = writer.OverStages(writer.Whole(c.Slot, path), List.ofSeq c.Parameter.Stages, path)
-
-            match input.Slots.TryFind c.Parameter.Name with
-            | ValueSome bias -> writer.Launch(KernelId.RouterBias, [ Attribute.Float rate ], [ counts ], [ bias ], path)
-            | ValueNone -> ()
-        | Update.AdamW _
-        | Update.Frozen -> ()
-
-    for m in input.Metrics do
-        let whole = writer.Whole(m.Slot, m.Name)
-        let everywhere = writer.OverStages(whole, allStages input, m.Name)
+    for m, sum in List.zip input.Metrics sums do
         let into = input.Slots.Get(m.Name, SlotKind.Counter, scalar, Layout.replicated input.Mesh)
-        writer.Launch(KernelId.Scale, [ Attribute.Float 1.0 ], [ everywhere ], [ into ], m.Name)
+        writer.Launch(KernelId.Scale, [ Attribute.Float 1.0 ], [ sum ], [ into ], m.Name)
 
     writer.Steps

@@ -130,8 +130,9 @@ let private accumulators
     let counts = List<Epilogue.Accumulated>()
     let metrics = List<Epilogue.Metric>()
 
-    let slot kind (name: string) (t: TensorType) layout =
-        let t = if t.DType.IsFloat then { t with DType = DType.Float32 } else t
+    let slot (kind: SlotKind) (name: string) (t: TensorType) layout =
+        let sum = if kind.IsGradient then job.Recipe.StateTypes.MainGrads else DType.Float32
+        let t = if t.DType.IsFloat then { t with DType = sum } else t
         slots.Get(name, kind, t, layout)
 
     for name, v in graph.Outputs do
@@ -176,6 +177,8 @@ let private accumulators
         Stage = stage
         Stages = job.Stages.Length
         Optimizer = job.Recipe.Optimizer
+        StateTypes = job.Recipe.StateTypes
+        Distributed = job.Recipe.DistributedOptimizer
         Slots = slots
         Groups = groups
         Mesh = job.Mesh

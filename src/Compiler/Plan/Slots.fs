@@ -81,4 +81,7 @@ type GroupTable(mesh: MeshInfo) =
         let around = if into - from = receiver - sender then "" else $"+%i{into - from}".Replace("+-", "-")
         get $"pp.%i{sender}>%i{receiver}%s{around}" [] [ sender; receiver ]
 
+    member _.Item
+        with get (id: int) = groups[id]
+
     member _.ToArray() = groups.ToArray()

@@ -14,16 +14,31 @@ internal static unsafe class StepKernels
         target.zero_().On(target);
     }
 
-    /// <summary>a -> out: out += a, out fp32 or i64.</summary>
+    /// <summary>a -> out: out += a; floats are added in fp32 and rounded to out's type, to nearest even.</summary>
     public static void Accumulate(in KernelCall call)
     {
         Tensor a = call.In(0), target = call.Out().Tensor;
-        if (target.dtype != ScalarType.Float32 || a.dtype is not (ScalarType.Float32 or ScalarType.BFloat16))
+        if (!a.is_floating_point())
+        {
             target.add_(a, Scalars.One).On(target);
-        else if (Simd.IsBFloat16(a.dtype))
-            Accumulate<BF16>(a, target);
-        else
-            Accumulate<F32>(a, target);
+            return;
+        }
+
+        switch (Simd.IsBFloat16(a.dtype), Simd.IsBFloat16(target.dtype))
+        {
+            case (false, false):
+                Accumulate<F32, F32>(a, target);
+                break;
+            case (false, true):
+                Accumulate<F32, BF16>(a, target);
+                break;
+            case (true, false):
+                Accumulate<BF16, F32>(a, target);
+                break;
+            case (true, true):
+                Accumulate<BF16, BF16>(a, target);
+                break;
+        }
     }
 
     /// <summary>g1, ..., gn -> out[]: sum of squares in operand order, fp64 inside.</summary>
@@ -64,26 +79,18 @@ internal static unsafe class StepKernels
         scale.Floats[0] = (float)Math.Min(1, call.Float(0) / (norm + 1e-6));
     }
 
-    /// <summary>grad, scale[], lr[], step[] -> master, m, v, param in place; decoupled decay, bias corrected; one pass.</summary>
+    /// <summary>
+    /// grad, scale[], lr[], step[] -> master, m, v, param; all but a temporary param in place. Decoupled decay, bias corrected; one pass.
+    /// Moments and param may be bf16: they are read as fp32, and rounded to nearest even after fp32 arithmetic; the update itself
+    /// uses the moments before they are rounded.
+    /// </summary>
     public static void AdamW(in KernelCall call)
     {
-        var moments = Simd.IsBFloat16(call.Out(1).Tensor.dtype);
-        var copy = Simd.IsBFloat16(call.Out(call.Outputs.Length - 1).Tensor.dtype);
-        switch (moments, copy)
-        {
-            case (false, false):
-                AdamW<F32, F32>(call);
-                break;
-            case (false, true):
-                AdamW<F32, BF16>(call);
-                break;
-            case (true, false):
-                AdamW<BF16, F32>(call);
-                break;
-            case (true, true):
-                AdamW<BF16, BF16>(call);
-                break;
-        }
+        call.Out(3).Fill();
+        if (Simd.IsBFloat16(call.Out(1).Tensor.dtype))
+            AdamW<BF16>(call);
+        else
+            AdamW<F32>(call);
     }
 
     /// <summary>counts[e] -> bias[e] in place: bias += rate * sign(mean(counts) - counts).</summary>
@@ -111,8 +118,9 @@ internal static unsafe class StepKernels
             var other => throw new InvalidOperationException($"a scalar of type {other}"),
         };
 
-    private static void Accumulate<T>(Tensor a, Tensor target)
-        where T : struct, IElement
+    private static void Accumulate<TFrom, TTo>(Tensor a, Tensor target)
+        where TFrom : struct, IElement
+        where TTo : struct, IElement
     {
         var n = target.numel();
         if (a.numel() != n)
@@ -120,13 +128,35 @@ internal static unsafe class StepKernels
         void* from = a.Pointer(), to = target.Pointer();
         long i = 0;
         for (; i <= n - 8; i += 8)
-            F32.Store8(to, i, F32.Load8(to, i) + T.Load8(from, i));
+            TTo.Store8(to, i, TTo.Load8(to, i) + TFrom.Load8(from, i));
         for (; i < n; i++)
-            ((float*)to)[i] += T.Load(from, i);
+            TTo.Store(to, i, TTo.Load(to, i) + TFrom.Load(from, i));
     }
 
-    private static void AdamW<TMoment, TParam>(in KernelCall call)
-        where TMoment : struct, IElement
+    private static void AdamW<TFirst>(in KernelCall call)
+        where TFirst : struct, IElement
+    {
+        var second = Simd.IsBFloat16(call.Out(2).Tensor.dtype);
+        switch (second, Simd.IsBFloat16(call.Out(3).Tensor.dtype))
+        {
+            case (false, false):
+                AdamW<TFirst, F32, F32>(call);
+                break;
+            case (false, true):
+                AdamW<TFirst, F32, BF16>(call);
+                break;
+            case (true, false):
+                AdamW<TFirst, BF16, F32>(call);
+                break;
+            case (true, true):
+                AdamW<TFirst, BF16, BF16>(call);
+                break;
+        }
+    }
+
+    private static void AdamW<TFirst, TSecond, TParam>(in KernelCall call)
+        where TFirst : struct, IElement
+        where TSecond : struct, IElement
         where TParam : struct, IElement
     {
         double beta1 = call.Float(0), beta2 = call.Float(1), eps = call.Float(2), decay = call.Float(3);
@@ -147,11 +177,11 @@ internal static unsafe class StepKernels
         for (; i <= n - 8; i += 8)
         {
             var g = F32.Load8(grad.P, i) * scale;
-            var m1 = (TMoment.Load8(m, i) * b1) + (g * c1);
-            var v1 = (TMoment.Load8(v, i) * b2) + (g * g * c2);
+            var m1 = (TFirst.Load8(m, i) * b1) + (g * c1);
+            var v1 = (TSecond.Load8(v, i) * b2) + (g * g * c2);
             var p = (F32.Load8(master, i) * keep) - (m1 * rate / ((Vector256.Sqrt(v1) * root) + Vector256.Create(tiny)));
-            TMoment.Store8(m, i, m1);
-            TMoment.Store8(v, i, v1);
+            TFirst.Store8(m, i, m1);
+            TSecond.Store8(v, i, v1);
             F32.Store8(master, i, p);
             TParam.Store8(param, i, p);
         }
@@ -159,11 +189,11 @@ internal static unsafe class StepKernels
         for (; i < n; i++)
         {
             var g = grad.Floats[i] * scale;
-            var m1 = (TMoment.Load(m, i) * b1) + (g * c1);
-            var v1 = (TMoment.Load(v, i) * b2) + (g * g * c2);
+            var m1 = (TFirst.Load(m, i) * b1) + (g * c1);
+            var v1 = (TSecond.Load(v, i) * b2) + (g * g * c2);
             var p = (master[i] * keep) - (m1 * rate / ((MathF.Sqrt(v1) * root) + tiny));
-            TMoment.Store(m, i, m1);
-            TMoment.Store(v, i, v1);
+            TFirst.Store(m, i, m1);
+            TSecond.Store(v, i, v1);
             master[i] = p;
             TParam.Store(param, i, p);
         }

@@ -342,28 +342,39 @@ let private rename (from: int) (into: int) (step: Step) =
     | Step.Wait _
     | Step.Free _ -> step
 
+/// Is this a sum over ranks or stages?
+let private isSum (kind: Collective) = kind.IsAllReduceSum || kind.IsReduceScatter
+
+/// Three of the tuples of a bundle: the first, one between, the last.
+let private someOf (outputs: IReadOnlyList<int>) =
+    List.distinct [ 0; outputs.Count / 2; outputs.Count - 1 ]
+
 /// Readers of a sum read what was to be summed.
 let private dropReduction plan = seq {
-    for (_, program, _, step) as at in places plan do
+    for (_, program: Program, _, step) as at in places plan do
         match step with
-        | Step.Start(token, Collective.AllReduceSum, _, inputs, outputs, _) when program.Phase.IsEpilogue ->
-            edit plan "drop the reduction" at (fun steps ->
-                steps
-                |> Array.filter (fun s ->
-                    match s with
-                    | Step.Start(t, _, _, _, _, _)
-                    | Step.Wait t -> t <> token
-                    | Step.Free slot -> slot <> outputs[0]
-                    | Step.Launch _ -> true)
-                |> Array.map (rename outputs[0] inputs[0])
-                // what was freed behind the sum is freed at the end
-                |> fun steps ->
-                    let isFree (s: Step) = s = Step.Free inputs[0]
+        | Step.Start(token, kind, group, inputs, outputs, path) when isSum kind && program.Phase.IsEpilogue ->
+            for k in someOf outputs do
+                edit plan $"drop reduction %i{k}" at (fun steps ->
+                    steps
+                    |> Array.choose (fun s ->
+                        match s with
+                        | Step.Start(t, _, _, _, _, _) when t = token && outputs.Count > 1 ->
+                            let rest (ids: IReadOnlyList<int>) = Seq.removeAt k ids |> Array.ofSeq
+                            Some(Step.Start(token, kind, group, rest inputs, rest outputs, path))
+                        | Step.Start(t, _, _, _, _, _) -> if t = token then None else Some s
+                        | Step.Wait t -> if t = token && outputs.Count = 1 then None else Some s
+                        | Step.Free slot -> if slot = outputs[k] then None else Some s
+                        | Step.Launch _ -> Some s)
+                    |> Array.map (rename outputs[k] inputs[k])
+                    // what was freed behind the sum is freed at the end
+                    |> fun steps ->
+                        let isFree (s: Step) = s = Step.Free inputs[k]
 
-                    if Array.exists isFree steps then
-                        Array.append (Array.filter (isFree >> not) steps) [| Step.Free inputs[0] |]
-                    else
-                        steps)
+                        if Array.exists isFree steps then
+                            Array.append (Array.filter (isFree >> not) steps) [| Step.Free inputs[k] |]
+                        else
+                            steps)
         | Step.Start _
         | Step.Launch _
         | Step.Wait _
@@ -372,45 +383,81 @@ let private dropReduction plan = seq {
 
 /// Sums a sum again, into a new slot that all readers then read.
 let private repeatReduction (plan: PlanSet) = seq {
-    for (s, program, i, step) as at in places plan do
+    for (s, program: Program, _, step) as at in places plan do
         match step with
-        | Step.Start(token, Collective.AllReduceSum, group, inputs, outputs, path) when program.Phase.IsEpilogue ->
+        | Step.Start(token, kind, group, _, outputs, path) when isSum kind && program.Phase.IsEpilogue ->
             let slots = plan.Stages[s].Slots
+            let behind = 1 + (program.Steps |> Seq.findIndex (fun s -> s = Step.Wait token))
 
-            let fresh = {
-                slots[outputs[0]] with
-                    Id = slots.Count
-                    Name = "again"
-            }
+            for k in someOf outputs do
+                let sum = outputs[k]
 
-            let changed =
-                edit plan "reduce again" at (fun steps ->
-                    let tail =
-                        steps[i + 2 ..]
-                        |> Array.map (rename outputs[0] fresh.Id)
-                        |> Array.map (fun s -> if s = Step.Free outputs[0] then Step.Free fresh.Id else s)
+                let fresh = {
+                    slots[sum] with
+                        Id = slots.Count
+                        Name = "again"
+                }
 
-                    Array.concat [
-                        steps[.. i + 1]
-                        [|
-                            Step.Start(7777, Collective.AllReduceSum, group, outputs, [| fresh.Id |], path)
-                            Step.Wait 7777
-                            Step.Free outputs[0]
-                        |]
-                        tail
-                    ])
+                let changed =
+                    edit plan $"reduce %i{k} again" at (fun steps ->
+                        let tail =
+                            steps[behind..]
+                            |> Array.map (rename sum fresh.Id)
+                            |> Array.map (fun s -> if s = Step.Free sum then Step.Free fresh.Id else s)
 
-            ignore token
-            ignore inputs
+                        Array.concat [
+                            steps[.. behind - 1]
+                            [|
+                                Step.Start(7777, Collective.AllReduceSum, group, [| sum |], [| fresh.Id |], path)
+                                Step.Wait 7777
+                                Step.Free sum
+                            |]
+                            tail
+                        ])
 
-            {
-                changed with
-                    Plan =
-                        withStage changed.Plan s (fun stage -> {
-                            stage with
-                                Slots = Array.append (Array.ofSeq stage.Slots) [| fresh |]
-                        })
-            }
+                {
+                    changed with
+                        Plan =
+                            withStage changed.Plan s (fun stage -> {
+                                stage with
+                                    Slots = Array.append (Array.ofSeq stage.Slots) [| fresh |]
+                            })
+                }
+        | Step.Start _
+        | Step.Launch _
+        | Step.Wait _
+        | Step.Free _ -> ()
+}
+
+/// Parameters that are not gathered, gathered twice, from another's shards, or from what was there before the update.
+let private changeGather (plan: PlanSet) = seq {
+    for (s, program: Program, i, step) as at in places plan do
+        match step with
+        | Step.Start(token, kind, group, inputs, outputs, path) when kind.IsAllGather && program.Phase.IsEpilogue ->
+            let gather ins outs = Step.Start(token, kind, group, Array.ofSeq ins, Array.ofSeq outs, path)
+            let last = inputs.Count - 1
+
+            for k in 0 .. min 7 last do
+                edit plan $"gather %i{k} left out" at (fun steps ->
+                    Array.updateAt i (gather (Seq.removeAt k inputs) (Seq.removeAt k outputs)) steps)
+
+                edit plan $"gather %i{k} is the next one's" at (fun steps ->
+                    Array.updateAt i (gather (Seq.updateAt k inputs[(k + 1) % inputs.Count] inputs) outputs) steps)
+
+                edit plan $"gather %i{k} fills the next" at (fun steps ->
+                    Array.updateAt i (gather inputs (Seq.updateAt k outputs[(k + 1) % outputs.Count] outputs)) steps)
+
+                let slots = plan.Stages[s].Slots
+
+                for state in [ "m:"; "v:" ] do
+                    match slots |> Seq.tryFind (fun o -> o.Name = state + slots[outputs[k]].Name) with
+                    | Some moment ->
+                        edit plan $"gather %i{k} takes %s{moment.Name}" at (fun steps ->
+                            Array.updateAt i (gather (Seq.updateAt k moment.Id inputs) outputs) steps)
+                    | None -> ()
+
+            edit plan "gathers before everything" at (fun steps ->
+                Array.append [| step; Step.Wait token |] (steps |> Array.removeAt i |> Array.filter ((<>) (Step.Wait token))))
         | Step.Start _
         | Step.Launch _
         | Step.Wait _
@@ -469,6 +516,7 @@ let classes: (string * (PlanSet -> Mutant seq)) list = [
     "a reduction dropped", dropReduction
     "a reduction repeated", repeatReduction
     "a bundle taken apart", unbundle
+    "a gather changed", changeGather
 ]
 
 /// `n` of a class, spread over all places.

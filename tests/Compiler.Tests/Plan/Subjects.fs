@@ -33,7 +33,10 @@ let private config layers =
         TopkGroup = 2
     )
 
-let private compile layers (recipe: Recipe) = (DeepSeekV3(config layers)).Compile recipe
+/// The graph of a microbatch.
+let declare layers rows (columns: int) = (DeepSeekV3(config layers)).Declare(rows, columns)
+
+let compile layers (recipe: Recipe) = (DeepSeekV3(config layers)).Compile recipe
 
 let private base' = Recipe.Default.WithBatch(8, 1, 8)
 
