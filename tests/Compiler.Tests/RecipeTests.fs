@@ -26,8 +26,8 @@ let tests =
     testList "Recipe" [
         testList "what no pass carries out" [
             refused
-                "optimizer.main_grads_dtype"
-                (base'.WithStateTypes(DType.Float32, DType.BFloat16, DType.Float32, DType.Float32))
+                "optimizer.main_params_dtype"
+                (base'.WithStateTypes(DType.BFloat16, DType.Float32, DType.Float32, DType.Float32))
         ]
         testCase "a fusion rule that there is none of is refused with the names"
         <| fun () ->

@@ -114,10 +114,12 @@ let private starts (c: Compiled) (layer: string) =
     ]
     |> List.sort
 
-/// The table's collectives as a plan starts them: 7 forward for 11 values moved, 6 backward for 12 (one stage: I is empty).
+/// The table's collectives as a plan starts them: 8 forward for 12 values moved, 7 backward for 13 (one stage: I is empty).
 let private moeStarts = [
     "F all_gather mlp.shared_experts x1"
     "F all_gather self_attn x3"
+    // the balance loss: tokens per expert, and its cotangent
+    "F all_reduce mlp.gate.balance x1"
     "F reduce_scatter mlp x1"
     "F reduce_scatter self_attn x1"
     "F route_to_experts mlp.experts x1"
@@ -125,6 +127,7 @@ let private moeStarts = [
     "F rows_to_tokens mlp.experts x1"
     "W all_gather mlp.shared_experts x2"
     "W all_gather self_attn x3"
+    "W all_reduce mlp.gate.balance x1"
     "W reduce_scatter  x1"
     "W reduce_scatter self_attn x3"
     "W rows_to_experts mlp.experts x1"
