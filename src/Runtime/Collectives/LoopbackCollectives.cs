@@ -93,10 +93,12 @@ internal sealed class LoopbackCollectives(LoopbackWorld world, RankContext rank)
         switch (call.Kind)
         {
             case var kind when kind.IsRowsToExperts:
-                traffic.CountRows(inputs[1].Rows, ranks, me, RowExchange.Width(inputs[0].Tensor));
+                for (var i = 0; i < inputs.Count; i += inputs.Count / outputs.Count)
+                    traffic.CountRows(inputs[i + 1].Rows, ranks, me, RowExchange.Width(inputs[i].Tensor));
                 break;
             case var kind when kind.IsRowsToTokens:
-                traffic.CountRows(inputs[2].Rows, ranks, me, RowExchange.Width(inputs[0].Tensor));
+                for (var i = 0; i < inputs.Count; i += inputs.Count / outputs.Count)
+                    traffic.CountRows(inputs[i + 2].Rows, ranks, me, RowExchange.Width(inputs[i].Tensor));
                 break;
             case Collective.Dispatch or Collective.Combine:
                 {

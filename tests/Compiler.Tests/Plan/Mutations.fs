@@ -468,7 +468,7 @@ let private changeGather (plan: PlanSet) = seq {
 let private unbundle (plan: PlanSet) = seq {
     for (s, _, i, step) as at in places plan do
         match step with
-        | Step.Start(token, kind, group, inputs, outputs, path) when outputs.Count > 1 ->
+        | Step.Start(token, kind, group, inputs, outputs, path) when outputs.Count > 1 && kind.TakesTuples ->
             let bundle ins outs = Step.Start(token, kind, group, Array.ofSeq ins, Array.ofSeq outs, path)
             let slots = plan.Stages[s].Slots
             let extents id = List.ofSeq slots[id].Extents
