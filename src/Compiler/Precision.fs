@@ -25,6 +25,10 @@ let private want (op: Op) =
     | Op.Sigmoid
     | Op.Max _
     | Op.GroupTopK _
+    | Op.Router _
+    | Op.RouterGrad _
+    | Op.Balance _
+    | Op.BalanceGrad _
     | Op.Pick
     | Op.PickGrad -> Want.Wide
     | Op.Add
@@ -36,6 +40,8 @@ let private want (op: Op) =
     | Op.RmsNorm _
     | Op.RmsNormGradX _
     | Op.RmsNormGradW _
+    | Op.AddRmsNorm _
+    | Op.RmsNormGradXAdd _
     | Op.Attention _
     | Op.RopeKvGrad _ -> Want.Common
     | Op.GroupedMatMul _

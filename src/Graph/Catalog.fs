@@ -41,6 +41,8 @@ let define (op: Op) : OpDef =
     | Op.RmsNorm eps -> Normalization.rmsNorm eps
     | Op.RmsNormGradX _ -> Normalization.rmsNormGradX
     | Op.RmsNormGradW _ -> Normalization.rmsNormGradW
+    | Op.AddRmsNorm eps -> Normalization.addRmsNorm eps
+    | Op.RmsNormGradXAdd _ -> Normalization.rmsNormGradXAdd
     | Op.RotaryTable spec -> Position.rotaryTable spec
     | Op.Rope inverse -> Position.rope inverse
     | Op.RopeQ inverse -> Position.ropeQ inverse
@@ -49,6 +51,10 @@ let define (op: Op) : OpDef =
     | Op.Attention scale -> Attention.attention scale
     | Op.AttentionGrad _ -> Attention.attentionGrad
     | Op.GroupTopK spec -> Experts.groupTopK spec
+    | Op.Router spec -> Experts.router spec
+    | Op.RouterGrad _ -> Experts.routerGrad
+    | Op.Balance(topK, eps) -> Experts.balance topK eps
+    | Op.BalanceGrad _ -> Experts.balanceGrad
     | Op.Route(topK, experts) -> Experts.route topK experts
     | Op.Permute fused -> Experts.permute fused
     | Op.Unpermute fused -> Experts.unpermute fused

@@ -24,6 +24,16 @@ type TopKSpec = {
     ZeroMasked: bool
 }
 
+/// The router of DeepSeek-V3 in one op: sigmoid, biased choice, and the weights of the chosen.
+type RouterSpec = {
+    Choice: TopKSpec
+    /// Weights of a token's experts are divided by their sum plus Eps.
+    Normalize: bool
+    Eps: float
+    /// Multiplies the weights (routed scaling factor).
+    Factor: float
+}
+
 /// A parameter as declared: how it starts and how it changes.
 type ParameterSpec = {
     Name: string
@@ -83,6 +93,10 @@ type Op =
     | RmsNorm of Eps: float
     | RmsNormGradX of Eps: float
     | RmsNormGradW of Eps: float
+    /// x + r, and its norm.
+    | AddRmsNorm of Eps: float
+    /// RmsNormGradX plus a cotangent that comes another way.
+    | RmsNormGradXAdd of Eps: float
     // position
     | RotaryTable of Spec: RotarySpec
     | Rope of Inverse: bool
@@ -94,6 +108,12 @@ type Op =
     | AttentionGrad of Scale: float
     // experts
     | GroupTopK of Spec: TopKSpec
+    /// Logits and bias to probabilities, mask and tokens per expert.
+    | Router of Spec: RouterSpec
+    | RouterGrad of Spec: RouterSpec
+    /// Logits and weights of positions to how often experts are chosen (plain top-k) and their share of affinity, by sequence.
+    | Balance of TopK: int * Eps: float
+    | BalanceGrad of Eps: float
     /// The row set of a mask; TopK of Experts rows a token. The mask may cover a part of the experts.
     | Route of TopK: int * Experts: int
     | Permute of Fused: bool

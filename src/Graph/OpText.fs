@@ -110,6 +110,13 @@ module internal OpText =
         | Collective.RowsToExperts
         | Collective.RowsToTokens -> []
 
+    let private choice (spec: TopKSpec) = [
+        int "top_k" spec.TopK
+        int "groups" spec.Groups
+        int "keep_groups" spec.KeepGroups
+        flag "zero_masked" spec.ZeroMasked
+    ]
+
     /// Attributes of an op; element type and axes of sources and collectives stand in the result type.
     let attributes (op: Op) : (string * Attr) list =
         match op with
@@ -138,7 +145,10 @@ module internal OpText =
         | Op.Max axes -> [ texts "axes" axes ]
         | Op.RmsNorm eps
         | Op.RmsNormGradX eps
-        | Op.RmsNormGradW eps -> [ float "eps" eps ]
+        | Op.RmsNormGradW eps
+        | Op.AddRmsNorm eps
+        | Op.RmsNormGradXAdd eps
+        | Op.BalanceGrad eps -> [ float "eps" eps ]
         | Op.RotaryTable spec -> [
             int "dim" spec.Dim
             float "theta" spec.Theta
@@ -154,12 +164,16 @@ module internal OpText =
         | Op.RopeKvGrad nope -> [ int "nope" nope ]
         | Op.Attention scale
         | Op.AttentionGrad scale -> [ float "scale" scale ]
-        | Op.GroupTopK spec -> [
-            int "top_k" spec.TopK
-            int "groups" spec.Groups
-            int "keep_groups" spec.KeepGroups
-            flag "zero_masked" spec.ZeroMasked
-          ]
+        | Op.GroupTopK spec -> choice spec
+        | Op.Router spec
+        | Op.RouterGrad spec ->
+            choice spec.Choice
+            @ [
+                flag "normalize" spec.Normalize
+                float "eps" spec.Eps
+                float "factor" spec.Factor
+            ]
+        | Op.Balance(topK, eps) -> [ int "top_k" topK; float "eps" eps ]
         | Op.Route(topK, experts) -> [ int "top_k" topK; int "experts" experts ]
         | Op.Permute fused
         | Op.Unpermute fused -> [ flag "fused" fused ]
@@ -261,6 +275,13 @@ module internal OpText =
         ZeroMasked = a.Flag "zero_masked"
     }
 
+    let private readRouter (a: Attrs) = {
+        Choice = readTopK a
+        Normalize = a.Flag "normalize"
+        Eps = a.Float "eps"
+        Factor = a.Float "factor"
+    }
+
     let private readDType (a: Attrs) =
         let mutable dtype = DType.Float32
 
@@ -304,6 +325,8 @@ module internal OpText =
         | "rms_norm" -> Op.RmsNorm(a.Float "eps")
         | "rms_norm_grad_x" -> Op.RmsNormGradX(a.Float "eps")
         | "rms_norm_grad_w" -> Op.RmsNormGradW(a.Float "eps")
+        | "add_rms_norm" -> Op.AddRmsNorm(a.Float "eps")
+        | "rms_norm_grad_x_add" -> Op.RmsNormGradXAdd(a.Float "eps")
         | "rotary_table" -> Op.RotaryTable(readRotary a)
         | "rope" -> Op.Rope(a.Flag "inverse")
         | "rope_q" -> Op.RopeQ(a.Flag "inverse")
@@ -312,6 +335,10 @@ module internal OpText =
         | "attention" -> Op.Attention(a.Float "scale")
         | "attention_grad" -> Op.AttentionGrad(a.Float "scale")
         | "group_top_k" -> Op.GroupTopK(readTopK a)
+        | "router" -> Op.Router(readRouter a)
+        | "router_grad" -> Op.RouterGrad(readRouter a)
+        | "balance" -> Op.Balance(a.Int "top_k", a.Float "eps")
+        | "balance_grad" -> Op.BalanceGrad(a.Float "eps")
         | "route" -> Op.Route(a.Int "top_k", a.Int "experts")
         | "permute" -> Op.Permute(a.Flag "fused")
         | "unpermute" -> Op.Unpermute(a.Flag "fused")

@@ -71,6 +71,10 @@ type KernelId =
     | RmsNormGradX = 61
     /// dy, x -> dw
     | RmsNormGradW = 62
+    /// fused: x, r, w -> sum = x + r (rounded as stored), norm of the sum
+    | AddRmsNorm = 63
+    /// fused: dy, x, w, c -> dx + c, rounded once
+    | RmsNormGradXAdd = 64
     // position
     /// positions[s] i64 -> table[s, rope] fp32 (cos of rope/2 frequencies, then sin); Ints: rope; then Float theta, Float factor, Float original, Float betaFast, Float betaSlow, Float mscale (cos/sin multiplier); factor 1: no YaRN
     | RotaryTable = 70
@@ -90,6 +94,14 @@ type KernelId =
     // experts
     /// scores[b s e] fp32 (bias added) -> mask[b s e] bool; Int topK, Int groups, Int keepGroups, Int zeroMasked (1: unselected groups score 0 instead of -inf). Ties: lowest index.
     | GroupTopK = 90
+    /// fused: logits[b s e], bias[e] fp32 -> p[b s e] fp32, mask[b s e] bool, counts[e] i64; attributes of GroupTopK, then Int normalize, Float eps, Float factor. mask = GroupTopK(sigmoid(logits) + bias); p = factor sigmoid(logits) mask, if normalize over (its sum over e + eps)
+    | Router = 100
+    /// fused: dp[b s e], logits, mask -> dlogits; attributes of Router
+    | RouterGrad = 101
+    /// fused: logits[b s e], w[b s] fp32 -> counts[b e], shares[b e] fp32; Int topK, Float eps. counts = sum over s of w where e is among a token's topK; shares = sum over s of w sigmoid(logits) / (its sum over e + eps)
+    | Balance = 102
+    /// fused: dshares[b e], logits, w -> dlogits; Float eps
+    | BalanceGrad = 103
     /// mask[b s e] -> route: rows ordered by expert, then by token; Int topK, Int experts (of all ranks): rows expected
     | Route = 91
     /// x[b s h], route -> rows[rows h]

@@ -83,6 +83,49 @@ let private fusedTimes name (build: Sketch -> Graph) =
     preserves fuse graph
     Fusion.Fuse.run graph |> snd |> List.find (fun (rule, _) -> rule = name) |> snd
 
+/// Two sums of the residual stream, each normed; `part` is the unit of the second norm.
+let private norms part (s: Sketch) =
+    let axes = [ "batch", 2; "seq", 3; "hidden", 4 ]
+    let anchored name = s.On(Op.Anchor "residual", [ s.Param(name, axes) ])
+    let norm name x = s.On(Op.RmsNorm 1e-3, [ x; s.Param(name, [ "hidden", 4 ]) ])
+    let first = s.On(Op.Add, [ anchored "x"; anchored "y" ])
+    let joins = s.On(Op.Anchor "residual", [ norm "w" first ])
+    let second = s.On(Op.Add, [ first; joins ])
+    s.Origin <- { s.Origin with Unit = part }
+    s.Loss [ norm "v" second; second ]
+
+/// What a router and its balance are declared with; `normalize` and `scale` are parts that a model may leave out.
+let private routing normalize scale (s: Sketch) =
+    let axes = [ "batch", 2; "seq", 3; "experts", 6 ]
+    let scores = s.On(Op.Sigmoid, [ s.Param("x", axes) ])
+    let biased = s.On(Op.Add, [ scores; s.In("bias", DType.Float32, [ "experts", 6 ]) ])
+
+    let choice = {
+        TopK = 2
+        Groups = 3
+        KeepGroups = 2
+        ZeroMasked = false
+    }
+
+    let mask = s.On(Op.GroupTopK choice, [ biased ])
+    s.Output("count", s.On(Op.Sum [ "batch"; "seq" ], [ s.On(Op.Cast DType.Int64, [ mask ]) ]))
+    let floored x = s.On(Op.Offset 1e-3, [ s.On(Op.Sum [ "experts" ], [ x ]) ])
+    let raw = s.On(Op.Mul, [ scores; s.On(Op.Cast DType.Float32, [ mask ]) ])
+    let shares = if normalize then s.On(Op.Div, [ raw; floored raw ]) else raw
+    let probs = if scale then s.On(Op.Scale 2.5, [ shares ]) else shares
+
+    let plain = {
+        choice with
+            Groups = 1
+            KeepGroups = 1
+    }
+
+    let w = s.In("w", DType.Float32, [ "batch", 2; "seq", 3 ])
+    let chosen = s.On(Op.Cast DType.Float32, [ s.On(Op.GroupTopK plain, [ scores ]) ])
+    let summed x = s.On(Op.Sum [ "seq" ], [ s.On(Op.Mul, [ x; w ]) ])
+    let share = s.On(Op.Div, [ scores; floored scores ])
+    s.Loss [ probs; s.On(Op.Mul, [ summed chosen; summed share ]) ]
+
 let private generators = [ typeof<Generators> ]
 
 let tests =
@@ -117,6 +160,24 @@ let tests =
         <| fun () -> Expect.equal (fusedTimes "mla_rope_kv" (keys "seq")) 1 ""
         testCase "keys rotated along another axis do not fuse, even of equal extents"
         <| fun () -> Expect.equal (fusedTimes "mla_rope_kv" (keys "batch")) 0 ""
+        testCase "sums of the residual stream fuse with their norms, but not across units"
+        <| fun () ->
+            Expect.equal (fusedTimes "add_rms_norm" (norms (ModelUnit.Layer 0))) 2 "one unit"
+            Expect.equal (fusedTimes "add_rms_norm" (norms (ModelUnit.Layer 1))) 1 "two units"
+        testCase "a sum that may be partial does not fuse with its norm"
+        <| fun () ->
+            let build (s: Sketch) =
+                let x, y = s.Param("x", [ "hidden", 4 ]), s.Param("y", [ "hidden", 4 ])
+                s.Loss [ s.On(Op.RmsNorm 1e-3, [ s.On(Op.Add, [ x; y ]); s.Param("w", [ "hidden", 4 ]) ]) ]
+
+            Expect.equal (fusedTimes "add_rms_norm" build) 0 ""
+        testCase "routers fuse, with normalised weights or not, with a factor or not; and so does their balance"
+        <| fun () ->
+            for normalize in [ true; false ] do
+                for scale in [ true; false ] do
+                    let what = $"normalize %b{normalize}, scale %b{scale}"
+                    Expect.equal (fusedTimes "router" (routing normalize scale)) 1 what
+                    Expect.equal (fusedTimes "balance" (routing normalize scale)) 1 what
         testCase "a result read before the fused op stands keeps its own op"
         <| fun () ->
             let times =

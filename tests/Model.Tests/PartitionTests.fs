@@ -544,6 +544,10 @@ let tests =
             Expect.equal hits["mla_rope_kv"] 5 "one a layer"
             Expect.equal hits["permute_with_probs"] 4 "one a MoE layer"
             Expect.equal hits["unpermute"] 4 "one a MoE layer"
+            Expect.equal hits["router"] 4 "one a MoE layer"
+            Expect.equal hits["balance"] 4 "one a MoE layer"
+            // the other sum of a layer is normed in the next, where a stage may begin
+            Expect.equal hits["add_rms_norm"] 7 "one a layer, one more where a norm ends the last layer and MTP's"
 
         testCase "recomputed attention is not kept: less is live, and nothing else changes"
         <| fun () ->

@@ -222,6 +222,75 @@ let groupTopK (spec: TopKSpec) (scores: DenseTensor) = {
 }
 
 let sigmoid x = 1.0 / (1.0 + exp -x)
+
+/// Sum over the last axis at all other coordinates of `i`.
+let private along (x: DenseTensor) (i: int[]) (f: int[] -> float) =
+    let last = i.Length - 1
+    List.sum [ for e in 0 .. x.Extents[last] - 1 -> f (set i last e) ]
+
+/// Weight p of each chosen expert, the choice, and tokens per expert.
+let router (spec: RouterSpec) (logits: DenseTensor) (bias: DenseTensor) =
+    let scores = Dense.map sigmoid logits
+    let mask = groupTopK spec.Choice (Dense.init logits.Extents (fun i -> Dense.at scores i + bias.Data[i[2]]))
+    let raw = Dense.map2 (*) scores mask
+
+    let p =
+        Dense.init logits.Extents (fun i ->
+            let total = if spec.Normalize then along raw i (Dense.at raw) + spec.Eps else 1.0
+            spec.Factor * Dense.at raw i / total)
+
+    let counts = Dense.zeros bias.Extents
+    Dense.each mask.Extents (fun i -> Dense.accumulate counts [| i[2] |] (Dense.at mask i))
+    [| p; mask; counts |]
+
+/// With S the sum of the chosen scores plus eps: ds = factor (dp - sum(dp s m) / S) / S for the chosen; through the sigmoid.
+let routerGrad (spec: RouterSpec) (dp: DenseTensor) (logits: DenseTensor) (mask: DenseTensor) =
+    let scores = Dense.map sigmoid logits
+    let raw = Dense.map2 (*) scores mask
+
+    Dense.init logits.Extents (fun i ->
+        let s = Dense.at scores i
+
+        let ds =
+            if spec.Normalize then
+                let total = along raw i (Dense.at raw) + spec.Eps
+                (Dense.at dp i - along raw i (fun j -> Dense.at dp j * Dense.at raw j) / total) / total
+            else
+                Dense.at dp i
+
+        spec.Factor * ds * Dense.at mask i * s * (1.0 - s))
+
+/// Weighted sums over the sequence of the plain choice, and of the affinities' shares.
+let balance topK eps (logits: DenseTensor) (w: DenseTensor) =
+    let scores = Dense.map sigmoid logits
+
+    let plain = {
+        TopK = topK
+        Groups = 1
+        KeepGroups = 1
+        ZeroMasked = false
+    }
+
+    let chosen = groupTopK plain scores
+    let extents = [| logits.Extents[0]; logits.Extents[2] |]
+    let counts, shares = Dense.zeros extents, Dense.zeros extents
+
+    Dense.each logits.Extents (fun i ->
+        let weight, total = Dense.at w i[..1], along scores i (Dense.at scores) + eps
+        Dense.accumulate counts [| i[0]; i[2] |] (weight * Dense.at chosen i)
+        Dense.accumulate shares [| i[0]; i[2] |] (weight * Dense.at scores i / total))
+
+    [| counts; shares |]
+
+/// With S the sum of scores plus eps: ds = w (d - sum(d s) / S) / S, through the sigmoid.
+let balanceGrad eps (dshares: DenseTensor) (logits: DenseTensor) (w: DenseTensor) =
+    let scores = Dense.map sigmoid logits
+    let d (i: int[]) = Dense.at dshares [| i[0]; i[2] |]
+
+    Dense.init logits.Extents (fun i ->
+        let s, total = Dense.at scores i, along scores i (Dense.at scores) + eps
+        let ds = (d i - along scores i (fun j -> d j * Dense.at scores j) / total) / total
+        Dense.at w i[..1] * ds * s * (1.0 - s))
 let silu x = x * sigmoid x
 
 let siluSlope x = sigmoid x * (1.0 + x * (1.0 - sigmoid x))

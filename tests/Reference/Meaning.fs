@@ -139,6 +139,10 @@ let apply (op: Op) (types: TensorType[]) (rule: Rule) (results: TensorType[]) (x
     | Op.RmsNorm eps -> [| Formulas.rmsNorm eps x[0] x[1] |]
     | Op.RmsNormGradX eps -> [| Formulas.rmsNormGradX eps x[0] x[1] x[2] |]
     | Op.RmsNormGradW eps -> [| Formulas.rmsNormGradW eps x[0] x[1] |]
+    | Op.AddRmsNorm eps ->
+        let sum = Dense.add x[0] x[1]
+        [| sum; Formulas.rmsNorm eps sum x[2] |]
+    | Op.RmsNormGradXAdd eps -> [| Dense.add (Formulas.rmsNormGradX eps x[0] x[1] x[2]) x[3] |]
     | Op.RotaryTable spec -> [| Formulas.rotaryTable spec x[0] |]
     | Op.Rope inverse -> [| Formulas.rope inverse (dim types[1].Axes[0].Name) x[0] x[1] |]
     | Op.RopeQ inverse -> [| Formulas.rope inverse 1 x[0] x[1] |]
@@ -147,6 +151,10 @@ let apply (op: Op) (types: TensorType[]) (rule: Rule) (results: TensorType[]) (x
     | Op.Attention scale -> Formulas.attention scale x[0] x[1] x[2] (Array.tryItem 3 x)
     | Op.AttentionGrad scale -> Formulas.attentionGrad scale x[0] x[1] x[2] x[3] x[4] x[5] (Array.tryItem 6 x)
     | Op.GroupTopK spec -> [| Formulas.groupTopK spec x[0] |]
+    | Op.Router spec -> Formulas.router spec x[0] x[1]
+    | Op.RouterGrad spec -> [| Formulas.routerGrad spec x[0] x[1] x[2] |]
+    | Op.Balance(topK, eps) -> Formulas.balance topK eps x[0] x[1]
+    | Op.BalanceGrad eps -> [| Formulas.balanceGrad eps x[0] x[1] x[2] |]
     | Op.SwiGlu -> [| Formulas.swiGlu x[0] None |]
     | Op.SwiGluGrad -> [| fst (Formulas.swiGluGrad x[0] x[1] None) |]
     | Op.SwiGluProbs -> [| Formulas.swiGlu x[0] (Some x[1]) |]

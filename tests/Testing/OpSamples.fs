@@ -167,6 +167,15 @@ let samples (op: Op) : Sample list =
     | Op.RmsNormGradW _ -> [
         through (Op.RmsNormGradW 1e-2) (fun s -> [ s.Param("dy", hidden); s.Param("x", hidden) ])
       ]
+    | Op.AddRmsNorm _ -> [ addNorm [ 0; 1 ]; addNorm [ 0 ]; addNorm [ 1 ] ]
+    | Op.RmsNormGradXAdd _ -> [
+        through (Op.RmsNormGradXAdd 1e-2) (fun s -> [
+            s.Param("dy", hidden)
+            s.Param("x", hidden)
+            s.Param("w", [ "hidden", 4 ])
+            s.Param("c", hidden)
+        ])
+      ]
     | Op.RotaryTable _ -> [ rope "plain" false 1.0; rope "YaRN" false 4.0 ]
     | Op.Rope _ -> [
         rope "forward" false 4.0
@@ -225,6 +234,22 @@ let samples (op: Op) : Sample list =
             KeepGroups = 1
             ZeroMasked = true
         }
+      ]
+    | Op.Router _ -> [ router true [ 0; 2 ]; router false [ 0 ]; router true [ 2 ] ]
+    | Op.RouterGrad _ -> [
+        through (Op.RouterGrad(routerSpec true)) (fun s -> [
+            s.Param("dp", bs @ [ "experts", 6 ])
+            s.Param("x", bs @ [ "experts", 6 ])
+            s.In("mask", DType.Bool, bs @ [ "experts", 6 ])
+        ])
+      ]
+    | Op.Balance _ -> [ balance [ 0; 1 ]; balance [ 0 ]; balance [ 1 ] ]
+    | Op.BalanceGrad _ -> [
+        through (Op.BalanceGrad 1e-3) (fun s -> [
+            s.Param("d", [ "batch", 2; "experts", 4 ])
+            s.Param("x", experts)
+            s.Param("w", bs)
+        ])
       ]
     | Op.Route _
     | Op.RouteProbs

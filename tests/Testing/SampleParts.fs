@@ -101,6 +101,40 @@ module internal SampleParts =
 
             s.Loss [ s.On(Op.Attention 0.5, [ q; k; v ]) ])
 
+    let addNorm (used: int list) =
+        sample $"results %A{used} used" (fun s ->
+            let x, r, w = s.Param("x", hidden), s.Param("r", hidden), s.Param("w", [ "hidden", 4 ])
+            let results = s.All(Op.AddRmsNorm 1e-2, [ x; r; w ])
+            s.Loss [ for i in used -> results[i] ])
+
+    let routerSpec normalize = {
+        Choice = {
+            TopK = 2
+            Groups = 3
+            KeepGroups = 2
+            ZeroMasked = false
+        }
+        Normalize = normalize
+        Eps = 1e-3
+        Factor = 2.5
+    }
+
+    /// Results 0 (weights) and 2 (counts) can join a loss.
+    let router normalize (used: int list) =
+        sample $"results %A{used} used, normalized %b{normalize}" (fun s ->
+            let x, bias = s.Param("x", bs @ [ "experts", 6 ]), s.In("bias", DType.Float32, [ "experts", 6 ])
+            let results = s.All(Op.Router(routerSpec normalize), [ x; bias ])
+            let y = s.Param("y", [ "experts", 6 ])
+
+            let read i = if i = 0 then results[0] else s.On(Op.Cast DType.Float32, [ results[i] ])
+            s.Loss(y :: List.map read used))
+
+    let balance (used: int list) =
+        sample $"results %A{used} used" (fun s ->
+            let x, w = s.Param("x", experts), s.In("w", DType.Float32, bs)
+            let results = s.All(Op.Balance(2, 1e-3), [ x; w ])
+            s.Loss [ for i in used -> results[i] ])
+
     let topK name spec =
         sample name (fun s ->
             let p, scores = s.Param("p", bs @ [ "experts", 6 ]), s.Param("scores", bs @ [ "experts", 6 ])

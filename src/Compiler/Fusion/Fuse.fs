@@ -1,4 +1,4 @@
-/// Applies the fusion rules to a forward graph.
+/// Applies fusion rules to a forward graph.
 /// before: primitive ops; after: fused ops where a rule matches. Law: every output keeps its value. Cost: one pass over nodes.
 [<RequireQualifiedAccess>]
 module DeepSeekGraph.Compiler.Fusion.Fuse
@@ -7,14 +7,21 @@ open System.Collections.Generic
 open DeepSeekGraph
 open DeepSeekGraph.Compiler
 
-/// A match, and the node after which the fused op stands: the last of those it replaces.
+/// A match, and the node before which the fused op stands.
 type private Found = {
     Rule: Rules.Rule
     Op: Op
     Operands: int list
     Results: int list
+    Origin: Origin
     At: int
 }
+
+/// Where the fused op stands: at the first of the nodes it replaces, or as soon as its operands are there.
+let private place (graph: Graph) (operands: int list) (results: int list) =
+    let first = results |> List.map (fun v -> graph.Producer[v]) |> List.min
+    let ready = operands |> List.map (fun v -> graph.Producer[v] + 1) |> List.max
+    max first ready
 
 /// Matches that do not claim the same value twice and whose results nobody reads before the fused op stands.
 let private find (rules: Rules.Rule list) (graph: Graph) =
@@ -26,8 +33,8 @@ let private find (rules: Rules.Rule list) (graph: Graph) =
             for node in graph.Nodes do
                 match rule.Match graph consumers node with
                 | Some(op, operands, results) when results |> List.forall (fun v -> not (claimed.Contains v)) ->
-                    let at = results |> List.map (fun v -> graph.Producer[v]) |> List.max
-                    let early = results |> List.exists (fun v -> consumers[v] |> Array.exists (fun c -> c <= at))
+                    let at = place graph operands results
+                    let early = results |> List.exists (fun v -> consumers[v] |> Array.exists (fun c -> c < at))
                     let def = Catalog.define op
                     let made = OpDef.infer def (operands |> List.map (fun v -> graph.Types[v]) |> Array.ofList)
 
@@ -45,6 +52,7 @@ let private find (rules: Rules.Rule list) (graph: Graph) =
                             Op = op
                             Operands = operands
                             Results = results
+                            Origin = node.Origin
                             At = at
                         }
                 | Some _
@@ -63,10 +71,10 @@ let check (choice: FusionChoice) : Diagnostic list = [
             }
 ]
 
-/// The graph fused by these rules, and how often each rule was applied.
+/// The graph fused by these rules, and how often each of them was applied.
 let by (rules: Rules.Rule list) (graph: Graph) : Graph * (string * int) list =
     let found = find rules graph
-    let byNode = found |> List.map (fun f -> f.At, f) |> dict
+    let byNode = found |> List.groupBy _.At |> dict
     let claimed = HashSet(found |> Seq.collect _.Results)
     let mutable n = -1
 
@@ -74,15 +82,18 @@ let by (rules: Rules.Rule list) (graph: Graph) : Graph * (string * int) list =
         n <- n + 1
 
         match byNode.TryGetValue n with
-        | true, f ->
-            let made = rebuild.Builder.Add(f.Op, [ for v in f.Operands -> rebuild[v] ], node.Origin)
-            List.iter2 (fun v m -> rebuild[v] <- m) f.Results (List.ofArray made)
-        | false, _ when claimed.Contains node.Outputs[0] -> ()
-        | false, _ -> rebuild.Copy node
+        | true, here ->
+            for f in here do
+                let made = rebuild.Builder.Add(f.Op, [ for v in f.Operands -> rebuild[v] ], f.Origin)
+                List.iter2 (fun v m -> rebuild[v] <- m) f.Results (List.ofArray made)
+        | false, _ -> ()
+
+        if not (claimed.Contains node.Outputs[0]) then
+            rebuild.Copy node
 
     let fused = graph |> Rewrite.fold step |> Rewrite.prune
-    let count rule = found |> List.filter (fun f -> f.Rule.Name = rule) |> List.length
-    fused, [ for r in Rules.all -> r.Name, count r.Name ]
+    let count (rule: Rules.Rule) = found |> List.filter (fun f -> f.Rule.Name = rule.Name) |> List.length
+    fused, [ for r in Rules.all -> r.Name, count r ]
 
 /// The graph fused by all rules, and how often each was applied.
 let run (graph: Graph) = by Rules.all graph

@@ -162,5 +162,170 @@ let unpermute = {
             | _other -> None
 }
 
+/// Made of what joined the residual stream: no partial sum comes in, so that fusing changes no collective.
+let rec private resolved (graph: Graph) value =
+    let node = graph.NodeOf value
+
+    match node.Op with
+    | Op.Anchor _ -> true
+    | Op.Add -> node.Inputs |> Array.forall (resolved graph)
+    | _other -> false
+
+/// norm(x + r): the sum is written and normalised in one pass; backward adds the cotangent of the sum in the norm's.
+/// Only within a unit of the model: stages are cut between units.
+let addRmsNorm = {
+    Name = "add_rms_norm"
+    Before = "add, rms_norm"
+    After = "add_rms_norm"
+    Kernel = KernelId.AddRmsNorm
+    Match =
+        fun graph _ node ->
+            match node.Op with
+            | Op.RmsNorm eps ->
+                let sum = graph.NodeOf node.Inputs[0]
+                let t = graph.Types[node.Inputs[0]]
+
+                if
+                    sum.Op.IsAdd
+                    && sum.Inputs.Length = 2
+                    && not t.Routed
+                    && sum.Origin.Unit = node.Origin.Unit
+                    && sum.Inputs |> Array.forall (fun v -> graph.Types[v] = t)
+                    && resolved graph sum.Outputs[0]
+                then
+                    Some(
+                        Op.AddRmsNorm eps,
+                        [ sum.Inputs[0]; sum.Inputs[1]; node.Inputs[1] ],
+                        [ sum.Outputs[0]; node.Outputs[0] ]
+                    )
+                else
+                    None
+            | _other -> None
+}
+
+/// The node that reads `value` and is of this kind, if any.
+let private reader (graph: Graph) (consumers: int[][]) (isKind: Node -> bool) value =
+    consumers[value] |> Array.map (fun c -> graph.Nodes[c]) |> Array.tryFind isKind
+
+let private castTo dtype (node: Node) = node.Op = Op.Cast dtype
+
+/// x / (sum of x over the experts + eps): the quotient and eps.
+let private normalized (graph: Graph) consumers experts value =
+    value
+    |> reader graph consumers (fun n -> n.Op.IsDiv && n.Inputs[0] = value)
+    |> Option.bind (fun div ->
+        let floor = graph.NodeOf div.Inputs[1]
+
+        match floor.Op with
+        | Op.Offset eps ->
+            let total = graph.NodeOf floor.Inputs[0]
+
+            if total.Op = Op.Sum [ experts ] && total.Inputs[0] = value then
+                Some(div.Outputs[0], eps)
+            else
+                None
+        | _other -> None)
+
+/// sigmoid, add, group_top_k, count, weights of the chosen: one pass over the tokens' logits.
+let router = {
+    Name = "router"
+    Before = "sigmoid, add, group_top_k, cast, sum; cast, mul, sum, offset, div, scale"
+    After = "router"
+    Kernel = KernelId.Router
+    Match =
+        fun graph consumers node ->
+            match node.Op, node.Inputs |> Array.map graph.NodeOf with
+            | Op.GroupTopK choice, [| biased |] when biased.Op.IsAdd && biased.Inputs.Length = 2 ->
+                let scores, bias = graph.NodeOf biased.Inputs[0], biased.Inputs[1]
+                let mask, t = node.Outputs[0], graph.Types[node.Inputs[0]]
+
+                let counts =
+                    mask
+                    |> reader graph consumers (castTo DType.Int64)
+                    |> Option.bind (fun cast ->
+                        let sums (n: Node) = n.Op = Op.Sum [ t.Names[0]; t.Names[1] ]
+                        reader graph consumers sums cast.Outputs[0])
+
+                let weights =
+                    mask
+                    |> reader graph consumers (castTo DType.Float32)
+                    |> Option.bind (fun cast ->
+                        let ofScores (n: Node) = n.Op.IsMul && n.Inputs = [| scores.Outputs[0]; cast.Outputs[0] |]
+                        reader graph consumers ofScores cast.Outputs[0])
+
+                match counts, weights with
+                | Some counts, Some weights when
+                    scores.Op.IsSigmoid
+                    && t.Rank = 3
+                    && graph.Types[bias].Names = [| t.Names[2] |]
+                    ->
+                    let raw = weights.Outputs[0]
+                    let shares = normalized graph consumers t.Names[2] raw
+                    let value = shares |> Option.map fst |> Option.defaultValue raw
+
+                    // a factor of the weights is theirs when nobody reads them without it
+                    let probs, factor =
+                        match consumers[value] with
+                        | [| one |] ->
+                            match graph.Nodes[one].Op with
+                            | Op.Scale k -> graph.Nodes[one].Outputs[0], k
+                            | _other -> value, 1.0
+                        | _many -> value, 1.0
+
+                    let spec = {
+                        Choice = choice
+                        Normalize = shares.IsSome
+                        Eps = shares |> Option.map snd |> Option.defaultValue 0.0
+                        Factor = factor
+                    }
+
+                    Some(Op.Router spec, [ scores.Inputs[0]; bias ], [ probs; mask; counts.Outputs[0] ])
+                | _other -> None
+            | _other -> None
+}
+
+/// How often experts are chosen and their share of affinity, a sequence at a time: what the balance loss multiplies.
+let balance = {
+    Name = "balance"
+    Before = "sigmoid; group_top_k, cast, mul, sum; sum, offset, div, mul, sum"
+    After = "balance"
+    Kernel = KernelId.Balance
+    Match =
+        fun graph consumers node ->
+            match node.Op with
+            | Op.GroupTopK {
+                               TopK = topK
+                               Groups = 1
+                               KeepGroups = 1
+                           } when (graph.NodeOf node.Inputs[0]).Op.IsSigmoid && graph.Types[node.Inputs[0]].Rank = 3 ->
+                let t = graph.Types[node.Inputs[0]]
+
+                /// The sum over the sequence of `value` weighed by position.
+                let summed weight value =
+                    let weighs (n: Node) =
+                        n.Op.IsMul && n.Inputs[0] = value && graph.Types[n.Inputs[1]].Names = t.Names[..1]
+
+                    value
+                    |> reader graph consumers (fun n -> weighs n && (weight < 0 || n.Inputs[1] = weight))
+                    |> Option.bind (fun product ->
+                        product.Outputs[0]
+                        |> reader graph consumers (fun n -> n.Op = Op.Sum [ t.Names[1] ])
+                        |> Option.map (fun sum -> product.Inputs[1], sum.Outputs[0]))
+
+                let counts =
+                    node.Outputs[0]
+                    |> reader graph consumers (castTo DType.Float32)
+                    |> Option.bind (fun cast -> summed -1 cast.Outputs[0])
+
+                match counts, normalized graph consumers t.Names[2] node.Inputs[0] with
+                | Some(weight, counts), Some(share, eps) ->
+                    summed weight share
+                    |> Option.map (fun (_, shares) ->
+                        let logits = (graph.NodeOf node.Inputs[0]).Inputs[0]
+                        Op.Balance(topK, eps), [ logits; weight ], [ counts; shares ])
+                | _other -> None
+            | _other -> None
+}
+
 /// In the order they are tried on a node.
-let all = [ ropeQ; ropeKv; permuteWithProbs; permute; unpermute ]
+let all = [ ropeQ; ropeKv; permuteWithProbs; permute; unpermute; addRmsNorm; router; balance ]

@@ -32,6 +32,9 @@ let private addAttributes (inputs: TensorType[]) =
     | None -> []
     | Some other -> [ ints (dims inputs[0] other) ]
 
+let private choice (s: TopKSpec) = [ int s.TopK; int s.Groups; int s.KeepGroups; flag s.ZeroMasked ]
+let private routing (s: RouterSpec) = choice s.Choice @ [ flag s.Normalize; float s.Eps; float s.Factor ]
+
 /// The launch of an op: kernel and attributes; none for what needs no kernel (aliases, sources that are slots, collectives).
 /// An iota is given as whole: for one that is split, its attribute is `offsets layout 0`.
 let ofOp (op: Op) (inputs: TensorType[]) (_outputs: TensorType[]) : (KernelId * Attribute list) option =
@@ -74,6 +77,8 @@ let ofOp (op: Op) (inputs: TensorType[]) (_outputs: TensorType[]) : (KernelId * 
     | Op.RmsNorm eps -> Some(KernelId.RmsNorm, [ float eps ])
     | Op.RmsNormGradX eps -> Some(KernelId.RmsNormGradX, [ float eps ])
     | Op.RmsNormGradW eps -> Some(KernelId.RmsNormGradW, [ float eps ])
+    | Op.AddRmsNorm eps -> Some(KernelId.AddRmsNorm, [ float eps ])
+    | Op.RmsNormGradXAdd eps -> Some(KernelId.RmsNormGradXAdd, [ float eps ])
     | Op.RotaryTable s ->
         Some(
             KernelId.RotaryTable,
@@ -85,7 +90,11 @@ let ofOp (op: Op) (inputs: TensorType[]) (_outputs: TensorType[]) : (KernelId * 
     | Op.RopeKvGrad nope -> Some(KernelId.RopeKvGrad, [ int nope ])
     | Op.Attention scale -> Some(KernelId.Attention, [ float scale ])
     | Op.AttentionGrad scale -> Some(KernelId.AttentionGrad, [ float scale ])
-    | Op.GroupTopK s -> Some(KernelId.GroupTopK, [ int s.TopK; int s.Groups; int s.KeepGroups; flag s.ZeroMasked ])
+    | Op.GroupTopK s -> Some(KernelId.GroupTopK, choice s)
+    | Op.Router s -> Some(KernelId.Router, routing s)
+    | Op.RouterGrad s -> Some(KernelId.RouterGrad, routing s)
+    | Op.Balance(topK, eps) -> Some(KernelId.Balance, [ int topK; float eps ])
+    | Op.BalanceGrad eps -> Some(KernelId.BalanceGrad, [ float eps ])
     | Op.Route(topK, experts) -> Some(KernelId.Route, [ int topK; int experts ])
     | Op.Permute fused -> plain (if fused then KernelId.PermuteFused else KernelId.Permute)
     | Op.Unpermute fused -> plain (if fused then KernelId.UnpermuteFused else KernelId.Unpermute)
@@ -173,6 +182,35 @@ let toOp
 
     let plain op = if attributes.Count = 0 then Ok op else wrong ()
 
+    let readChoice given =
+        match given with
+        | Attribute.Int k :: Attribute.Int groups :: Attribute.Int keep :: Attribute.Int zero :: rest when
+            small k && small groups && small keep
+            ->
+            let spec = {
+                TopK = int32 k
+                Groups = int32 groups
+                KeepGroups = int32 keep
+                ZeroMasked = zero <> 0L
+            }
+
+            Some(spec, rest)
+        | _other -> None
+
+    let router given op =
+        match readChoice given with
+        | Some(spec, [ Attribute.Int normalize; Attribute.Float eps; Attribute.Float factor ]) ->
+            Ok(
+                op {
+                    Choice = spec
+                    Normalize = normalize <> 0L
+                    Eps = eps
+                    Factor = factor
+                }
+            )
+        | Some _
+        | None -> wrong ()
+
     match kernel, List.ofSeq attributes with
     | KernelId.Full, [ Attribute.Float value ] -> result (fun t -> Op.Constant(value, t))
     | KernelId.Iota, [ Attribute.Ints _ ] when outputs.Length = 1 && outputs[0].Rank = 1 ->
@@ -211,6 +249,8 @@ let toOp
     | KernelId.RmsNorm, [ Attribute.Float eps ] -> Ok(Op.RmsNorm eps)
     | KernelId.RmsNormGradX, [ Attribute.Float eps ] -> Ok(Op.RmsNormGradX eps)
     | KernelId.RmsNormGradW, [ Attribute.Float eps ] -> Ok(Op.RmsNormGradW eps)
+    | KernelId.AddRmsNorm, [ Attribute.Float eps ] -> Ok(Op.AddRmsNorm eps)
+    | KernelId.RmsNormGradXAdd, [ Attribute.Float eps ] -> Ok(Op.RmsNormGradXAdd eps)
     | KernelId.RotaryTable, Attribute.Int dim :: _ when small dim ->
         match numbers with
         | [ _; theta; factor; original; fast; slow; mscale ] ->
@@ -232,17 +272,15 @@ let toOp
     | KernelId.RopeKvGrad, [ Attribute.Int nope ] when small nope -> Ok(Op.RopeKvGrad(int32 nope))
     | KernelId.Attention, [ Attribute.Float scale ] -> Ok(Op.Attention scale)
     | KernelId.AttentionGrad, [ Attribute.Float scale ] -> Ok(Op.AttentionGrad scale)
-    | KernelId.GroupTopK, [ Attribute.Int k; Attribute.Int groups; Attribute.Int keep; Attribute.Int zero ] when
-        small k && small groups && small keep
-        ->
-        Ok(
-            Op.GroupTopK {
-                TopK = int32 k
-                Groups = int32 groups
-                KeepGroups = int32 keep
-                ZeroMasked = zero <> 0L
-            }
-        )
+    | KernelId.GroupTopK, given ->
+        match readChoice given with
+        | Some(spec, []) -> Ok(Op.GroupTopK spec)
+        | Some _
+        | None -> wrong ()
+    | KernelId.Router, given -> router given Op.Router
+    | KernelId.RouterGrad, given -> router given Op.RouterGrad
+    | KernelId.Balance, [ Attribute.Int k; Attribute.Float eps ] when small k -> Ok(Op.Balance(int32 k, eps))
+    | KernelId.BalanceGrad, [ Attribute.Float eps ] -> Ok(Op.BalanceGrad eps)
     | KernelId.Route, [ Attribute.Int topK; Attribute.Int experts ] when small topK && small experts ->
         Ok(Op.Route(int32 topK, int32 experts))
     | KernelId.Permute, _ -> plain (Op.Permute false)

@@ -1,26 +1,103 @@
-/// Routing: group-limited top-k, row sets, permute and unpermute, and the fused forms.
+/// Routing: group-limited top-k, the router and its balance in one op each, row sets, permute and unpermute, and the fused forms.
 module DeepSeekGraph.Ops.Experts
 
 open DeepSeekGraph
+
+/// Can this many experts be chosen from so? Scores are fp32.
+let private choosable (spec: TopKSpec) (scores: TensorType) (result: DType[]) =
+    let experts = scores.Axes[scores.Rank - 1].Extent
+
+    if scores.DType <> DType.Float32 then
+        Error $"scores are %s{scores.DType.Name}; selection is done in fp32"
+    elif spec.Groups < 1 || experts % spec.Groups <> 0 then
+        Error $"%i{experts} experts do not fall into %i{spec.Groups} groups"
+    elif spec.KeepGroups < 1 || spec.KeepGroups > spec.Groups then
+        Error $"keeps %i{spec.KeepGroups} of %i{spec.Groups} groups"
+    elif spec.TopK < 1 || spec.TopK > experts / spec.Groups * spec.KeepGroups then
+        Error $"top-%i{spec.TopK} of the %i{experts / spec.Groups * spec.KeepGroups} experts in kept groups"
+    else
+        Ok result
 
 let groupTopK (spec: TopKSpec) =
     OpDef.opaque
         "group_top_k"
         "b s e^ -> b s e"
-        (fun types ->
-            let experts = types[0].Axes[types[0].Rank - 1].Extent
-
-            if types[0].DType <> DType.Float32 then
-                Error $"scores are %s{types[0].DType.Name}; selection is done in fp32"
-            elif spec.Groups < 1 || experts % spec.Groups <> 0 then
-                Error $"%i{experts} experts do not fall into %i{spec.Groups} groups"
-            elif spec.KeepGroups < 1 || spec.KeepGroups > spec.Groups then
-                Error $"keeps %i{spec.KeepGroups} of %i{spec.Groups} groups"
-            elif spec.TopK < 1 || spec.TopK > experts / spec.Groups * spec.KeepGroups then
-                Error $"top-%i{spec.TopK} of the %i{experts / spec.Groups * spec.KeepGroups} experts in kept groups"
-            else
-                Ok [| DType.Bool |])
+        (fun types -> choosable spec types[0] [| DType.Bool |])
         Vjp.Stop
+
+let private missing = Vjp.Missing "second derivatives are not needed"
+
+/// Operands `which` must be fp32.
+let private wide (which: int list) (types: TensorType[]) result =
+    match which |> List.tryFind (fun i -> types[i].DType <> DType.Float32) with
+    | Some i -> Error $"input %i{i} is %s{types[i].DType.Name}; routers compute in fp32"
+    | None -> result
+
+let router (spec: RouterSpec) = {
+    OpDef.opaque
+        "router"
+        "b+ s+ e^, e^ -> b s e, b s e, e"
+        (fun types ->
+            choosable spec.Choice types[0] [| DType.Float32; DType.Bool; DType.Int64 |]
+            |> wide [ 1 ] types)
+        // the choice is piecewise constant, so the bias gets nothing
+        (Vjp.Rule(fun a ->
+            match a.Cotangents[0] with
+            | ValueSome dp -> [|
+                ValueSome(a.One (Op.RouterGrad spec) [ dp; a.Inputs[0]; a.Outputs[1] ])
+                ValueNone
+              |]
+            | ValueNone -> [| ValueNone; ValueNone |])) with
+        Rows = OpDef.dense 3
+}
+
+let routerGrad = {
+    OpDef.opaque
+        "router_grad"
+        "b s e^, b s e^, b s e^ -> b s e"
+        (fun types ->
+            if types[2].DType = DType.Bool then
+                wide [ 0; 1 ] types (Ok [| DType.Float32 |])
+            else
+                Error $"the mask is %O{types[2]}; a bool one is needed")
+        missing with
+        Linear = Linearity.InEach [ 0 ]
+}
+
+/// Every expert is a candidate.
+let private plain topK = {
+    TopK = topK
+    Groups = 1
+    KeepGroups = 1
+    ZeroMasked = false
+}
+
+let balance (topK: int) (eps: float) = {
+    OpDef.opaque
+        "balance"
+        "b s+ e^, b s+ -> b e, b e"
+        (fun types ->
+            choosable (plain topK) types[0] [| DType.Float32; DType.Float32 |]
+            |> wide [ 1 ] types)
+        (Vjp.Rule(fun a ->
+            // counts are piecewise constant
+            match a.Cotangents[1] with
+            | ValueSome share -> [|
+                ValueSome(a.One (Op.BalanceGrad eps) [ share; a.Inputs[0]; a.Inputs[1] ])
+                ValueNone
+              |]
+            | ValueNone -> [| ValueNone; ValueNone |])) with
+        Rows = OpDef.dense 2
+}
+
+let balanceGrad = {
+    OpDef.opaque
+        "balance_grad"
+        "b e^, b s e^, b s -> b s e"
+        (fun types -> wide [ 0; 1; 2 ] types (Ok [| DType.Float32 |]))
+        missing with
+        Linear = Linearity.InEach [ 0; 2 ]
+}
 
 let route (topK: int) (experts: int) = {
     OpDef.opaque

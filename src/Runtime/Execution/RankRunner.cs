@@ -227,6 +227,13 @@ public sealed class RankRunner : IDisposable
                 written = launch.Outputs;
                 if (launch.Id == KernelId.GroupTopK)
                     Trace?.Visit(Rank, step, launch.Path, microbatch, frame.Slots[written[^1]]);
+                else if (launch.Id == KernelId.Router && Trace is not null)
+                {
+                    Trace.Visit(Rank, step, launch.Path, microbatch, frame.Slots[written[1]]);
+                    if (Trace.Replay)
+                        RouterKernels.Weigh(new KernelCall(launch.Attributes, Slots(launch.Inputs), Slots(written), Rank));
+                }
+
                 break;
             case Instruction.Start start:
                 frame.Started[start.Token] = start.Outputs;
@@ -245,6 +252,8 @@ public sealed class RankRunner : IDisposable
         }
 
         _begin = Stopwatch.GetTimestamp();
+
+        SlotValue[] Slots(int[] places) => [.. places.Select(place => frame.Slots[place])];
     }
 
     private void CheckNothingLeft(string of, Frame frame, long step)

@@ -6,7 +6,7 @@ using DeepSeekGraph.Runtime.Parameters;
 
 namespace DeepSeekGraph.Runtime.Execution;
 
-/// <summary>Masks of GroupTopK by step, module path and sequence of the global batch; for comparing runs whose sums differ in the last bit.</summary>
+/// <summary>Masks of GroupTopK and Router by step, module path and sequence of the global batch; for comparing runs whose sums differ in the last bit.</summary>
 public sealed class RoutingTrace
 {
     // one byte a position and expert: [sequence length, experts]
@@ -33,7 +33,7 @@ public sealed class RoutingTrace
         return ((block % 2 == 0 ? block / 2 : (2 * ranks) - 1 - (block / 2)) * size) + (place % size);
     }
 
-    /// <summary>Called after GroupTopK: `mask` is [batch, seq, experts], experts whole.</summary>
+    /// <summary>Called after GroupTopK and Router: `mask` is [batch, seq, experts], experts whole.</summary>
     internal unsafe void Visit(RankContext rank, long step, string path, int microbatch, SlotValue mask)
     {
         var global = Shard.GlobalExtents(mask.Info.Extents, mask.Info.Layout, rank.Axes);

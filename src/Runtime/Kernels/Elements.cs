@@ -88,6 +88,33 @@ internal static unsafe class Simd
         return (half[0] + half[1]) + (half[2] + half[3]);
     }
 
+    /// <summary>1 / (1 + exp(-x)).</summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Vector256<float> Sigmoid(Vector256<float> x) => Vector256<float>.One / (Vector256<float>.One + Vector256.Exp(-x));
+
+    /// <summary>The sigmoid of n elements.</summary>
+    public static void Sigmoid(float* from, float* to, int n)
+    {
+        var i = 0;
+        for (; i <= n - 8; i += 8)
+            Sigmoid(Vector256.Load(from + i)).Store(to + i);
+        for (; i < n; i++)
+            to[i] = Sigmoid(Vector256.Create(from[i]))[0];
+    }
+
+    /// <summary>The sum of n elements.</summary>
+    public static float Sum(float* p, int n)
+    {
+        var sum = Vector256<float>.Zero;
+        var i = 0;
+        for (; i <= n - 8; i += 8)
+            sum += Vector256.Load(p + i);
+        var total = Total(sum);
+        for (; i < n; i++)
+            total += p[i];
+        return total;
+    }
+
     /// <summary>a . b over n elements.</summary>
     public static float Dot<TA, TB>(void* a, long ai, void* b, long bi, int n)
         where TA : struct, IElement

@@ -61,13 +61,13 @@ internal static unsafe class GatedKernels
             for (; i <= f - 8; i += 8)
             {
                 var g = T.Load8(px, gate + i);
-                T.Store8(y.P, to + i, g * Sigmoid(g) * T.Load8(px, up + i) * weight);
+                T.Store8(y.P, to + i, g * Simd.Sigmoid(g) * T.Load8(px, up + i) * weight);
             }
 
             for (; i < f; i++)
             {
                 var g = Vector256.Create(T.Load(px, gate + i));
-                T.Store(y.P, to + i, (g * Sigmoid(g) * Vector256.Create(T.Load(px, up + i)) * weight)[0]);
+                T.Store(y.P, to + i, (g * Simd.Sigmoid(g) * Vector256.Create(T.Load(px, up + i)) * weight)[0]);
             }
         }
     }
@@ -112,15 +112,12 @@ internal static unsafe class GatedKernels
         }
     }
 
-    [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    private static Vector256<float> Sigmoid(Vector256<float> x) => Vector256<float>.One / (Vector256<float>.One + Vector256.Exp(-x));
-
     /// <summary>Gradients of gate and up, and dy * silu(gate) * up.</summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     private static (Vector256<float> Gate, Vector256<float> Up, Vector256<float> Share) Gradients(
         Vector256<float> dy, Vector256<float> g, Vector256<float> u, Vector256<float> weight)
     {
-        var sigmoid = Sigmoid(g);
+        var sigmoid = Simd.Sigmoid(g);
         var silu = g * sigmoid;
         var weighted = dy * weight;
         var slope = sigmoid * (Vector256<float>.One + (g * (Vector256<float>.One - sigmoid)));

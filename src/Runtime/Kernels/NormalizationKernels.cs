@@ -2,6 +2,7 @@
 using System.Runtime.Intrinsics;
 using DeepSeekGraph.Runtime.Memory;
 using TorchSharp;
+using static TorchSharp.torch;
 
 namespace DeepSeekGraph.Runtime.Kernels;
 
@@ -21,9 +22,9 @@ internal static unsafe class NormalizationKernels
     public static void RmsNormGradX(in KernelCall call)
     {
         if (Simd.IsBFloat16(call.In(1).dtype))
-            GradX<BF16>(call);
+            GradX<BF16>(call, false);
         else
-            GradX<F32>(call);
+            GradX<F32>(call, false);
     }
 
     /// <summary>dy, x -> dw.</summary>
@@ -33,6 +34,24 @@ internal static unsafe class NormalizationKernels
             GradW<BF16>(call);
         else
             GradW<F32>(call);
+    }
+
+    /// <summary>x, r, w -> x + r, its norm; the norm is of the sum as stored.</summary>
+    public static void AddRmsNorm(in KernelCall call)
+    {
+        if (Simd.IsBFloat16(call.In(0).dtype))
+            AddForward<BF16>(call);
+        else
+            AddForward<F32>(call);
+    }
+
+    /// <summary>dy, x, w, c -> dx + c, rounded once.</summary>
+    public static void RmsNormGradXAdd(in KernelCall call)
+    {
+        if (Simd.IsBFloat16(call.In(1).dtype))
+            GradX<BF16>(call, true);
+        else
+            GradX<F32>(call, true);
     }
 
     private static float Rate<T>(void* x, long at, int n, double eps)
@@ -60,7 +79,46 @@ internal static unsafe class NormalizationKernels
         }
     }
 
-    private static void GradX<T>(in KernelCall call)
+    private static void AddForward<T>(in KernelCall call)
+        where T : struct, IElement
+    {
+        Tensor x = call.In(0), r = call.In(1);
+        var n = (int)x.shape[^1];
+        var eps = call.Float(0);
+        using var w = Operand.Float(call.In(2));
+        using var sum = new Result(call.Out(0), x.dtype);
+        using var y = new Result(call.Out(1), x.dtype);
+        void* px = x.Pointer(), pr = r.Pointer();
+        for (long at = 0; at < y.Count; at += n)
+        {
+            // the order of Simd.Dot, so that norms are those of the unfused ops
+            var squares = Vector256<float>.Zero;
+            var i = 0;
+            for (; i <= n - 8; i += 8)
+            {
+                T.Store8(sum.P, at + i, T.Load8(px, at + i) + T.Load8(pr, at + i));
+                var s = T.Load8(sum.P, at + i);
+                squares += s * s;
+            }
+
+            var total = Simd.Total(squares);
+            for (; i < n; i++)
+            {
+                T.Store(sum.P, at + i, T.Load(px, at + i) + T.Load(pr, at + i));
+                var s = T.Load(sum.P, at + i);
+                total += s * s;
+            }
+
+            var rate = (float)(1 / Math.Sqrt((total / n) + eps));
+            var rates = Vector256.Create(rate);
+            for (i = 0; i <= n - 8; i += 8)
+                T.Store8(y.P, at + i, T.Load8(sum.P, at + i) * rates * F32.Load8(w.P, i));
+            for (; i < n; i++)
+                T.Store(y.P, at + i, T.Load(sum.P, at + i) * rate * w.Floats[i]);
+        }
+    }
+
+    private static void GradX<T>(in KernelCall call, bool carries)
         where T : struct, IElement
     {
         var x = call.In(1);
@@ -68,8 +126,9 @@ internal static unsafe class NormalizationKernels
         var eps = call.Float(0);
         using var dy = new Operand(call.In(0), x.dtype);
         using var w = Operand.Float(call.In(2));
+        using var carried = carries ? new Operand(call.In(3), x.dtype) : default;
         using var dx = new Result(call.Out(), x.dtype, ElementwiseKernels.Rows(call.Inputs[1]));
-        var px = x.Pointer();
+        void* px = x.Pointer(), pc = carried.P;
         for (long at = 0; at < dx.Count; at += n)
         {
             var rate = Rate<T>(px, at, n, eps);
@@ -86,9 +145,16 @@ internal static unsafe class NormalizationKernels
             var backs = Vector256.Create(back);
             var rates = Vector256.Create(rate);
             for (i = 0; i <= n - 8; i += 8)
-                T.Store8(dx.P, at + i, rates * ((T.Load8(dy.P, at + i) * F32.Load8(w.P, i)) - (T.Load8(px, at + i) * backs)));
+            {
+                var own = rates * ((T.Load8(dy.P, at + i) * F32.Load8(w.P, i)) - (T.Load8(px, at + i) * backs));
+                T.Store8(dx.P, at + i, carries ? own + T.Load8(pc, at + i) : own);
+            }
+
             for (; i < n; i++)
-                T.Store(dx.P, at + i, rate * ((T.Load(dy.P, at + i) * w.Floats[i]) - (T.Load(px, at + i) * back)));
+            {
+                var own = rate * ((T.Load(dy.P, at + i) * w.Floats[i]) - (T.Load(px, at + i) * back));
+                T.Store(dx.P, at + i, carries ? own + T.Load(pc, at + i) : own);
+            }
         }
     }
 

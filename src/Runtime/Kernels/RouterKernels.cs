@@ -1,5 +1,7 @@
-// Choice of experts: group-limited top-k, and the rows it yields.
+// Choice of experts: group-limited top-k, the router in one pass, its balance, and the rows it yields.
+using System.Runtime.Intrinsics;
 using DeepSeekGraph.Runtime.Memory;
+using TorchSharp;
 
 namespace DeepSeekGraph.Runtime.Kernels;
 
@@ -10,36 +12,14 @@ internal static unsafe class RouterKernels
     {
         var scores = call.In(0);
         var experts = (int)scores.shape[^1];
-        int topK = call.Int(0), groups = Math.Max(1, call.Int(1)), keep = call.Int(2);
-        var zeroMasked = call.Int(3) != 0;
-        var size = experts / groups;
         using var wide = Operand.Float(scores);
+        using var chooser = new Chooser(call, experts);
         var mask = call.Out().Fill();
-        mask.zero_().On(mask);
-        var chosen = (byte*)mask.Pointer();
-        Span<float> groupScores = stackalloc float[groups];
-        Span<int> keptGroups = stackalloc int[Math.Min(keep, groups)];
-        Span<int> best = stackalloc int[Math.Min(topK, experts)];
-        Span<float> row = new float[experts];
         var tokens = experts == 0 ? 0 : scores.numel() / experts;
         for (long t = 0; t < tokens; t++)
         {
-            new ReadOnlySpan<float>(wide.Floats + (t * experts), experts).CopyTo(row);
-            if (keptGroups.Length < groups)
-            {
-                for (var g = 0; g < groups; g++)
-                    groupScores[g] = BestTwo(row.Slice(g * size, size));
-                Top(groupScores, keptGroups);
-                for (var g = 0; g < groups; g++)
-                {
-                    if (!keptGroups.Contains(g))
-                        row.Slice(g * size, size).Fill(zeroMasked ? 0 : float.NegativeInfinity);
-                }
-            }
-
-            Top(row, best);
-            foreach (var e in best)
-                chosen[(t * experts) + e] = 1;
+            new ReadOnlySpan<float>(wide.Floats + (t * experts), experts).CopyTo(new Span<float>(chooser.Row, experts));
+            chooser.Choose(new Span<byte>((byte*)mask.Pointer() + (t * experts), experts));
         }
     }
 
@@ -52,39 +32,171 @@ internal static unsafe class RouterKernels
         call.Out().Adopt(RowSet.FromMask(new ReadOnlySpan<byte>(mask.Pointer(), tokens * experts), tokens, experts));
     }
 
-    /// <summary>The indices of the largest values, best first; the lower index wins a tie, and a NaN is the least.</summary>
-    private static void Top(ReadOnlySpan<float> values, Span<int> best)
+    /// <summary>logits[b s e], bias[e] -> p[b s e], mask[b s e], counts[e]: one pass over the tokens.</summary>
+    public static void Router(in KernelCall call)
     {
-        var found = 0;
-        for (var i = 0; i < values.Length; i++)
+        var experts = (int)call.In(0).shape[^1];
+        using var logits = Operand.Float(call.In(0));
+        using var bias = Operand.Float(call.In(1));
+        using var chooser = new Chooser(call, experts);
+        var mask = call.Out(1).Fill();
+        var tokens = mask.numel() / experts;
+        for (long t = 0; t < tokens; t++)
         {
-            var value = values[i];
-            if (found == best.Length && !Above(value, values[best[^1]]))
-                continue;
-            var at = found < best.Length ? found++ : found - 1;
-            while (at > 0 && Above(value, values[best[at - 1]]))
+            Simd.Sigmoid(logits.Floats + (t * experts), chooser.Row, experts);
+            for (var e = 0; e < experts; e++)
+                chooser.Row[e] += bias.Floats[e];
+            chooser.Choose(new Span<byte>((byte*)mask.Pointer() + (t * experts), experts));
+        }
+
+        Weigh(call);
+    }
+
+    /// <summary>The results of Router that follow from its mask: p and counts.</summary>
+    public static void Weigh(in KernelCall call)
+    {
+        var experts = (int)call.In(0).shape[^1];
+        var normalize = call.Int(4) != 0;
+        float eps = (float)call.Float(5), factor = (float)call.Float(6);
+        using var logits = Operand.Float(call.In(0));
+        using var probs = new Result(call.Out(0), torch.ScalarType.Float32);
+        var mask = (byte*)call.Out(1).Tensor.Pointer();
+        var counts = call.Out(2).Fill();
+        var count = (long*)counts.Pointer();
+        new Span<long>(count, experts).Clear();
+        for (long at = 0; at < probs.Count; at += experts)
+        {
+            var p = new Span<float>(probs.Floats + at, experts);
+            p.Clear();
+            var total = 0f;
+            foreach (var e in new Chosen(mask + at, experts))
             {
-                best[at] = best[at - 1];
-                at--;
+                count[e]++;
+                total += p[e] = Score(logits.Floats[at + e]);
             }
 
-            best[at] = i;
+            foreach (var e in new Chosen(mask + at, experts))
+                p[e] = normalize ? p[e] / (total + eps) * factor : p[e] * factor;
         }
     }
 
-    private static bool Above(float a, float b) => a > b || (float.IsNaN(b) && !float.IsNaN(a));
-
-    private static float BestTwo(ReadOnlySpan<float> values)
+    /// <summary>dp[b s e], logits, mask -> dlogits: only chosen experts have a gradient.</summary>
+    public static void RouterGrad(in KernelCall call)
     {
-        float first = float.NegativeInfinity, second = float.NegativeInfinity;
-        foreach (var value in values)
+        var experts = (int)call.In(1).shape[^1];
+        var normalize = call.Int(4) != 0;
+        float eps = (float)call.Float(5), factor = (float)call.Float(6);
+        using var dp = Operand.Float(call.In(0));
+        using var logits = Operand.Float(call.In(1));
+        var mask = (byte*)call.In(2).Pointer();
+        using var dx = new Result(call.Out(), torch.ScalarType.Float32);
+        for (long at = 0; at < dx.Count; at += experts)
         {
-            if (value > first)
-                (first, second) = (value, first);
-            else if (value > second)
-                second = value;
-        }
+            new Span<float>(dx.Floats + at, experts).Clear();
+            float total = 0, dot = 0;
+            foreach (var e in new Chosen(mask + at, experts))
+            {
+                var score = Score(logits.Floats[at + e]);
+                total += score;
+                dot += dp.Floats[at + e] * score;
+            }
 
-        return values.Length == 1 ? first : first + second;
+            var whole = normalize ? total + eps : 1;
+            var shared = normalize ? dot / whole : 0;
+            foreach (var e in new Chosen(mask + at, experts))
+            {
+                var score = Score(logits.Floats[at + e]);
+                dx.Floats[at + e] = factor * (dp.Floats[at + e] - shared) / whole * score * (1 - score);
+            }
+        }
+    }
+
+    /// <summary>logits[b s e], w[b s] -> counts[b e], shares[b e]: sums over the sequence, fp64 inside.</summary>
+    public static void Balance(in KernelCall call)
+    {
+        var shape = call.In(0).shape;
+        int batch = (int)shape[0], seq = (int)shape[1], experts = (int)shape[2];
+        var eps = (float)call.Float(1);
+        using var logits = Operand.Float(call.In(0));
+        using var w = Operand.Float(call.In(1));
+        using var counts = new Result(call.Out(0), torch.ScalarType.Float32);
+        using var shares = new Result(call.Out(1), torch.ScalarType.Float32);
+        using var chooser = new Chooser(experts, call.Int(0), 1, 1, false);
+        var mask = new byte[experts];
+        double[] count = new double[experts], share = new double[experts];
+        for (var b = 0; b < batch; b++)
+        {
+            count.AsSpan().Clear();
+            share.AsSpan().Clear();
+            for (long t = (long)b * seq; t < (b + 1L) * seq; t++)
+            {
+                Simd.Sigmoid(logits.Floats + (t * experts), chooser.Row, experts);
+                var part = w.Floats[t] / (Simd.Sum(chooser.Row, experts) + eps);
+                for (var e = 0; e < experts; e++)
+                    share[e] += part * chooser.Row[e];
+                chooser.Choose(mask);
+                fixed (byte* chosen = mask)
+                {
+                    foreach (var e in new Chosen(chosen, experts))
+                        count[e] += w.Floats[t];
+                }
+            }
+
+            for (var e = 0; e < experts; e++)
+            {
+                counts.Floats[(b * experts) + e] = (float)count[e];
+                shares.Floats[(b * experts) + e] = (float)share[e];
+            }
+        }
+    }
+
+    /// <summary>dshares[b e], logits, w -> dlogits.</summary>
+    public static void BalanceGrad(in KernelCall call)
+    {
+        var shape = call.In(1).shape;
+        int seq = (int)shape[1], experts = (int)shape[2];
+        var eps = (float)call.Float(0);
+        using var d = Operand.Float(call.In(0));
+        using var logits = Operand.Float(call.In(1));
+        using var w = Operand.Float(call.In(2));
+        using var dx = new Result(call.Out(), torch.ScalarType.Float32);
+        var tokens = call.In(2).numel();
+        for (long t = 0; t < tokens; t++)
+        {
+            float* to = dx.Floats + (t * experts), mine = d.Floats + (t / seq * experts);
+            Simd.Sigmoid(logits.Floats + (t * experts), to, experts);
+            var total = Simd.Sum(to, experts) + eps;
+            var shared = Simd.Dot<F32, F32>(to, 0, mine, 0, experts) / total;
+            var part = w.Floats[t] / total;
+            var i = 0;
+            for (; i <= experts - 8; i += 8)
+            {
+                var s = Vector256.Load(to + i);
+                (part * (Vector256.Load(mine + i) - Vector256.Create(shared)) * s * (Vector256<float>.One - s)).Store(to + i);
+            }
+
+            for (; i < experts; i++)
+                to[i] = part * (mine[i] - shared) * to[i] * (1 - to[i]);
+        }
+    }
+
+    /// <summary>As the vector form computes it, bit for bit.</summary>
+    private static float Score(float logit) => Simd.Sigmoid(Vector256.Create(logit))[0];
+
+    /// <summary>The positions of ones in a mask, in order.</summary>
+    private ref struct Chosen(byte* mask, int experts)
+    {
+        private int _at = -1;
+
+        public readonly int Current => _at;
+
+        public readonly Chosen GetEnumerator() => this;
+
+        public bool MoveNext()
+        {
+            var next = new ReadOnlySpan<byte>(mask + _at + 1, experts - _at - 1).IndexOf((byte)1);
+            _at += next + 1;
+            return next >= 0;
+        }
     }
 }

@@ -19,6 +19,18 @@ let private yarn = {
     Mscale = 1.25
 }
 
+let private routing = {
+    Choice = {
+        TopK = 2
+        Groups = 2
+        KeepGroups = 1
+        ZeroMasked = false
+    }
+    Normalize = true
+    Eps = 1e-20
+    Factor = 2.5
+}
+
 /// Ops with attributes, on operands that suit them.
 let private samples = [
     Op.Constant(0.5, x), []
@@ -41,6 +53,12 @@ let private samples = [
     Op.RmsNorm 1e-6, [ x; float32 [ "hidden", 6 ] ]
     Op.RmsNormGradX 1e-6, [ x; x; float32 [ "hidden", 6 ] ]
     Op.RmsNormGradW 1e-6, [ x; x ]
+    Op.AddRmsNorm 1e-6, [ x; x; float32 [ "hidden", 6 ] ]
+    Op.RmsNormGradXAdd 1e-6, [ x; x; float32 [ "hidden", 6 ]; x ]
+    Op.Router routing, [ x; float32 [ "hidden", 6 ] ]
+    Op.RouterGrad routing, [ x; x; TensorType.create DType.Bool [ "batch", 2; "seq", 4; "hidden", 6 ] ]
+    Op.Balance(2, 1e-20), [ x; float32 [ "batch", 2; "seq", 4 ] ]
+    Op.BalanceGrad 1e-20, [ float32 [ "batch", 2; "hidden", 6 ]; x; float32 [ "batch", 2; "seq", 4 ] ]
     Op.RotaryTable yarn, [ TensorType.create DType.Int64 [ "seq", 4 ] ]
     Op.Rope true, [ x; float32 [ "seq", 4; "rope_table", 6 ] ]
     Op.GroupTopK {

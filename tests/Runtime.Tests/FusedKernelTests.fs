@@ -1,0 +1,151 @@
+/// Fused kernels against the kernels they replace, and against their definitions in float64.
+module DeepSeekGraph.Runtime.Tests.FusedKernelTests
+
+open Expecto
+open DeepSeekGraph
+open DeepSeekGraph.Runtime.Tests.Slots
+
+let private f32 = DType.Float32
+
+let private both name check =
+    testList name [
+        for dtype in [ f32; DType.BFloat16 ] -> testCase dtype.Name (fun () -> check dtype)
+    ]
+
+let private eps = [ Attribute.Float 1e-3 ]
+
+let private norm =
+    both "add and norm" (fun dtype ->
+        for n in [ 1; 5; 8; 19; 64 ] do
+            let shape = [ 2; 3; n ]
+            let tensor seed = filled dtype shape (random seed (6 * n))
+            let x, r, w = tensor 1, tensor 2, filled f32 [ n ] (random 3 n)
+            let sum, y = slot dtype shape, slot dtype shape
+            run KernelId.AddRmsNorm eps [ x; r; w ] [ sum; y ]
+            let plain = slot dtype shape
+            run KernelId.Add [] [ x; r ] [ plain ]
+            Expect.equal (read sum) (read plain) $"sum of %i{n}, bitwise"
+            Expect.equal (read y) (apply KernelId.RmsNorm eps [ plain; w ] (slot dtype shape)) $"norm of %i{n}, bitwise"
+
+            let dy, c = tensor 4, tensor 5
+            let fused = apply KernelId.RmsNormGradXAdd eps [ dy; plain; w; c ] (slot dtype shape)
+            let own = slot dtype shape
+            run KernelId.RmsNormGradX eps [ dy; plain; w ] [ own ]
+            let added = apply KernelId.Add [] [ own; c ] (slot dtype shape)
+
+            if dtype = f32 then
+                Expect.equal fused added $"gradient of %i{n}, bitwise"
+            else
+                // rounded once instead of twice
+                close $"gradient of %i{n}" dtype fused added)
+
+let private sigmoid x = 1.0 / (1.0 + exp -x)
+let private b, s, e = 2, 5, 12
+
+/// top 3 of 2 of 4 groups.
+let private choice = [ int 3; int 4; int 2; int 0 ]
+
+let private routing normalize =
+    choice
+    @ [
+        int (if normalize then 1 else 0)
+        Attribute.Float 1e-2
+        Attribute.Float 2.5
+    ]
+
+/// Weights of one token's chosen experts.
+let private weights normalize (mask: float[]) (logits: float[]) =
+    let raw = Array.map2 (fun x m -> sigmoid x * m) logits mask
+    let total = if normalize then Array.sum raw + 1e-2 else 1.0
+    raw |> Array.map (fun v -> 2.5 * v / total)
+
+/// A function of all tokens, token by token.
+let private tokenwise f (a: float[]) (c: float[]) =
+    Array.map2 f (Array.chunkBySize e a) (Array.chunkBySize e c) |> Array.concat
+
+/// The central difference of <dy, f x>.
+let private difference (dy: float[]) (x: float[]) f =
+    Array.init x.Length (fun i ->
+        let moved h = dot dy (f (Array.mapi (fun j v -> if j = i then v + h else v) x))
+        (moved 1e-5 - moved -1e-5) / 2e-5)
+
+let private router =
+    testList "router" [
+        for normalize in [ true; false ] do
+            testCase $"normalized %b{normalize}"
+            <| fun () ->
+                let logits, bias = rounded f32 (random 1 (b * s * e)), random 2 e |> Array.map ((*) 0.1) |> rounded f32
+                let x, biases = filled f32 [ b; s; e ] logits, filled f32 [ e ] bias
+                let p, mask, counts = slot f32 [ b; s; e ], slot DType.Bool [ b; s; e ], slot DType.Int64 [ e ]
+                run KernelId.Router (routing normalize) [ x; biases ] [ p; mask; counts ]
+
+                let scores = logits |> Array.mapi (fun i v -> sigmoid v + bias[i % e])
+
+                let chosen =
+                    apply KernelId.GroupTopK choice [ filled f32 [ b; s; e ] scores ] (slot DType.Bool [ b; s; e ])
+
+                Expect.equal (read mask) chosen "the choice"
+                close "weights" f32 (read p) (tokenwise (weights normalize) chosen logits)
+
+                Expect.equal
+                    (read counts)
+                    (Array.init e (fun i -> Seq.sum [ for t in 0 .. b * s - 1 -> chosen[t * e + i] ]))
+                    "tokens per expert"
+
+                let dp = rounded f32 (random 3 (b * s * e))
+
+                let dx =
+                    apply
+                        KernelId.RouterGrad
+                        (routing normalize)
+                        [ filled f32 [ b; s; e ] dp; x; mask ]
+                        (slot f32 [ b; s; e ])
+
+                close "gradient" f32 dx (difference dp logits (tokenwise (weights normalize) chosen))
+    ]
+
+/// Shares of affinity, by sequence.
+let private shares (w: float[]) (logits: float[]) =
+    let token =
+        logits
+        |> Array.chunkBySize e
+        |> Array.mapi (fun t row ->
+            let scores = Array.map sigmoid row
+            scores |> Array.map (fun v -> w[t] * v / (Array.sum scores + 1e-2)))
+
+    Array.init (b * e) (fun i -> Seq.sum [ for t in 0 .. s - 1 -> token[i / e * s + t][i % e] ])
+
+let private balance =
+    testCase "balance"
+    <| fun () ->
+        let logits = rounded f32 (random 1 (b * s * e))
+        let w = Array.init (b * s) (fun t -> if t = 3 then 0.0 else 1.0 + float t / 8.0)
+        let x, weights = filled f32 [ b; s; e ] logits, filled f32 [ b; s ] w
+        let counts, share = slot f32 [ b; e ], slot f32 [ b; e ]
+        run KernelId.Balance [ int 3; Attribute.Float 1e-2 ] [ x; weights ] [ counts; share ]
+
+        let plain =
+            apply KernelId.GroupTopK [ int 3; int 1; int 1; int 0 ] [ x ] (slot DType.Bool [ b; s; e ])
+
+        close
+            "counts"
+            f32
+            (read counts)
+            (Array.init (b * e) (fun i ->
+                Seq.sum [
+                    for t in 0 .. s - 1 -> w[i / e * s + t] * plain[(i / e * s + t) * e + i % e]
+                ]))
+
+        close "shares" f32 (read share) (shares w logits)
+        let d = rounded f32 (random 4 (b * e))
+
+        let dx =
+            apply
+                KernelId.BalanceGrad
+                [ Attribute.Float 1e-2 ]
+                [ filled f32 [ b; e ] d; x; weights ]
+                (slot f32 [ b; s; e ])
+
+        close "gradient" f32 dx (difference d logits (shares w))
+
+let tests = testList "Fused kernels" [ norm; router; balance ]
