@@ -44,6 +44,8 @@ let private want (op: Op) =
     | Op.RmsNormGradXAdd _
     | Op.Attention _
     | Op.RopeKvGrad _ -> Want.Common
+    | Op.LinearLogSumExp _
+    | Op.LinearLogSumExpGrad _
     | Op.GroupedMatMul _
     | Op.GroupedWeightGrad
     | Op.RopeKv _

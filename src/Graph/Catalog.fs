@@ -70,5 +70,7 @@ let define (op: Op) : OpDef =
     | Op.EmbeddingGrad -> Vocabulary.embeddingGrad
     | Op.Pick -> Vocabulary.pick
     | Op.PickGrad -> Vocabulary.pickGrad
+    | Op.LinearLogSumExp block -> Head.linearLogSumExp block
+    | Op.LinearLogSumExpGrad block -> Head.linearLogSumExpGrad block
     | Op.Collective(kind, _, t) -> Collective.collective kind t
     | Op.LocalSlice(_, _, t) -> Collective.localSlice t

@@ -132,6 +132,9 @@ type Op =
     | EmbeddingGrad
     | Pick
     | PickGrad
+    /// Logits of a linear head as log-sum-exps of blocks of the vocabulary, and at the label: no logits leave the op.
+    | LinearLogSumExp of Block: int
+    | LinearLogSumExpGrad of Block: int
     // after partition; Axes are mesh axes, Type is the local result
     | Collective of Collective: Collective * Axes: int list * Type: TensorType
     /// This rank's block of a dim.

@@ -174,6 +174,8 @@ module internal OpText =
                 float "factor" spec.Factor
             ]
         | Op.Balance(topK, eps) -> [ int "top_k" topK; float "eps" eps ]
+        | Op.LinearLogSumExp block
+        | Op.LinearLogSumExpGrad block -> [ int "block" block ]
         | Op.Route(topK, experts) -> [ int "top_k" topK; int "experts" experts ]
         | Op.Permute fused
         | Op.Unpermute fused -> [ flag "fused" fused ]
@@ -339,6 +341,8 @@ module internal OpText =
         | "router_grad" -> Op.RouterGrad(readRouter a)
         | "balance" -> Op.Balance(a.Int "top_k", a.Float "eps")
         | "balance_grad" -> Op.BalanceGrad(a.Float "eps")
+        | "linear_log_sum_exp" -> Op.LinearLogSumExp(a.Int "block")
+        | "linear_log_sum_exp_grad" -> Op.LinearLogSumExpGrad(a.Int "block")
         | "route" -> Op.Route(a.Int "top_k", a.Int "experts")
         | "permute" -> Op.Permute(a.Flag "fused")
         | "unpermute" -> Op.Unpermute(a.Flag "fused")

@@ -138,6 +138,10 @@ type KernelId =
     | Pick = 122
     /// dy[b s], labels[b s], vocab[v] -> dz[b s v]
     | PickGrad = 123
+    /// fused: h[b s k], w[v k], labels[b s] i64, vocab[v] i64 -> lse[b s c], at[b s] fp32; Int block: v = c block. lse: log-sum-exp of each block's logits h w^T; at: the label's logit, zero when absent
+    | LinearLogSumExp = 124
+    /// fused: h, w, labels, vocab, lse, dlse[b s c], dat[b s] -> dh[b s k], dw[v k]; Int block. Logits are computed again, a block at a time
+    | LinearLogSumExpGrad = 125
     // step
     /// -> out: zeros
     | Zero = 130

@@ -126,6 +126,20 @@ let private routing normalize scale (s: Sketch) =
     let share = s.On(Op.Div, [ scores; floored scores ])
     s.Loss [ probs; s.On(Op.Mul, [ summed chosen; summed share ]) ]
 
+/// Cross-entropy of a linear head, as models declare it; `observe` names the logits as an output.
+let private crossEntropy observe vocab (s: Sketch) =
+    let h, w = s.Param("h", [ "batch", 2; "seq", 3; "hidden", 4 ]), s.Param("w", [ "vocab", vocab; "hidden", 4 ])
+    let labels = s.In("labels", DType.Int64, [ "batch", 2; "seq", 3 ])
+    let product = s.On(Op.Contract "batch seq hidden+, vocab hidden+ -> batch seq vocab", [ h; w ])
+    let z = s.On(Op.Cast DType.Float32, [ s.On(Op.Anchor "logits", [ product ]) ])
+
+    if observe then
+        s.Output("logits", z)
+
+    let shifted = s.On(Op.Sub, [ z; s.On(Op.Max [ "vocab" ], [ s.On(Op.Detach, [ z ]) ]) ])
+    let sum = s.On(Op.Log, [ s.On(Op.Sum [ "vocab" ], [ s.On(Op.Exp, [ shifted ]) ]) ])
+    s.Loss [ s.On(Op.Sub, [ sum; s.On(Op.Pick, [ shifted; labels; s.Iota("vocab", vocab) ]) ]) ]
+
 let private generators = [ typeof<Generators> ]
 
 let tests =
@@ -178,6 +192,12 @@ let tests =
                     let what = $"normalize %b{normalize}, scale %b{scale}"
                     Expect.equal (fusedTimes "router" (routing normalize scale)) 1 what
                     Expect.equal (fusedTimes "balance" (routing normalize scale)) 1 what
+        testCase "a head and its cross-entropy fuse, whatever the vocabulary, unless the logits are observed"
+        <| fun () ->
+            for vocab in [ 1; 6; 7; 193; 384 ] do
+                Expect.equal (fusedTimes "linear_cross_entropy" (crossEntropy false vocab)) 1 $"%i{vocab} ids"
+
+            Expect.equal (fusedTimes "linear_cross_entropy" (crossEntropy true 6)) 0 "observed"
         testCase "a result read before the fused op stands keeps its own op"
         <| fun () ->
             let times =

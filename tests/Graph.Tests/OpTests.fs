@@ -21,6 +21,7 @@ let private withoutGradient =
         "SwiGluGrad"
         "SwiGluProbsGrad"
         "EmbeddingGrad"
+        "LinearLogSumExpGrad"
         "Collective"
         "LocalSlice"
     ]

@@ -546,6 +546,7 @@ let tests =
             Expect.equal hits["unpermute"] 4 "one a MoE layer"
             Expect.equal hits["router"] 4 "one a MoE layer"
             Expect.equal hits["balance"] 4 "one a MoE layer"
+            Expect.equal hits["linear_cross_entropy"] 2 "the head's loss and MTP's"
             // the other sum of a layer is normed in the next, where a stage may begin
             Expect.equal hits["add_rms_norm"] 7 "one a layer, one more where a norm ends the last layer and MTP's"
 

@@ -25,6 +25,8 @@ let private vocabulary (graph: Graph) =
             | Op.EmbeddingGrad
             | Op.Pick
             | Op.PickGrad -> Some graph.Types[Array.last n.Inputs].Axes[0].Extent
+            | Op.LinearLogSumExp _
+            | Op.LinearLogSumExpGrad _ -> Some graph.Types[n.Inputs[3]].Axes[0].Extent
             | _other -> None)
 
     if lists.Length = 0 then 4 else Array.min lists

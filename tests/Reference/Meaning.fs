@@ -33,6 +33,47 @@ let private pick (z: DenseTensor) (labels: DenseTensor) (vocab: DenseTensor) =
 let private pickGrad (dy: DenseTensor) (labels: DenseTensor) (vocab: DenseTensor) =
     Dense.init [| yield! dy.Extents; vocab.Data.Length |] (fun i -> same labels vocab i[..1] i[2] * Dense.at dy i[..1])
 
+/// z[b, s, v] of hidden states and a head.
+let private logits (h: DenseTensor) (w: DenseTensor) =
+    Dense.init [| h.Extents[0]; h.Extents[1]; w.Extents[0] |] (fun i ->
+        List.sum [
+            for k in 0 .. w.Extents[1] - 1 -> Dense.at h [| i[0]; i[1]; k |] * Dense.at w [| i[2]; k |]
+        ])
+
+let private linearLogSumExp block (h: DenseTensor) (w: DenseTensor) labels vocab =
+    let z = logits h w
+
+    [|
+        Dense.init [| h.Extents[0]; h.Extents[1]; w.Extents[0] / block |] (fun i ->
+            let part = [
+                for v in i[2] * block .. (i[2] + 1) * block - 1 -> Dense.at z [| i[0]; i[1]; v |]
+            ]
+
+            let top = List.max part
+            top + log (List.sumBy (fun x -> exp (x - top)) part))
+        pick z labels vocab
+    |]
+
+/// dz = exp(z - lse) dlse, and dat at the label.
+let private linearLogSumExpGrad block (x: DenseTensor[]) =
+    let h, w, labels, vocab, lse, dlse, dat = x[0], x[1], x[2], x[3], x[4], x[5], x[6]
+    let z = logits h w
+    let atLabel = pickGrad dat labels vocab
+
+    let dz =
+        Dense.init z.Extents (fun i ->
+            let c = [| i[0]; i[1]; i[2] / block |]
+            exp (Dense.at z i - Dense.at lse c) * Dense.at dlse c + Dense.at atLabel i)
+
+    let dh, dw = Dense.zeros h.Extents, Dense.zeros w.Extents
+
+    Dense.each dz.Extents (fun i ->
+        for k in 0 .. w.Extents[1] - 1 do
+            Dense.accumulate dh [| i[0]; i[1]; k |] (Dense.at dz i * Dense.at w [| i[2]; k |])
+            Dense.accumulate dw [| i[2]; k |] (Dense.at dz i * Dense.at h [| i[0]; i[1]; k |]))
+
+    [| dh; dw |]
+
 let private sum (rule: Rule) extents x = Dense.product rule 0 extents [| x |]
 
 let private max (rule: Rule) (extents: int[]) (x: DenseTensor) =
@@ -164,4 +205,6 @@ let apply (op: Op) (types: TensorType[]) (rule: Rule) (results: TensorType[]) (x
     | Op.Embedding -> [| embedding x[0] x[1] x[2] |]
     | Op.EmbeddingGrad -> [| embeddingGrad x[0] x[1] x[2] |]
     | Op.Pick -> [| pick x[0] x[1] x[2] |]
+    | Op.LinearLogSumExp block -> linearLogSumExp block x[0] x[1] x[2] x[3]
+    | Op.LinearLogSumExpGrad block -> linearLogSumExpGrad block x
     | Op.PickGrad -> [| pickGrad x[0] x[1] x[2] |]

@@ -148,4 +148,70 @@ let private balance =
 
         close "gradient" f32 dx (difference d logits (shares w))
 
-let tests = testList "Fused kernels" [ norm; router; balance ]
+/// Logits [tokens, v] of hidden states and a head.
+let private logits tokens k v (h: float[]) (w: float[]) =
+    Array.init (tokens * v) (fun i -> Seq.sum [ for f in 0 .. k - 1 -> h[i / v * k + f] * w[i % v * k + f] ])
+
+let private head =
+    both "head and log-sum-exp" (fun dtype ->
+        // the last one has more logits than exist at once
+        for tokens, k, v, block in [ 6, 5, 12, 3; 6, 8, 32, 16; 4, 3, 7, 7; 64, 2, 98304, 512 ] do
+            let first = 100
+            let h, w = rounded dtype (random 1 (tokens * k)), rounded dtype (random 2 (v * k))
+            let label t = if t = 1 then -1 else (t * 7919) % v
+
+            let operands = [
+                filled dtype [ 2; tokens / 2; k ] h
+                filled dtype [ v; k ] w
+                ids [ 2; tokens / 2 ] [| for t in 0 .. tokens - 1 -> int64 (first + label t) |]
+                ids [ v ] [| for i in 0 .. v - 1 -> int64 (first + i) |]
+            ]
+
+            let z = logits tokens k v h w
+            let blocks = v / block
+            let lse, at = slot f32 [ 2; tokens / 2; blocks ], slot f32 [ 2; tokens / 2 ]
+            run KernelId.LinearLogSumExp [ int block ] operands [ lse; at ]
+
+            close "log-sum-exp" f32 (read lse) (z |> Array.chunkBySize block |> Array.map (Array.sumBy exp >> log))
+
+            close
+                "label"
+                f32
+                (read at)
+                (Array.init tokens (fun t -> if label t < 0 then 0.0 else z[t * v + label t]))
+
+            let dlse, dat = rounded f32 (random 3 (tokens * blocks)), rounded f32 (random 4 tokens)
+            let dh, dw = slot dtype [ 2; tokens / 2; k ], slot dtype [ v; k ]
+
+            run
+                KernelId.LinearLogSumExpGrad
+                [ int block ]
+                (operands
+                 @ [
+                     lse
+                     filled f32 [ 2; tokens / 2; blocks ] dlse
+                     filled f32 [ 2; tokens / 2 ] dat
+                 ])
+                [ dh; dw ]
+
+            let sums = read lse
+
+            let dz =
+                z
+                |> Array.mapi (fun i x ->
+                    let c = i / block
+                    let own = exp (x - sums[c]) * dlse[c]
+                    if label (i / v) = i % v then own + dat[i / v] else own)
+
+            let expectedH, expectedW = Array.zeroCreate (tokens * k), Array.zeroCreate (v * k)
+
+            for i in 0 .. dz.Length - 1 do
+                for f in 0 .. k - 1 do
+                    let a, b = i / v * k + f, i % v * k + f
+                    expectedH[a] <- expectedH[a] + dz[i] * w[b]
+                    expectedW[b] <- expectedW[b] + dz[i] * h[a]
+
+            close "hidden states" dtype (read dh) expectedH
+            close "head" dtype (read dw) expectedW)
+
+let tests = testList "Fused kernels" [ norm; router; balance; head ]

@@ -321,6 +321,18 @@ let samples (op: Op) : Sample list =
         sample "all ids" (fun s ->
             s.Loss [ s.On(Op.PickGrad, [ s.Param("dy", bs); ids s "labels"; s.Iota("vocab", 5) ]) ])
       ]
+    | Op.LinearLogSumExp _ -> [ head 6 [ 0; 1 ]; head 2 [ 0; 1 ]; head 1 [ 0 ]; head 3 [ 1 ] ]
+    | Op.LinearLogSumExpGrad _ -> [
+        through (Op.LinearLogSumExpGrad 3) (fun s -> [
+            s.Param("h", hidden)
+            s.Param("w", [ "vocab", 6; "hidden", 4 ])
+            ids s "labels"
+            s.Iota("vocab", 6)
+            s.Param("lse", bs @ [ "blocks", 2 ])
+            s.Param("dlse", bs @ [ "blocks", 2 ])
+            s.Param("dat", bs)
+        ])
+      ]
     | Op.Collective _ -> [
         moved Collective.AllReduceSum
         moved Collective.AllReduceMax

@@ -171,6 +171,14 @@ module internal SampleParts =
 
             s.Loss [ for i in used -> results[i] ])
 
+    /// A head of six ids in blocks.
+    let head block (used: int list) =
+        sample $"blocks of %i{block}, results %A{used} used" (fun s ->
+            let h, w = s.Param("h", hidden), s.Param("w", [ "vocab", 6; "hidden", 4 ])
+            let labels = s.In("labels", DType.Int64, bs)
+            let results = s.All(Op.LinearLogSumExp block, [ h; w; labels; s.Iota("vocab", 6) ])
+            s.Loss [ for i in used -> results[i] ])
+
     let ids (s: Sketch) name = s.In(name, DType.Int64, bs)
 
     /// Ops that only backward passes and partitions hold: a loss through them has no gradient.

@@ -7,23 +7,43 @@ open System.Collections.Generic
 open DeepSeekGraph
 open DeepSeekGraph.Compiler
 
-/// A match, and the node before which the fused op stands.
+/// A match, and the node before which the fused ops stand.
 type private Found = {
     Rule: Rules.Rule
-    Op: Op
-    Operands: int list
-    Results: int list
+    With: Rules.Replacement
     Origin: Origin
     At: int
 }
 
-/// Where the fused op stands: at the first of the nodes it replaces, or as soon as its operands are there.
-let private place (graph: Graph) (operands: int list) (results: int list) =
-    let first = results |> List.map (fun v -> graph.Producer[v]) |> List.min
-    let ready = operands |> List.map (fun v -> graph.Producer[v] + 1) |> List.max
+/// Where the fused ops stand: at the first of the nodes they replace, or as soon as their operands are there.
+let private place (graph: Graph) (r: Rules.Replacement) =
+    let first = r.Results |> List.map (fun v -> graph.Producer[v]) |> List.min
+    let ready = r.Operands |> List.map (fun v -> graph.Producer[v] + 1) |> List.max
     max first ready
 
-/// Matches that do not claim the same value twice and whose results nobody reads before the fused op stands.
+/// An op refused its operands.
+exception private Misfit
+
+/// Do the ops, on operands of these types, make results of the types that they replace?
+let private fits (graph: Graph) (origin: Origin) (r: Rules.Replacement) =
+    let builder = Builder()
+
+    let emit op inputs =
+        match builder.TryAdd(op, inputs, origin) with
+        | Ok values -> List.ofArray values
+        | Error _ -> raise Misfit
+
+    try
+        let operands = [
+            for i, v in List.indexed r.Operands -> emit (Op.Input($"operand.%i{i}", graph.Types[v])) [] |> List.head
+        ]
+
+        let made = r.Emit emit operands |> List.map builder.Type
+        made = (r.Results |> List.map (fun v -> graph.Types[v]))
+    with Misfit ->
+        false
+
+/// Matches that do not claim the same value twice and whose results nobody reads before the fused ops stand.
 let private find (rules: Rules.Rule list) (graph: Graph) =
     let consumers = Rewrite.consumers graph
     let claimed = HashSet<int>()
@@ -32,26 +52,17 @@ let private find (rules: Rules.Rule list) (graph: Graph) =
         for rule in rules do
             for node in graph.Nodes do
                 match rule.Match graph consumers node with
-                | Some(op, operands, results) when results |> List.forall (fun v -> not (claimed.Contains v)) ->
-                    let at = place graph operands results
-                    let early = results |> List.exists (fun v -> consumers[v] |> Array.exists (fun c -> c < at))
-                    let def = Catalog.define op
-                    let made = OpDef.infer def (operands |> List.map (fun v -> graph.Types[v]) |> Array.ofList)
+                | Some r when r.Results |> List.forall (fun v -> not (claimed.Contains v)) ->
+                    let at = place graph r
+                    let early = r.Results |> List.exists (fun v -> consumers[v] |> Array.exists (fun c -> c < at))
 
-                    let same =
-                        match made with
-                        | Ok(_, types) -> types = (results |> List.map (fun v -> graph.Types[v]) |> Array.ofList)
-                        | Error _ -> false
-
-                    if same && not early then
-                        for v in results do
+                    if not early && fits graph node.Origin r then
+                        for v in r.Results do
                             claimed.Add v |> ignore
 
                         {
                             Rule = rule
-                            Op = op
-                            Operands = operands
-                            Results = results
+                            With = r
                             Origin = node.Origin
                             At = at
                         }
@@ -75,7 +86,7 @@ let check (choice: FusionChoice) : Diagnostic list = [
 let by (rules: Rules.Rule list) (graph: Graph) : Graph * (string * int) list =
     let found = find rules graph
     let byNode = found |> List.groupBy _.At |> dict
-    let claimed = HashSet(found |> Seq.collect _.Results)
+    let claimed = HashSet(found |> Seq.collect _.With.Results)
     let mutable n = -1
 
     let step (rebuild: Rewrite.Rebuild) (node: Node) =
@@ -84,8 +95,9 @@ let by (rules: Rules.Rule list) (graph: Graph) : Graph * (string * int) list =
         match byNode.TryGetValue n with
         | true, here ->
             for f in here do
-                let made = rebuild.Builder.Add(f.Op, [ for v in f.Operands -> rebuild[v] ], f.Origin)
-                List.iter2 (fun v m -> rebuild[v] <- m) f.Results (List.ofArray made)
+                let emit op inputs = List.ofArray (rebuild.Builder.Add(op, inputs, f.Origin))
+                let made = f.With.Emit emit [ for v in f.With.Operands -> rebuild[v] ]
+                List.iter2 (fun v m -> rebuild[v] <- m) f.With.Results made
         | false, _ -> ()
 
         if not (claimed.Contains node.Outputs[0]) then

@@ -4,14 +4,30 @@ module DeepSeekGraph.Compiler.Fusion.Rules
 open DeepSeekGraph
 open DeepSeekGraph.Ops
 
-/// A pattern ends in a node; `Match` gives the fused op, its operands (values of the old graph), and the old values its results replace.
+/// What a match replaces: operands and results are values of the old graph.
+type Replacement = {
+    Operands: int list
+    Results: int list
+    /// Adds the ops that make the results, from the operands in the new graph.
+    Emit: (Op -> int list -> int list) -> int list -> int list
+}
+
+/// A pattern ends in a node; `Match` finds it from there.
 type Rule = {
     Name: string
     Before: string
     After: string
     Kernel: KernelId
-    Match: Graph -> int[][] -> Node -> (Op * int list * int list) option
+    Match: Graph -> int[][] -> Node -> Replacement option
 }
+
+/// One op in place of the pattern.
+let private one (op: Op) (operands: int list) (results: int list) =
+    Some {
+        Operands = operands
+        Results = results
+        Emit = fun emit inputs -> emit op inputs
+    }
 
 /// Renames change nothing but names: look through them.
 let rec private peel (graph: Graph) value =
@@ -57,7 +73,7 @@ let ropeQ = {
                         && alongSequence graph rope.Inputs[0] rope.Inputs[1]
                         && n + r = graph.Types[pe.Inputs[0]].Axes[3].Extent
                         ->
-                        Some(Op.RopeQ false, [ nope.Inputs[0]; rope.Inputs[1] ], [ node.Outputs[0] ])
+                        one (Op.RopeQ false) [ nope.Inputs[0]; rope.Inputs[1] ] [ node.Outputs[0] ]
                     | _other -> None
                 | _other -> None
             | _other -> None
@@ -103,7 +119,7 @@ let ropeKv = {
                         && heads.Extent = graph.Types[kv].Axes[2].Extent
                         && graph.Types[kv].Axes[3].Extent - n = graph.Types[v].Axes[3].Extent
                         ->
-                        Some(Op.RopeKv n, [ kv; rope.Inputs[0]; rope.Inputs[1] ], [ node.Outputs[0]; v ])
+                        one (Op.RopeKv n) [ kv; rope.Inputs[0]; rope.Inputs[1] ] [ node.Outputs[0]; v ]
                     | _other -> None
                 | _other -> None
             | _other -> None
@@ -127,11 +143,10 @@ let permuteWithProbs = {
 
                     match probs.Op with
                     | Op.RouteProbs ->
-                        Some(
-                            Op.PermuteWithProbs,
-                            [ node.Inputs[0]; probs.Inputs[0]; route ],
-                            [ node.Outputs[0]; probs.Outputs[0] ]
-                        )
+                        one Op.PermuteWithProbs [ node.Inputs[0]; probs.Inputs[0]; route ] [
+                            node.Outputs[0]
+                            probs.Outputs[0]
+                        ]
                     | _other -> None)
             | _other -> None
 }
@@ -145,7 +160,7 @@ let permute = {
     Match =
         fun _ _ node ->
             match node.Op with
-            | Op.Permute false -> Some(Op.Permute true, List.ofArray node.Inputs, [ node.Outputs[0] ])
+            | Op.Permute false -> one (Op.Permute true) (List.ofArray node.Inputs) [ node.Outputs[0] ]
             | _other -> None
 }
 
@@ -158,7 +173,7 @@ let unpermute = {
     Match =
         fun _ _ node ->
             match node.Op with
-            | Op.Unpermute false -> Some(Op.Unpermute true, List.ofArray node.Inputs, [ node.Outputs[0] ])
+            | Op.Unpermute false -> one (Op.Unpermute true) (List.ofArray node.Inputs) [ node.Outputs[0] ]
             | _other -> None
 }
 
@@ -193,11 +208,10 @@ let addRmsNorm = {
                     && sum.Inputs |> Array.forall (fun v -> graph.Types[v] = t)
                     && resolved graph sum.Outputs[0]
                 then
-                    Some(
-                        Op.AddRmsNorm eps,
-                        [ sum.Inputs[0]; sum.Inputs[1]; node.Inputs[1] ],
-                        [ sum.Outputs[0]; node.Outputs[0] ]
-                    )
+                    one (Op.AddRmsNorm eps) [ sum.Inputs[0]; sum.Inputs[1]; node.Inputs[1] ] [
+                        sum.Outputs[0]
+                        node.Outputs[0]
+                    ]
                 else
                     None
             | _other -> None
@@ -279,7 +293,7 @@ let router = {
                         Factor = factor
                     }
 
-                    Some(Op.Router spec, [ scores.Inputs[0]; bias ], [ probs; mask; counts.Outputs[0] ])
+                    one (Op.Router spec) [ scores.Inputs[0]; bias ] [ probs; mask; counts.Outputs[0] ]
                 | _other -> None
             | _other -> None
 }
@@ -320,12 +334,102 @@ let balance = {
                 match counts, normalized graph consumers t.Names[2] node.Inputs[0] with
                 | Some(weight, counts), Some(share, eps) ->
                     summed weight share
-                    |> Option.map (fun (_, shares) ->
+                    |> Option.bind (fun (_, shares) ->
                         let logits = (graph.NodeOf node.Inputs[0]).Inputs[0]
-                        Op.Balance(topK, eps), [ logits; weight ], [ counts; shares ])
+                        one (Op.Balance(topK, eps)) [ logits; weight ] [ counts; shares ])
                 | _other -> None
             | _other -> None
 }
 
+/// Blocks that a vocabulary falls into: enough for any usual split, few enough that their statistics cost nothing.
+let private blockOf (vocab: int) =
+    let rec gcd a b = if b = 0 then a else gcd b (a % b)
+    vocab / gcd vocab 192
+
+/// log-sum-exp(h w^T) - (h w^T at the label), logits by blocks of the vocabulary in forward and again in backward: all
+/// logits never exist. Log-sum-exps of blocks combine by ordinary ops, so that a split vocabulary needs what it needed
+/// before: a maximum and two sums. Logits that anything else reads, or that are an output, are left alone.
+let linearCrossEntropy = {
+    Name = "linear_cross_entropy"
+    Before = "contract, cast, max, sub, exp, sum, log; pick; sub"
+    After = "linear_log_sum_exp, max, sub, exp, sum, log, add, sub"
+    Kernel = KernelId.LinearLogSumExp
+    Match =
+        fun graph consumers node ->
+            let made v = graph.NodeOf v
+            let observed v = graph.Outputs |> Array.exists (fun (_, o) -> o = v)
+
+            /// Read by `readers` nodes and by nobody else.
+            let only readers v = consumers[v].Length = readers && not (observed v)
+
+            match node.Op, node.Inputs |> Array.map made with
+            | Op.Sub, [| log; pick |] when log.Op.IsLog && pick.Op.IsPick ->
+                let sum = made log.Inputs[0]
+                let exp = made sum.Inputs[0]
+                let shifted = pick.Inputs[0]
+                let shift = made shifted
+
+                if exp.Op.IsExp && exp.Inputs[0] = shifted && shift.Op.IsSub && only 2 shifted then
+                    let z = shift.Inputs[0]
+                    let max = made shift.Inputs[1]
+                    let t = graph.Types[z]
+                    let vocab = Array.last t.Names
+                    let ofLogits = max.Op = Op.Max [ vocab ] && (let d = made max.Inputs[0] in d.Op.IsDetach && d.Inputs[0] = z)
+
+                    // casts and anchors between the product and the loss
+                    let rec product v readers =
+                        let n = made v
+
+                        match n.Op with
+                        | _ when not (only readers v) -> None
+                        | Op.Cast _
+                        | Op.Anchor _ -> product n.Inputs[0] 1
+                        | Op.Contract _ -> Some n
+                        | _other -> None
+
+                    match product z 2 with
+                    | Some contract when ofLogits && sum.Op = Op.Sum [ vocab ] && t.Rank = 3 ->
+                        let h, w = contract.Inputs[0], contract.Inputs[1]
+                        let names v = graph.Types[v].Names
+
+                        if
+                            names h = [| t.Names[0]; t.Names[1]; (names w)[(names w).Length - 1] |]
+                            && (names w)[0] = vocab
+                            && (names w).Length = 2
+                        then
+                            let block = blockOf t.Axes[2].Extent
+
+                            Some {
+                                Operands = [ h; w; pick.Inputs[1]; pick.Inputs[2] ]
+                                Results = [ node.Outputs[0] ]
+                                Emit =
+                                    fun emit inputs ->
+                                        match emit (Op.LinearLogSumExp block) inputs with
+                                        | [ lse; at ] ->
+                                            let first op inputs = emit op inputs |> List.head
+                                            let largest = first (Op.Max [ Head.blocks ]) [ first Op.Detach [ lse ] ]
+                                            let parts = first Op.Exp [ first Op.Sub [ lse; largest ] ]
+                                            let total = first (Op.Sum [ Head.blocks ]) [ parts ]
+                                            emit Op.Sub [ first Op.Add [ first Op.Log [ total ]; largest ]; at ]
+                                        | _other -> []
+                            }
+                        else
+                            None
+                    | _other -> None
+                else
+                    None
+            | _other -> None
+}
+
 /// In the order they are tried on a node.
-let all = [ ropeQ; ropeKv; permuteWithProbs; permute; unpermute; addRmsNorm; router; balance ]
+let all = [
+    ropeQ
+    ropeKv
+    permuteWithProbs
+    permute
+    unpermute
+    addRmsNorm
+    router
+    balance
+    linearCrossEntropy
+]

@@ -110,6 +110,8 @@ let ofOp (op: Op) (inputs: TensorType[]) (_outputs: TensorType[]) : (KernelId * 
     | Op.EmbeddingGrad -> plain KernelId.EmbeddingGrad
     | Op.Pick -> plain KernelId.Pick
     | Op.PickGrad -> plain KernelId.PickGrad
+    | Op.LinearLogSumExp block -> Some(KernelId.LinearLogSumExp, [ int block ])
+    | Op.LinearLogSumExpGrad block -> Some(KernelId.LinearLogSumExpGrad, [ int block ])
     | Op.LocalSlice(d, axes, _) -> Some(KernelId.LocalSlice, [ int d; ints axes ])
 
 /// The kernels that have no op: they work on the state of a step.
@@ -299,4 +301,6 @@ let toOp
     | KernelId.EmbeddingGrad, _ -> plain Op.EmbeddingGrad
     | KernelId.Pick, _ -> plain Op.Pick
     | KernelId.PickGrad, _ -> plain Op.PickGrad
+    | KernelId.LinearLogSumExp, [ Attribute.Int block ] when small block -> Ok(Op.LinearLogSumExp(int32 block))
+    | KernelId.LinearLogSumExpGrad, [ Attribute.Int block ] when small block -> Ok(Op.LinearLogSumExpGrad(int32 block))
     | _ -> wrong ()

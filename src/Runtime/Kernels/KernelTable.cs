@@ -72,6 +72,8 @@ public static class KernelTable
         [KernelId.EmbeddingGrad] = Fills(VocabularyKernels.EmbeddingGrad),
         [KernelId.Pick] = Fills(VocabularyKernels.Pick),
         [KernelId.PickGrad] = Fills(VocabularyKernels.PickGrad),
+        [KernelId.LinearLogSumExp] = Fills(HeadKernels.LinearLogSumExp),
+        [KernelId.LinearLogSumExpGrad] = Fills(HeadKernels.LinearLogSumExpGrad),
         [KernelId.Zero] = Fills(StepKernels.Zero),
         [KernelId.Accumulate] = Fills(StepKernels.Accumulate),
         [KernelId.SumSquares] = Fills(StepKernels.SumSquares),

@@ -59,6 +59,13 @@ let private samples = [
     Op.RouterGrad routing, [ x; x; TensorType.create DType.Bool [ "batch", 2; "seq", 4; "hidden", 6 ] ]
     Op.Balance(2, 1e-20), [ x; float32 [ "batch", 2; "seq", 4 ] ]
     Op.BalanceGrad 1e-20, [ float32 [ "batch", 2; "hidden", 6 ]; x; float32 [ "batch", 2; "seq", 4 ] ]
+    Op.LinearLogSumExp 2,
+    [
+        x
+        float32 [ "vocab", 8; "hidden", 6 ]
+        TensorType.create DType.Int64 [ "batch", 2; "seq", 4 ]
+        TensorType.create DType.Int64 [ "vocab", 8 ]
+    ]
     Op.RotaryTable yarn, [ TensorType.create DType.Int64 [ "seq", 4 ] ]
     Op.Rope true, [ x; float32 [ "seq", 4; "rope_table", 6 ] ]
     Op.GroupTopK {
