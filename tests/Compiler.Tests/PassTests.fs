@@ -138,7 +138,10 @@ let private crossEntropy observe vocab (s: Sketch) =
 
     let shifted = s.On(Op.Sub, [ z; s.On(Op.Max [ "vocab" ], [ s.On(Op.Detach, [ z ]) ]) ])
     let sum = s.On(Op.Log, [ s.On(Op.Sum [ "vocab" ], [ s.On(Op.Exp, [ shifted ]) ]) ])
-    s.Loss [ s.On(Op.Sub, [ sum; s.On(Op.Pick, [ shifted; labels; s.Iota("vocab", vocab) ]) ]) ]
+
+    s.Loss [
+        s.On(Op.Sub, [ sum; s.On(Op.Pick, [ shifted; labels; s.Iota("vocab", vocab) ]) ])
+    ]
 
 let private generators = [ typeof<Generators> ]
 
@@ -182,7 +185,10 @@ let tests =
         <| fun () ->
             let build (s: Sketch) =
                 let x, y = s.Param("x", [ "hidden", 4 ]), s.Param("y", [ "hidden", 4 ])
-                s.Loss [ s.On(Op.RmsNorm 1e-3, [ s.On(Op.Add, [ x; y ]); s.Param("w", [ "hidden", 4 ]) ]) ]
+
+                s.Loss [
+                    s.On(Op.RmsNorm 1e-3, [ s.On(Op.Add, [ x; y ]); s.Param("w", [ "hidden", 4 ]) ])
+                ]
 
             Expect.equal (fusedTimes "add_rms_norm" build) 0 ""
         testCase "routers fuse, with normalised weights or not, with a factor or not; and so does their balance"

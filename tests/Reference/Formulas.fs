@@ -291,6 +291,7 @@ let balanceGrad eps (dshares: DenseTensor) (logits: DenseTensor) (w: DenseTensor
         let s, total = Dense.at scores i, along scores i (Dense.at scores) + eps
         let ds = (d i - along scores i (fun j -> d j * Dense.at scores j) / total) / total
         Dense.at w i[..1] * ds * s * (1.0 - s))
+
 let silu x = x * sigmoid x
 
 let siluSlope x = sigmoid x * (1.0 + x * (1.0 - sigmoid x))

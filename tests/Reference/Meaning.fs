@@ -136,7 +136,12 @@ let apply (op: Op) (types: TensorType[]) (rule: Rule) (results: TensorType[]) (x
     | Op.Zigzag(axis, ranks, inverse) ->
         let d = types[0].IndexOf axis
         let blocks = Array.init (2 * ranks) (fun i -> Dense.block d i (2 * ranks) x[0])
-        let order = [| for r in 0 .. ranks - 1 do yield r; yield 2 * ranks - 1 - r |]
+
+        let order = [|
+            for r in 0 .. ranks - 1 do
+                yield r
+                yield 2 * ranks - 1 - r
+        |]
 
         [|
             (if inverse then

@@ -25,7 +25,11 @@ let private norm =
             let plain = slot dtype shape
             run KernelId.Add [] [ x; r ] [ plain ]
             Expect.equal (read sum) (read plain) $"sum of %i{n}, bitwise"
-            Expect.equal (read y) (apply KernelId.RmsNorm eps [ plain; w ] (slot dtype shape)) $"norm of %i{n}, bitwise"
+
+            Expect.equal
+                (read y)
+                (apply KernelId.RmsNorm eps [ plain; w ] (slot dtype shape))
+                $"norm of %i{n}, bitwise"
 
             let dy, c = tensor 4, tensor 5
             let fused = apply KernelId.RmsNormGradXAdd eps [ dy; plain; w; c ] (slot dtype shape)
@@ -45,13 +49,7 @@ let private b, s, e = 2, 5, 12
 /// top 3 of 2 of 4 groups.
 let private choice = [ int 3; int 4; int 2; int 0 ]
 
-let private routing normalize =
-    choice
-    @ [
-        int (if normalize then 1 else 0)
-        Attribute.Float 1e-2
-        Attribute.Float 2.5
-    ]
+let private routing normalize = choice @ [ int (if normalize then 1 else 0); Attribute.Float 1e-2; Attribute.Float 2.5 ]
 
 /// Weights of one token's chosen experts.
 let private weights normalize (mask: float[]) (logits: float[]) =
@@ -124,17 +122,14 @@ let private balance =
         let counts, share = slot f32 [ b; e ], slot f32 [ b; e ]
         run KernelId.Balance [ int 3; Attribute.Float 1e-2 ] [ x; weights ] [ counts; share ]
 
-        let plain =
-            apply KernelId.GroupTopK [ int 3; int 1; int 1; int 0 ] [ x ] (slot DType.Bool [ b; s; e ])
+        let plain = apply KernelId.GroupTopK [ int 3; int 1; int 1; int 0 ] [ x ] (slot DType.Bool [ b; s; e ])
 
         close
             "counts"
             f32
             (read counts)
             (Array.init (b * e) (fun i ->
-                Seq.sum [
-                    for t in 0 .. s - 1 -> w[i / e * s + t] * plain[(i / e * s + t) * e + i % e]
-                ]))
+                Seq.sum [ for t in 0 .. s - 1 -> w[i / e * s + t] * plain[(i / e * s + t) * e + i % e] ]))
 
         close "shares" f32 (read share) (shares w logits)
         let d = rounded f32 (random 4 (b * e))
@@ -174,11 +169,7 @@ let private head =
 
             close "log-sum-exp" f32 (read lse) (z |> Array.chunkBySize block |> Array.map (Array.sumBy exp >> log))
 
-            close
-                "label"
-                f32
-                (read at)
-                (Array.init tokens (fun t -> if label t < 0 then 0.0 else z[t * v + label t]))
+            close "label" f32 (read at) (Array.init tokens (fun t -> if label t < 0 then 0.0 else z[t * v + label t]))
 
             let dlse, dat = rounded f32 (random 3 (tokens * blocks)), rounded f32 (random 4 tokens)
             let dh, dw = slot dtype [ 2; tokens / 2; k ], slot dtype [ v; k ]

@@ -269,9 +269,7 @@ let router = {
 
                 match counts, weights with
                 | Some counts, Some weights when
-                    scores.Op.IsSigmoid
-                    && t.Rank = 3
-                    && graph.Types[bias].Names = [| t.Names[2] |]
+                    scores.Op.IsSigmoid && t.Rank = 3 && graph.Types[bias].Names = [| t.Names[2] |]
                     ->
                     let raw = weights.Outputs[0]
                     let shares = normalized graph consumers t.Names[2] raw
@@ -374,7 +372,9 @@ let linearCrossEntropy = {
                     let max = made shift.Inputs[1]
                     let t = graph.Types[z]
                     let vocab = Array.last t.Names
-                    let ofLogits = max.Op = Op.Max [ vocab ] && (let d = made max.Inputs[0] in d.Op.IsDetach && d.Inputs[0] = z)
+
+                    let ofLogits =
+                        max.Op = Op.Max [ vocab ] && (let d = made max.Inputs[0] in d.Op.IsDetach && d.Inputs[0] = z)
 
                     // casts and anchors between the product and the loss
                     let rec product v readers =

@@ -19,11 +19,7 @@ let private choosable (spec: TopKSpec) (scores: TensorType) (result: DType[]) =
         Ok result
 
 let groupTopK (spec: TopKSpec) =
-    OpDef.opaque
-        "group_top_k"
-        "b s e^ -> b s e"
-        (fun types -> choosable spec types[0] [| DType.Bool |])
-        Vjp.Stop
+    OpDef.opaque "group_top_k" "b s e^ -> b s e" (fun types -> choosable spec types[0] [| DType.Bool |]) Vjp.Stop
 
 let private missing = Vjp.Missing "second derivatives are not needed"
 
@@ -37,9 +33,7 @@ let router (spec: RouterSpec) = {
     OpDef.opaque
         "router"
         "b+ s+ e^, e^ -> b s e, b s e, e"
-        (fun types ->
-            choosable spec.Choice types[0] [| DType.Float32; DType.Bool; DType.Int64 |]
-            |> wide [ 1 ] types)
+        (fun types -> choosable spec.Choice types[0] [| DType.Float32; DType.Bool; DType.Int64 |] |> wide [ 1 ] types)
         // the choice is piecewise constant, so the bias gets nothing
         (Vjp.Rule(fun a ->
             match a.Cotangents[0] with
@@ -76,9 +70,7 @@ let balance (topK: int) (eps: float) = {
     OpDef.opaque
         "balance"
         "b s+ e^, b s+ -> b e, b e"
-        (fun types ->
-            choosable (plain topK) types[0] [| DType.Float32; DType.Float32 |]
-            |> wide [ 1 ] types)
+        (fun types -> choosable (plain topK) types[0] [| DType.Float32; DType.Float32 |] |> wide [ 1 ] types)
         (Vjp.Rule(fun a ->
             // counts are piecewise constant
             match a.Cotangents[1] with

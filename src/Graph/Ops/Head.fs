@@ -78,7 +78,7 @@ let linearLogSumExp block = {
                 }))
         Rows = OpDef.dense 2
         Flops = products 1.0
-    }
+}
 
 let linearLogSumExpGrad block = {
     OpDef.opaque
@@ -92,16 +92,15 @@ let linearLogSumExpGrad block = {
         // as above
         Axes =
             OpDef.taking 7 (fun t ->
-                bound block t (fun b s k v c ->
-                    {
-                        Factors = [|
-                            factor "b" Mark.Sum b.Extent [| 0; -1; 0; -1; 0; 0; 0 |] [| 0; -1 |]
-                            factor "s" Mark.Sum s.Extent [| 1; -1; 1; -1; 1; 1; 1 |] [| 1; -1 |]
-                            factor "k" Mark.Whole k.Extent [| 2; 1; -1; -1; -1; -1; -1 |] [| 2; 1 |]
-                            factor "v" Mark.Sum c.Extent [| -1; 0; -1; 0; 2; 2; -1 |] [| -1; 0 |]
-                        |]
-                        ResultAxes = [| [| b; s; k |]; [| v; k |] |]
-                    })
+                bound block t (fun b s k v c -> {
+                    Factors = [|
+                        factor "b" Mark.Sum b.Extent [| 0; -1; 0; -1; 0; 0; 0 |] [| 0; -1 |]
+                        factor "s" Mark.Sum s.Extent [| 1; -1; 1; -1; 1; 1; 1 |] [| 1; -1 |]
+                        factor "k" Mark.Whole k.Extent [| 2; 1; -1; -1; -1; -1; -1 |] [| 2; 1 |]
+                        factor "v" Mark.Sum c.Extent [| -1; 0; -1; 0; 2; 2; -1 |] [| -1; 0 |]
+                    |]
+                    ResultAxes = [| [| b; s; k |]; [| v; k |] |]
+                })
                 |> Result.bind (fun rule ->
                     let c = rule.Factors[3].Extent
                     let stats = [| t[2].Extents[0]; t[2].Extents[1]; c |]
@@ -113,4 +112,4 @@ let linearLogSumExpGrad block = {
         Rows = OpDef.dense 2
         // the logits again, and two products with their gradient
         Flops = products 3.0
-    }
+}
