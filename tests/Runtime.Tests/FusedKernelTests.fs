@@ -102,6 +102,44 @@ let private router =
                 close "gradient" f32 dx (difference dp logits (tokenwise (weights normalize) chosen))
     ]
 
+/// Positions of the k largest, the lower first among equals.
+let private largest k (values: float[]) =
+    Array.init values.Length id |> Array.sortBy (fun i -> -values[i], i) |> Array.truncate k
+
+let private choices =
+    testCase "many experts, with ties, are chosen as one by one"
+    <| fun () ->
+        for experts, groups, keep, topK in [ 256, 8, 4, 8; 60, 3, 2, 7; 33, 1, 1, 5; 64, 8, 8, 64; 48, 2, 1, 1 ] do
+            let tokens, width = 7, experts / groups
+            // eighths, so that many are equal
+            let scores = random 5 (tokens * experts) |> Array.map (fun v -> round (8.0 * v) / 8.0)
+
+            let mask =
+                apply
+                    KernelId.GroupTopK
+                    [ int topK; int groups; int keep; int 0 ]
+                    [ filled f32 [ 1; tokens; experts ] scores ]
+                    (slot DType.Bool [ 1; tokens; experts ])
+
+            let expected =
+                scores
+                |> Array.chunkBySize experts
+                |> Array.collect (fun row ->
+                    let kept =
+                        row
+                        |> Array.chunkBySize width
+                        |> Array.map (Array.sortDescending >> Array.truncate 2 >> Array.sum)
+                        |> largest keep
+
+                    let best =
+                        row
+                        |> Array.mapi (fun i v -> if Array.contains (i / width) kept then v else -infinity)
+                        |> largest topK
+
+                    Array.init experts (fun i -> if Array.contains i best then 1.0 else 0.0))
+
+            Expect.equal mask expected $"top %i{topK} of %i{experts}"
+
 /// Shares of affinity, by sequence.
 let private shares (w: float[]) (logits: float[]) =
     let token =
@@ -205,4 +243,4 @@ let private head =
             close "hidden states" dtype (read dh) expectedH
             close "head" dtype (read dw) expectedW)
 
-let tests = testList "Fused kernels" [ norm; router; balance; head ]
+let tests = testList "Fused kernels" [ norm; choices; router; balance; head ]

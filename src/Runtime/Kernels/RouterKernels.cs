@@ -43,9 +43,7 @@ internal static unsafe class RouterKernels
         var tokens = mask.numel() / experts;
         for (long t = 0; t < tokens; t++)
         {
-            Simd.Sigmoid(logits.Floats + (t * experts), chooser.Row, experts);
-            for (var e = 0; e < experts; e++)
-                chooser.Row[e] += bias.Floats[e];
+            chooser.Score(logits.Floats + (t * experts), bias.Floats);
             chooser.Choose(new Span<byte>((byte*)mask.Pointer() + (t * experts), experts));
         }
 
@@ -130,7 +128,7 @@ internal static unsafe class RouterKernels
             share.AsSpan().Clear();
             for (long t = (long)b * seq; t < (b + 1L) * seq; t++)
             {
-                Simd.Sigmoid(logits.Floats + (t * experts), chooser.Row, experts);
+                chooser.Score(logits.Floats + (t * experts), null);
                 var part = w.Floats[t] / (Simd.Sum(chooser.Row, experts) + eps);
                 for (var e = 0; e < experts; e++)
                     share[e] += part * chooser.Row[e];
