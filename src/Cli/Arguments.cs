@@ -29,7 +29,7 @@ internal static class Arguments
         Start with `dsg pretrain`: it trains a small DeepSeek-V3 on this machine for about a minute,
         as 8 ranks in one process (TP 2 x PP 2 x DP 2 with EP 2).
 
-        Exit codes: 0 ok, 1 a mistake was reported, 2 wrong usage, 70 a bug in dsg,
+        Exit codes: 0 ok, 1 a mistake was reported (diff: the plans differ), 2 wrong usage, 70 a bug in dsg,
         130 or 143 stopped by a signal.
         """)
     {
@@ -37,8 +37,10 @@ internal static class Arguments
         Compile.Verb(),
         Run.Verb(),
         Show.Verb(),
+        Diff.Verb(),
         Check.Verb(),
         ListRecipes.Verb(),
+        ListPasses.Verb(),
         Explain.Verb(),
     };
 }

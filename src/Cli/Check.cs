@@ -1,6 +1,7 @@
 // dsg check: proves that a plan can run.
 
 using System.CommandLine;
+using DeepSeekGraph.Models;
 
 namespace DeepSeekGraph.Cli;
 
@@ -20,7 +21,7 @@ internal static class Check
     {
         var plan = PlanFile.Read(path);
         Jobs.Check(plan, path);
-        Console.WriteLine($"{path}: the plan of {Summary.Count(Summary.Ranks(plan), "rank")} holds");
+        Console.WriteLine($"{path}: the plan of {PlanSummary.Count(PlanSummary.Ranks(plan), "rank")} holds");
         return ExitCode.Ok;
     }
 }

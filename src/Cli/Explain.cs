@@ -1,23 +1,71 @@
-// dsg explain: the page of a diagnostic code, carried by the program.
+// dsg explain: what a plan comes to and why; or the page of a diagnostic code, carried by the program.
 
 using System.CommandLine;
 using System.Reflection;
+using System.Text.Json;
+using DeepSeekGraph.Models;
 
 namespace DeepSeekGraph.Cli;
 
 internal static class Explain
 {
     private const string Folder = "errors/";
+    private const string CodePrefix = "DSG";
+    private const int DefaultGpus = 8;
+    private static readonly JsonSerializerOptions Indented = new() { WriteIndented = true };
 
     public static Command Verb()
     {
-        var code = new Argument<string>("CODE") { Description = "A code such as DSG0301" };
-        var verb = new Command("explain", "Print what a diagnostic code means and how to mend it") { code };
-        verb.SetAction(parse => Print(parse.GetValue(code)!));
+        var what = new Argument<string>("PLAN|CODE") { Description = "A plan file, or a code such as DSG0301" };
+        var json = new Option<bool>("--json") { Description = "As one JSON object, every collective by itself" };
+        var gpus = new Option<int>("--gpus-per-node")
+        {
+            HelpName = "N",
+            Description = "Ranks of a node; what goes further is inter-node",
+            DefaultValueFactory = _ => DefaultGpus,
+        };
+        var verb = new Command(
+            "explain",
+            "Print a plan's parameters, FLOPs, memory, and every collective with its cause; or what a code means")
+        {
+            what, json, gpus,
+        };
+        verb.SetAction(parse =>
+        {
+            var target = parse.GetValue(what)!;
+            return target.StartsWith(CodePrefix, StringComparison.OrdinalIgnoreCase) && !File.Exists(target)
+                ? Page(target)
+                : Plan(target, parse.GetValue(gpus), parse.GetValue(json));
+        });
         return verb;
     }
 
-    private static int Print(string code)
+    private static int Plan(string path, int gpus, bool json)
+    {
+        if (gpus < 1)
+        {
+            throw DiagnosticException.Of(
+                Codes.OptionValue, "--gpus-per-node", $"a node of {gpus} has no ranks", "give 1 or more");
+        }
+
+        var plan = PlanFile.Read(path);
+        Jobs.Check(plan, path);
+        var told = new PlanExplanation(plan, gpus);
+        if (json)
+        {
+            Console.WriteLine(told.ToJson().ToJsonString(Indented));
+            return ExitCode.Ok;
+        }
+
+        Summary.Print(plan);
+        Console.WriteLine();
+        Render.Table(told.FlopsAsTable());
+        Console.WriteLine();
+        Render.Table(told.CollectivesAsTable());
+        return ExitCode.Ok;
+    }
+
+    private static int Page(string code)
     {
         var assembly = Assembly.GetExecutingAssembly();
         using var page = assembly.GetManifestResourceStream($"{Folder}{code.ToUpperInvariant()}.md");

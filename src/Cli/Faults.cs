@@ -42,6 +42,8 @@ internal static class ExitCode
 {
     public const int Ok = 0;
     public const int Diagnostics = 1;
+    /// Of dsg diff, as diff and cmp have it.
+    public const int Different = 1;
     public const int Usage = 2;
     public const int Bug = 70;
     public const int Interrupted = 130;

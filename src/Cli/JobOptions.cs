@@ -21,17 +21,27 @@ internal sealed record JobChoices(string Recipe)
     public string? DType { get; init; }
     public bool NoFuse { get; init; }
     public string? Recompute { get; init; }
+    /// Assignments such as recipe.global_batch_size=64, in the order given.
+    public IReadOnlyList<string> Set { get; init; } = [];
 }
 
 internal sealed class JobOptions
 {
     public const string DefaultRecipe = "deepseek_v3_tiny";
 
-    private readonly Argument<string> _recipe = new("RECIPE")
+    private readonly Argument<string?> _recipe = new("RECIPE")
     {
-        Description = "A recipe of `dsg recipes`",
-        DefaultValueFactory = _ => DefaultRecipe,
+        Description = $"A recipe of `dsg recipes`; without, {DefaultRecipe}",
+        Arity = ArgumentArity.ZeroOrOne,
     };
+
+    private readonly Option<string?> _recipeOption = new("--recipe")
+    {
+        HelpName = "RECIPE",
+        Description = "The same as an option",
+    };
+
+    private readonly Option<string[]> _set = SetOption();
 
     private readonly Option<int?> _tensor = Number(
         "--tp", "Tensor parallel degree; where any degree is given, the others are 1 and not the recipe's");
@@ -85,13 +95,14 @@ internal sealed class JobOptions
     {
         command.Add(_recipe);
         foreach (var option in (Option[])[
-            _tensor, _pipeline, _expert, _data, _expertTensor, _context, _layout, _schedule,
+            _recipeOption, _set, _tensor, _pipeline, _expert, _data, _expertTensor, _context, _layout, _schedule,
             _microBatch, _globalBatch, _seqLength, _dtype, _noFuse, _recompute])
             command.Add(option);
     }
 
-    public JobChoices Read(ParseResult parse) => new(parse.GetValue(_recipe)!)
+    public JobChoices Read(ParseResult parse) => new(RecipeOf(parse))
     {
+        Set = parse.GetValue(_set) ?? [],
         Tensor = Degree(parse, _tensor),
         Pipeline = Degree(parse, _pipeline),
         Expert = Degree(parse, _expert),
@@ -107,6 +118,26 @@ internal sealed class JobOptions
         NoFuse = parse.GetValue(_noFuse),
         Recompute = parse.GetValue(_recompute),
     };
+
+    public static Option<string[]> SetOption() => new("--set")
+    {
+        HelpName = "KEY=VALUE",
+        Description = "Change one setting of `dsg recipes show`, such as model.num_layers=12 "
+            + "or recipe.global_batch_size=64; may be given again, applied last and in order",
+    };
+
+    /// One recipe, however it is given.
+    private string RecipeOf(ParseResult parse)
+    {
+        var (word, option) = (parse.GetValue(_recipe), parse.GetValue(_recipeOption));
+        return word is null || option is null || word == option
+            ? option ?? word ?? DefaultRecipe
+            : throw DiagnosticException.Of(
+                Codes.OptionValue,
+                "--recipe",
+                $"two recipes are named: '{word}' and '{option}'",
+                "name one of them");
+    }
 
     public static Option<int?> Number(string name, string description)
         => new(name) { HelpName = "N", Description = description };

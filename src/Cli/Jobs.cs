@@ -8,11 +8,12 @@ namespace DeepSeekGraph.Cli;
 
 internal static class Jobs
 {
-    /// The plan of a job; says which element type was measured to be faster where that was asked for.
-    public static PlanSet Compile(JobChoices choices)
+    /// The job that the command line asks for: the recipe, its shorthand options, then every `--set` in order.
+    /// Says which element type was measured to be faster where that was asked for.
+    public static NamedRecipe Chosen(JobChoices choices)
     {
         var named = Named(choices.Recipe);
-        return (named with { Recipe = Change(named.Recipe, choices) }).Compile();
+        return Overrides.Apply(named with { Recipe = Change(named.Recipe, choices) }, choices.Set);
     }
 
     /// The recipe, or DSG0706 with the nearest names first.
@@ -60,7 +61,7 @@ internal static class Jobs
                 choices.GlobalBatch ?? recipe.GlobalBatch,
                 choices.MicroBatch ?? recipe.MicroBatch,
                 choices.SeqLength ?? recipe.SeqLength)
-            .WithDType(DTypeOf(choices.DType, recipe));
+            .WithDType(DTypeOf(choices, recipe));
     }
 
     private static Schedule ScheduleOf(string name)
@@ -72,15 +73,16 @@ internal static class Jobs
                 Nearest.Help(name, Schedule.All.Select(s => s.Name)));
 
     /// Without a choice: bf16 where the recipe says so, else what is faster here.
-    private static DType DTypeOf(string? name, Recipe recipe)
+    private static DType DTypeOf(JobChoices choices, Recipe recipe)
     {
+        var name = choices.DType;
         switch (name)
         {
             case "fp32":
                 return DType.Float32;
             case "bf16":
                 return DType.BFloat16;
-            case null when recipe.DType.IsBFloat16:
+            case null when recipe.DType.IsBFloat16 || choices.Set.Any(Overrides.IsDType):
                 return recipe.DType;
             case null or "auto":
                 var faster = DTypeProbe.Faster;

@@ -2,6 +2,8 @@
 
 using System.CommandLine;
 using System.Globalization;
+using System.Text.Json;
+using System.Text.Json.Nodes;
 using DeepSeekGraph.Compiler;
 using DeepSeekGraph.Models;
 
@@ -9,11 +11,19 @@ namespace DeepSeekGraph.Cli;
 
 internal static class ListRecipes
 {
+    private static readonly JsonSerializerOptions Indented = new() { WriteIndented = true };
+
     public static Command Verb()
     {
         var name = new Argument<string>("RECIPE") { Description = "A recipe of the list" };
-        var show = new Command("show", "Print all settings of one recipe") { name };
-        show.SetAction(parse => One(parse.GetValue(name)!));
+        var json = new Option<bool>("--json") { Description = "As one JSON object" };
+        var set = JobOptions.SetOption();
+        var show = new Command("show", "Print all settings of one recipe, by the names that --set takes")
+        {
+            name, json, set,
+        };
+        show.SetAction(parse => One(
+            Overrides.Apply(Jobs.Named(parse.GetValue(name)!), parse.GetValue(set) ?? []), parse.GetValue(json)));
         var verb = new Command("recipes", "List the recipes") { show };
         verb.SetAction(_ => All());
         return verb;
@@ -39,17 +49,41 @@ internal static class ListRecipes
         return [named.Name, .. numbers.Select(n => n.ToString(CultureInfo.InvariantCulture))];
     }
 
-    private static int One(string name)
+    private static int One(NamedRecipe named, bool json)
     {
-        var named = Jobs.Named(name);
-        Console.WriteLine("recipe");
-        Render.Pairs(RecipeSettings.lines(named.Recipe).Select(line => line.Split('=', 2)).Select(pair => (pair[0], pair[1])));
-        Console.WriteLine("\nmodel");
-        Render.Pairs(typeof(DeepSeekV3Config).GetProperties()
-            .Where(property => property.CanWrite)
-            .Select(property => (property.Name, Text(property.GetValue(named.Config)))));
+        var parts = Overrides.All(named).GroupBy(field => field.Key.Split('.')[0]);
+        if (json)
+        {
+            var all = new JsonObject();
+            foreach (var part in parts)
+                all[part.Key] = new JsonObject(part.Select(f => KeyValuePair.Create(Short(f), Node(f))));
+            Console.WriteLine(all.ToJsonString(Indented));
+            return ExitCode.Ok;
+        }
+
+        foreach (var (i, part) in parts.Index())
+        {
+            Console.WriteLine($"{(i == 0 ? "" : "\n")}{part.Key}");
+            Render.Pairs(part.Select(field => (Short(field), field.Text)));
+        }
+
         return ExitCode.Ok;
     }
 
-    private static string Text(object? value) => Convert.ToString(value, CultureInfo.InvariantCulture) ?? "-";
+    private static string Short(RecordField field) => field.Key[(field.Key.IndexOf('.', StringComparison.Ordinal) + 1)..];
+
+    /// Settings of the recipe are kept as text: what reads as a number or a flag is one.
+    private static JsonNode? Node(RecordField field) => field.Value switch
+    {
+        null => null,
+        bool flag => flag,
+        int number => number,
+        ulong number => number,
+        double number => number,
+        IReadOnlyList<string> many => new JsonArray([.. many.Select(one => JsonValue.Create(one))]),
+        _ when field.Text is "true" or "false" => field.Text == "true",
+        _ when long.TryParse(field.Text, NumberStyles.AllowLeadingSign, CultureInfo.InvariantCulture, out var n) => n,
+        _ when double.TryParse(field.Text, NumberStyles.Float, CultureInfo.InvariantCulture, out var x) => x,
+        _ => field.Text,
+    };
 }

@@ -16,5 +16,9 @@ internal static class Pretrain
         return verb;
     }
 
-    private static int Start(JobChoices job, RunChoices choices) => Training.Run(Jobs.Compile(job), choices);
+    private static int Start(JobChoices choices, RunChoices run)
+    {
+        var job = Jobs.Chosen(choices);
+        return Training.Run(job.Compile(), run.Over(job.Training), run.Executor);
+    }
 }

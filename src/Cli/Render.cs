@@ -1,7 +1,7 @@
 // Diagnostics and tables: styled on a terminal, plain text elsewhere.
 
 using System.Runtime.CompilerServices;
-using System.Text;
+using DeepSeekGraph.Models;
 using Spectre.Console;
 using Cell = Spectre.Console.Text;
 
@@ -57,30 +57,24 @@ internal static class Render
             Console.WriteLine($"  {name.PadRight(width)}  {value}");
     }
 
-    /// The first column to the left, the others to the right.
+    /// Title and rows.
+    public static void Table(TextTable table)
+    {
+        Console.WriteLine(table.Title);
+        Rows(table);
+    }
+
+    /// A table whose title is the command.
     public static void Table(IReadOnlyList<string> head, IReadOnlyList<IReadOnlyList<string>> rows)
+        => Rows(new TextTable("", head, rows));
+
+    private static void Rows(TextTable table)
     {
-        if (IsTerminal && Widths(head, rows).Sum(width => width + CellFrame) < Console.WindowWidth)
-            Styled(head, rows);
+        if (IsTerminal && table.Widths.Sum(width => width + CellFrame) < Console.WindowWidth)
+            Styled(table.Head, table.Rows);
         else
-            Console.Write(Plain(head, rows));
+            Console.Write(table.Plain());
     }
-
-    internal static string Plain(IReadOnlyList<string> head, IReadOnlyList<IReadOnlyList<string>> rows)
-    {
-        var widths = Widths(head, rows);
-        var text = new StringBuilder();
-        foreach (var row in rows.Prepend(head))
-        {
-            var cells = row.Select((cell, i) => i == 0 ? cell.PadRight(widths[i]) : cell.PadLeft(widths[i]));
-            text.Append("  ").AppendLine(string.Join("  ", cells).TrimEnd());
-        }
-
-        return text.ToString();
-    }
-
-    private static int[] Widths(IReadOnlyList<string> head, IReadOnlyList<IReadOnlyList<string>> rows)
-        => [.. head.Select((title, i) => rows.Select(row => row[i].Length).Append(title.Length).Max())];
 
     [MethodImpl(MethodImplOptions.NoInlining)]
     private static void Styled(IReadOnlyList<string> head, IReadOnlyList<IReadOnlyList<string>> rows)

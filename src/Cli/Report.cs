@@ -1,6 +1,7 @@
 // The end of a run: what came out, where it lies, and what to try next.
 
 using System.Globalization;
+using DeepSeekGraph.Models;
 using DeepSeekGraph.Runtime.Telemetry;
 
 namespace DeepSeekGraph.Cli;
@@ -19,7 +20,7 @@ internal static class Report
         var files = $"{Files.Metrics}, {Files.Plan}";
         if (outcome.Seen.Count > 0)
         {
-            var title = $"Training loss, {Summary.Name(outcome.Plan)}";
+            var title = $"Training loss, {PlanSummary.Name(outcome.Plan)}";
             LossCurve.Write(Path.Combine(outcome.Folder, Files.Curve), outcome.Seen, title);
             files += $", {Files.Curve}";
         }
@@ -28,9 +29,9 @@ internal static class Report
         Console.WriteLine("result");
         Render.Pairs(Results(outcome));
         Console.WriteLine("\nplan");
-        Render.Pairs(Summary.Lines(outcome.Plan));
+        Render.Pairs(PlanSummary.Lines(outcome.Plan));
         Console.WriteLine();
-        Summary.Memory(outcome.Plan, outcome.Measured);
+        Render.Table(PlanSummary.Memory(outcome.Plan, outcome.Measured));
         Console.WriteLine($"\nwritten to {outcome.Folder}: {files}");
         Console.WriteLine("\nwhat to try next");
         foreach (var line in Next(outcome))
@@ -56,8 +57,8 @@ internal static class Report
 
     internal static IEnumerable<string> Next(Outcome outcome)
     {
-        var name = Summary.Name(outcome.Plan);
-        var ranks = Summary.Ranks(outcome.Plan);
+        var name = PlanSummary.Name(outcome.Plan);
+        var ranks = PlanSummary.Ranks(outcome.Plan);
         var plan = Path.Combine(Path.GetRelativePath(Environment.CurrentDirectory, outcome.Folder), Files.Plan);
         if (outcome.Stopped)
         {

@@ -1,6 +1,7 @@
 // dsg run: executes a plan file.
 
 using System.CommandLine;
+using DeepSeekGraph.Models;
 
 namespace DeepSeekGraph.Cli;
 
@@ -20,6 +21,8 @@ internal static class Run
     {
         var plan = PlanFile.Read(path);
         Jobs.Check(plan, path);
-        return Training.Run(plan, choices);
+        // a plan file does not say how long it is trained: its recipe does
+        var recipe = Recipes.All.FirstOrDefault(recipe => recipe.Name == PlanSummary.Name(plan)) ?? Recipes.Proxy;
+        return Training.Run(plan, choices.Over(recipe.Training), choices.Executor);
     }
 }

@@ -1,6 +1,7 @@
 // The options that say how a plan is run: steps, data, seed, learning rate and where results go.
 
 using System.CommandLine;
+using DeepSeekGraph.Models;
 using DeepSeekGraph.Runtime.Training;
 
 namespace DeepSeekGraph.Cli;
@@ -11,18 +12,37 @@ internal sealed record RunChoices
     public int? Steps { get; init; }
     public string? Data { get; init; }
     public string? Out { get; init; }
-    public ulong Seed { get; init; }
+    public ulong? Seed { get; init; }
     public double? LearningRate { get; init; }
     public Executor Executor { get; init; }
+
+    /// The recipe's settings with those that were given instead.
+    public TrainingSettings Over(TrainingSettings recipe)
+    {
+        var settings = recipe with
+        {
+            TrainIters = Steps ?? recipe.TrainIters,
+            DataPaths = Data is { } path ? [path] : recipe.DataPaths,
+            Dir = Out ?? recipe.Dir,
+            Seed = Seed ?? recipe.Seed,
+        };
+        if (settings.TrainIters < 1)
+        {
+            throw DiagnosticException.Of(
+                Codes.OptionValue, "training.train_iters", $"{settings.TrainIters} steps are none", "give 1 or more");
+        }
+
+        // the rate falls to the same share of its peak
+        return LearningRate is { } peak
+            ? settings with { Lr = peak, MinLr = recipe.Lr > 0 ? peak * (recipe.MinLr / recipe.Lr) : 0 }
+            : settings;
+    }
 }
 
 internal sealed class RunOptions
 {
-    private const ulong DefaultSeed = 1234;
-
     private readonly Option<int?> _steps = JobOptions.Number(
-        "--steps", "Optimizer steps; without, about a minute's for deepseek_v3_tiny on 2 cores");
-
+        "--steps", "Optimizer steps; without, the recipe's: about a minute's for deepseek_v3_tiny on 2 cores");
 
     private readonly Option<string?> _data = new("--data")
     {
@@ -38,17 +58,16 @@ internal sealed class RunOptions
             + "without, the next of runs/0001, runs/0002, ...",
     };
 
-    private readonly Option<ulong> _seed = new("--seed")
+    private readonly Option<ulong?> _seed = new("--seed")
     {
         HelpName = "N",
-        Description = "Of initial weights and of the order of the data",
-        DefaultValueFactory = _ => DefaultSeed,
+        Description = "Of initial weights and of the order of the data; without, 1234",
     };
 
     private readonly Option<double?> _learningRate = new("--lr")
     {
         HelpName = "RATE",
-        Description = "Highest learning rate: warm-up over a tenth of the steps, then a cosine down to a tenth of it",
+        Description = "Highest learning rate, instead of the recipe's: warm-up, then a cosine down to the recipe's share of it",
     };
 
     private readonly Option<string?> _executor = new("--executor")

@@ -1,6 +1,7 @@
 // What one machine can run: a plan whose ranks do not fit is refused before anything is allocated.
 
 using System.Globalization;
+using DeepSeekGraph.Models;
 
 namespace DeepSeekGraph.Cli;
 
@@ -16,12 +17,12 @@ internal static class ThisMachine
 
     /// LibTorch threads of each rank; one as long as the model is small.
     public static int ThreadsPerRank(PlanSet plan)
-        => Summary.Parameters(plan) < WorthThreads ? 1 : Math.Max(1, Cores / Summary.Ranks(plan));
+        => PlanSummary.Parameters(plan) < WorthThreads ? 1 : Math.Max(1, Cores / PlanSummary.Ranks(plan));
 
     /// DSG0903 unless all ranks of the plan fit into this process.
     public static void RequireRoomFor(PlanSet plan)
     {
-        var ranks = Summary.Ranks(plan);
+        var ranks = PlanSummary.Ranks(plan);
         var each = ranks / plan.Stages.Count;
         var needed = plan.Memory.Sum(row => (double)row.Peak * each);
         var present = (double)GC.GetGCMemoryInfo().TotalAvailableMemoryBytes;
@@ -30,10 +31,10 @@ internal static class ThisMachine
 
         throw DiagnosticException.Of(
             Codes.JobTooLarge,
-            $"recipe {Summary.Name(plan)}",
+            $"recipe {PlanSummary.Name(plan)}",
             string.Create(
                 CultureInfo.InvariantCulture,
-                $"the plan needs {Summary.Count(ranks, "rank")} and {needed / 1e9:N1} GB;"
+                $"the plan needs {PlanSummary.Count(ranks, "rank")} and {needed / 1e9:N1} GB;"
                 + $" this process runs up to {MostRanks} ranks in {present / 1e9:N1} GB"),
             "`dsg compile` and `dsg check` need no such machine; to run, choose deepseek_v3_tiny or a smaller batch");
     }

@@ -1,6 +1,7 @@
 // A run: all ranks of a plan in this process, step by step, with what is shown and saved meanwhile.
 
 using System.Globalization;
+using DeepSeekGraph.Models;
 using DeepSeekGraph.Runtime;
 using DeepSeekGraph.Runtime.Data;
 using DeepSeekGraph.Runtime.Telemetry;
@@ -11,37 +12,37 @@ namespace DeepSeekGraph.Cli;
 internal static class Training
 {
     /// Nothing is written before plan, data and ranks are known to be good.
-    public static int Run(PlanSet plan, RunChoices choices)
+    public static int Run(PlanSet plan, TrainingSettings settings, Executor executor)
     {
         using var signals = new StopSignals();
-        return RunAsync(plan, choices, signals).GetAwaiter().GetResult();
+        return RunAsync(plan, settings, executor, signals).GetAwaiter().GetResult();
     }
 
-    private static async Task<int> RunAsync(PlanSet plan, RunChoices choices, StopSignals signals)
+    private static async Task<int> RunAsync(
+        PlanSet plan, TrainingSettings settings, Executor executor, StopSignals signals)
     {
         ThisMachine.RequireRoomFor(plan);
-        RefuseUsed(choices.Out);
-        var steps = choices.Steps ?? Defaults.StepsOf(Summary.Name(plan));
-        var rate = Defaults.RateOf(Summary.Name(plan), choices.LearningRate, steps);
+        RefuseUsed(settings.Dir);
+        var (steps, rate) = (settings.TrainIters, settings.Schedule());
 
-        var corpus = Corpus.Open(choices.Data);
+        var corpus = Corpus.OpenAll(settings.DataPaths);
         Console.WriteLine($"data: {corpus}");
         var options = new TrainerOptions
         {
-            Batches = new SampledBatches(Sampler(plan, TokenStream.Of(corpus), choices.Seed)),
-            Seed = choices.Seed,
+            Batches = new SampledBatches(Sampler(plan, TokenStream.Of(corpus), settings.Seed)),
+            Seed = settings.Seed,
             LearningRate = rate,
             ThreadsPerRank = ThisMachine.ThreadsPerRank(plan),
-            Executor = choices.Executor,
+            Executor = executor,
         };
-        Console.WriteLine(Heading(plan, steps, rate, choices.Seed));
+        Console.WriteLine(Heading(plan, steps, rate, settings.Seed));
 
         var trainer = await Trainer.StartAsync(plan, options, CancellationToken.None).ConfigureAwait(false);
         await using (trainer.ConfigureAwait(false))
         {
             foreach (var remark in trainer.Remarks)
                 Console.WriteLine(remark);
-            var folder = RunFolder.Create(choices.Out);
+            var folder = RunFolder.Create(settings.Dir);
             signals.Arm();
             PlanFile.Write(Path.Combine(folder, Files.Plan), plan);
             var seen = await StepsAsync(trainer, steps, folder, signals.Token).ConfigureAwait(false);
@@ -98,7 +99,7 @@ internal static class Training
         var mesh = plan.Mesh;
         return string.Create(
             CultureInfo.InvariantCulture,
-            $"plan: {Summary.Name(plan)}, {Summary.Parameters(plan):N0} parameters on {Summary.Count(Summary.Ranks(plan), "rank")}"
+            $"plan: {PlanSummary.Name(plan)}, {PlanSummary.Parameters(plan):N0} parameters on {PlanSummary.Count(PlanSummary.Ranks(plan), "rank")}"
             + $" (TP {mesh.Tensor} x PP {mesh.Pipeline} x DP {mesh.Data}, EP {mesh.Expert}), {plan.Layout}\n"
             + $"run: {steps} steps, learning rate {rate.Peak}, seed {seed}");
     }

@@ -1,6 +1,7 @@
 /// The C#-facing entry: graph + recipe -> plan. Pipeline.fs has the passes.
 namespace DeepSeekGraph.Compiler
 
+open System
 open System.Collections.Generic
 open DeepSeekGraph
 
@@ -17,6 +18,15 @@ type Compilation private () =
     static member Compile(graph: Graph, recipe: Recipe) : PlanSet =
         match Pipeline.run recipe graph with
         | Ok compiled -> compiled.Plan
+        | Error wrong -> raise (DiagnosticException(Array.ofList wrong))
+
+    /// The same; `observe` sees what each pass leaves: its number from 1, its name, and the job as it stands.
+    static member Compile(graph: Graph, recipe: Recipe, observe: Action<int, string, Progress>) : PlanSet =
+        let seen n name progress = observe.Invoke(n, name, progress)
+
+        match Pipeline.observed seen recipe graph with
+        | Ok { Form = Form.Plan plan } -> plan
+        | Ok _ -> invalidOp "the last pass made no plan (a bug in dsg)"
         | Error wrong -> raise (DiagnosticException(Array.ofList wrong))
 
     /// The plan, or every mistake found.

@@ -110,7 +110,8 @@ module Pipeline =
         }
         {
             Name = "context"
-            Why = "before gradients: what is gathered for keys forward is then a partial sum backward, reduced where it came from"
+            Why =
+                "before gradients: what is gathered for keys forward is then a partial sum backward, reduced where it came from"
             Run =
                 fun progress ->
                     ContextParallel.run progress.Mesh (logical progress)
@@ -129,7 +130,10 @@ module Pipeline =
             Run =
                 fun progress ->
                     Autodiff.differentiate "loss" (logical progress)
-                    |> Result.map (fun joint -> { progress with Form = Form.Logical joint })
+                    |> Result.map (fun joint -> {
+                        progress with
+                            Form = Form.Logical joint
+                    })
         }
         onGraph
             "recompute"
@@ -137,7 +141,8 @@ module Pipeline =
             (fun progress -> Recompute.run (List.ofSeq progress.Recipe.Recompute))
         {
             Name = "partition"
-            Why = "once forward and backward are one graph: one rule shards both, a collective wherever two layouts disagree"
+            Why =
+                "once forward and backward are one graph: one rule shards both, a collective wherever two layouts disagree"
             Run =
                 fun progress ->
                     let recipe = progress.Recipe
@@ -168,7 +173,8 @@ module Pipeline =
         }
         {
             Name = "lower"
-            Why = "last: slots, programs, timetables, epilogue and memory of stages; the plan is then proven anew from its text alone"
+            Why =
+                "last: slots, programs, timetables, epilogue and memory of stages; the plan is then proven anew from its text alone"
             Run =
                 fun progress ->
                     match progress.Form with
@@ -200,7 +206,14 @@ module Pipeline =
         | Ok after ->
             match verify after.Mesh after.Form with
             | [] -> Ok after
-            | wrong -> Error [ for d in wrong -> { d with At = $"after pass %s{pass.Name}, %s{d.At}" } ]
+            | wrong ->
+                Error [
+                    for d in wrong ->
+                        {
+                            d with
+                                At = $"after pass %s{pass.Name}, %s{d.At}"
+                        }
+                ]
 
     let private start (recipe: Recipe) (declared: Graph) : Result<Progress, Diagnostic list> =
         Mesh.create recipe.Degrees

@@ -225,11 +225,7 @@ type Recipe = private {
     /// All rules but those named.
     member this.WithoutFusions([<ParamArray>] rules: string[]) = {
         this with
-            fusions =
-                (if rules.Length = 0 then
-                     FusionChoice.All
-                 else
-                     FusionChoice.AllBut(List.ofArray rules))
+            fusions = (if rules.Length = 0 then FusionChoice.All else FusionChoice.AllBut(List.ofArray rules))
     }
 
     member this.WithRecompute([<ParamArray>] names: string[]) = {

@@ -4,6 +4,7 @@ namespace DeepSeekGraph.Compiler
 open System
 open System.Collections.Generic
 open System.Globalization
+open System.Runtime.InteropServices
 open DeepSeekGraph
 
 /// One choice of a recipe.
@@ -15,7 +16,20 @@ type Setting = {
     Read: Recipe -> string
     /// The recipe with another value; None where the text is none.
     Write: Recipe -> string -> Recipe option
-}
+} with
+
+    /// The recipe's choice, as text.
+    member this.Value(recipe: Recipe) : string = this.Read recipe
+
+    /// The recipe with another choice; false where the text is none.
+    member this.TryChange(recipe: Recipe, text: string, [<Out>] changed: byref<Recipe>) : bool =
+        match this.Write recipe text with
+        | Some other ->
+            changed <- other
+            true
+        | None ->
+            changed <- recipe
+            false
 
 /// The list of settings; its order is that of a plan's recipe lines.
 [<RequireQualifiedAccess>]
@@ -48,11 +62,8 @@ module RecipeSettings =
 
     /// One of a closed list.
     let private choice key (all: 'a seq) (name: 'a -> string) (read: Recipe -> 'a) (write: Recipe -> 'a -> Recipe) =
-        setting
-            key
-            ("one of " + String.Join(" ", Seq.map name all))
-            (read >> name)
-            (fun recipe value -> all |> Seq.tryFind (fun a -> name a = value) |> Option.map (write recipe))
+        setting key ("one of " + String.Join(" ", Seq.map name all)) (read >> name) (fun recipe value ->
+            all |> Seq.tryFind (fun a -> name a = value) |> Option.map (write recipe))
 
     let private flag key read write = choice key [ true; false ] (sprintf "%b") read write
 

@@ -13,6 +13,9 @@ public sealed record DeepSeekV3(DeepSeekV3Config Config) : Model
 
     public override double InitializerRange => Config.InitializerRange;
 
+    public override IReadOnlyList<string> Facts
+        => [.. RecordFields.Of(Config).Select(setting => $"model.{setting.Key}={setting.Text}")];
+
     public override IReadOnlyList<Diagnostic> Check() => ConfigCheck.Check(Config);
 
     public override Tensor Forward(ModelScope m, Tensor ids_BS)

@@ -33,6 +33,9 @@ public abstract record Model
         });
     }
 
+    /// The model's sizes as `model.key=value` lines, which its plans record.
+    public virtual IReadOnlyList<string> Facts => [];
+
     /// Mistakes of the model's own settings.
     public virtual IReadOnlyList<Diagnostic> Check() => [];
 
@@ -60,7 +63,15 @@ public abstract record Model
 
     /// What every rank of the recipe's cluster will do; mistakes are thrown together as a DiagnosticException.
     public PlanSet Compile(Recipe recipe)
-        => Compilation.Compile(Declare(recipe.MicroBatch * Compilation.Mesh(recipe).Data, recipe.SeqLength), recipe);
+        => Compilation.Compile(DeclareFor(recipe), recipe.WithFacts(Facts));
+
+    /// The same; `observe` sees what each pass leaves, numbered from 1 in the order of Pipeline.passes.
+    public PlanSet Compile(Recipe recipe, Action<int, string, Progress> observe)
+        => Compilation.Compile(DeclareFor(recipe), recipe.WithFacts(Facts), observe);
+
+    /// The forward graph of one microbatch over all data ranks.
+    private Graph DeclareFor(Recipe recipe)
+        => Declare(recipe.MicroBatch * Compilation.Mesh(recipe).Data, recipe.SeqLength);
 
     /// A model from its forward pass alone.
     public static Model Of(Func<ModelScope, Tensor, Tensor> forward) => new Lambda(forward);

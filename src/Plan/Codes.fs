@@ -203,3 +203,7 @@ module Codes =
     /// A plan has more ranks, or needs more memory, than this machine can run.
     [<Literal>]
     let JobTooLarge = "DSG0903"
+
+    /// --set names a setting that a job does not have, or one that the command does not use.
+    [<Literal>]
+    let UnknownSetting = "DSG0904"

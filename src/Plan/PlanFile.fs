@@ -6,7 +6,14 @@ open System.IO
 open System.Security.Cryptography
 open System.Text
 
-/// Reads and writes plan files; the last line of a file is the hash of all before it.
+/// How a plan is encoded; the hash is the same for both.
+type PlanForm =
+    /// To read and compare; the last line is the hash of all before it.
+    | Text = 0
+    /// To ship: less than half the size.
+    | Binary = 1
+
+/// Reads and writes plan files of both forms.
 [<AbstractClass; Sealed>]
 type PlanFile private () =
     static let largest = 1L <<< 28
@@ -26,15 +33,26 @@ type PlanFile private () =
 
             let bytes = Array.zeroCreate<byte>(int file.Length)
             file.ReadExactly(bytes.AsSpan())
-            utf8.GetString bytes
+            bytes
         with
         | :? FileNotFoundException
         | :? DirectoryNotFoundException ->
             raise (wrong path "there is no such file" "give a plan file that dsg compile wrote")
         | :? IOException
         | :? UnauthorizedAccessException as e -> raise (wrong path $"the file cannot be read: %s{e.Message}" "")
-        | :? ArgumentException ->
-            raise (wrong path "the file is not UTF-8 text" "give a plan file that dsg compile wrote")
+
+    static let textOf (path: string) (bytes: byte[]) =
+        try
+            utf8.GetString bytes
+        with :? ArgumentException ->
+            raise (
+                wrong path "the file is neither a binary plan nor UTF-8 text" "give a plan file that dsg compile wrote"
+            )
+
+    static let orThrow (result: Result<PlanSet, Diagnostic list>) =
+        match result with
+        | Ok plan -> plan
+        | Error diagnostics -> raise (DiagnosticException(Array.ofList diagnostics))
 
     /// The text form.
     static member Print(plan: PlanSet) : string = PlanText.print plan
@@ -63,22 +81,35 @@ type PlanFile private () =
             else
                 text
 
-        match PlanText.parseFrom source body with
-        | Ok plan -> plan
-        | Error diagnostics -> raise (DiagnosticException(Array.ofList diagnostics))
+        orThrow (PlanText.parseFrom source body)
 
-    /// The plan in a file; throws DiagnosticException if it is none.
-    static member Read(path: string) : PlanSet = PlanFile.Parse(load path, path)
+    /// The plan in a file of either form; throws DiagnosticException if it is none.
+    static member Read(path: string) : PlanSet =
+        let bytes = load path
+
+        if PlanBinary.isBinary bytes then
+            orThrow (PlanBinary.parseFrom path bytes)
+        else
+            PlanFile.Parse(textOf path bytes, path)
+
+    /// Writes a plan's text form and returns its hash.
+    static member Write(path: string, plan: PlanSet) : string = PlanFile.Write(path, plan, PlanForm.Text)
 
     /// Writes a plan in one go and returns its hash; a file that was there before is replaced or stays whole.
-    static member Write(path: string, plan: PlanSet) : string =
+    static member Write(path: string, plan: PlanSet, form: PlanForm) : string =
         let text = PlanText.print plan
         let hash = hashOf text
+
+        let bytes =
+            match form with
+            | PlanForm.Binary -> PlanBinary.print plan
+            | _text -> utf8.GetBytes(text + mark + hash + "\n")
+
         let temporary = $"%s{path}.%i{Environment.ProcessId}.tmp"
 
         try
             try
-                File.WriteAllText(temporary, text + mark + hash + "\n", utf8)
+                File.WriteAllBytes(temporary, bytes)
                 File.Move(temporary, path, true)
             finally
                 File.Delete temporary

@@ -120,6 +120,81 @@ let tests =
             "--dtype"
             "fp32"
         ]
+        refused "an unknown setting" "DSG0904" [ "model.num_layers" ] [
+            "compile"
+            "--out"
+            "x"
+            "--set"
+            "model.num_layer=3"
+        ]
+
+        refused "a setting of another kind" "DSG0902" [ "a whole number" ] [
+            "recipes"
+            "show"
+            "deepseek_v3_tiny"
+            "--set"
+            "recipe.global_batch_size=many"
+        ]
+
+        refused "no assignment" "DSG0902" [ "KEY=VALUE" ] [
+            "recipes"
+            "show"
+            "deepseek_v3_tiny"
+            "--set"
+            "model.num_layers"
+        ]
+
+        refused "a setting that changes no plan" "DSG0904" [ "training.lr" ] [
+            "compile"
+            "--out"
+            "x"
+            "--dtype"
+            "fp32"
+            "--set"
+            "training.lr=1e-3"
+        ]
+
+        refused "a model of impossible sizes" "DSG0701" [ "n_group" ] [
+            "compile"
+            "--out"
+            "x"
+            "--dtype"
+            "fp32"
+            "--set"
+            "model.n_group=5"
+        ]
+
+        refused "two recipes" "DSG0902" [ "deepseek_v3_proxy" ] [
+            "compile"
+            "deepseek_v3_tiny"
+            "--recipe"
+            "deepseek_v3_proxy"
+            "--out"
+            "x"
+        ]
+
+        refused "an unknown fusion rule" "DSG0401" [ "permute" ] [
+            "compile"
+            "--out"
+            "x"
+            "--dtype"
+            "fp32"
+            "--set"
+            "recipe.fusions=-permut"
+        ]
+
+        refused "an unknown plan form" "DSG0902" [ "binary" ] [
+            "compile"
+            "--out"
+            "x"
+            "--dtype"
+            "fp32"
+            "--format"
+            "json"
+        ]
+
+        refused "comparing with what is no plan" "DSG0601" [ "garbage.txt" ] [ "diff"; "garbage.txt"; "garbage.txt" ]
+        refused "explaining a missing plan" "DSG0603" [ "nowhere" ] [ "explain"; "nowhere" ]
         refused "missing data" "DSG0810" [ "nowhere" ] [ "pretrain"; "--data"; "nowhere"; "--dtype"; "fp32" ]
         refused "empty data" "DSG0811" [ "empty.txt" ] [ "pretrain"; "--data"; "empty.txt"; "--dtype"; "fp32" ]
 
@@ -167,7 +242,7 @@ let tests =
                 let all = Dsg.run folder [ "recipes" ]
                 let one = Dsg.run folder [ "recipes"; "show"; "deepseek_v3_pretrain" ]
                 Expect.stringContains all.Out "deepseek_v3_tiny" "list"
-                Expect.stringContains one.Out "NRoutedExperts" "model"
+                Expect.stringContains one.Out "n_routed_experts" "model"
                 Expect.stringContains one.Out "pipeline" "recipe")
         }
 

@@ -6,4 +6,6 @@ open DeepSeekGraph.Testing
 
 [<EntryPoint>]
 let main argv =
-    TestMain.run argv (testSequenced (testList "Cli" [ LossCurveTests.tests; ArgumentsTests.tests; RunTests.tests ]))
+    TestMain.run
+        argv
+        (testSequenced (testList "Cli" [ LossCurveTests.tests; ArgumentsTests.tests; PlanTests.tests; RunTests.tests ]))

@@ -17,6 +17,7 @@ let main argv =
             PipelineTests.tests
             TimetableTests.tests
             PlanTextTests.tests
+            PlanBinaryTests.tests
             KernelOpsTests.tests
             BundleTests.tests
             OptimizerTests.tests

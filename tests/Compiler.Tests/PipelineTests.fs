@@ -69,6 +69,12 @@ let tests =
             let layouts = Array.copy local.Layouts
             layouts[3] <- Array.create mesh.Axes.Count (AxisState.Split 9)
             Expect.isNonEmpty (Pipeline.verify mesh (Form.Local { local with Layouts = layouts })) "found"
-            let short = Form.Local { local with Layouts = local.Layouts[1..] }
+
+            let short =
+                Form.Local {
+                    local with
+                        Layouts = local.Layouts[1..]
+                }
+
             Expect.isNonEmpty (Pipeline.verify mesh short) "too few"
     ]

@@ -30,12 +30,79 @@ let private fuses =
             Expect.equal (count _.IsRope, count _.IsRouteProbs) (0, 0) "nothing is left"
 
 let private summary =
-    testCase "a summary has a line for each stage"
+    testCase "a summary has degrees, and two tables with a line for each stage"
     <| fun () ->
         let plan = Recipes.Tiny.Compile()
-        let lines = plan.Summary().TrimEnd('\n').Split '\n'
-        Expect.equal lines.Length (4 + plan.Stages.Count) "lines"
-        Expect.stringContains lines[0] "on 8 ranks" "ranks"
+        let text = plan.Summary()
+        Expect.stringContains text "8 in 2 stages" "ranks"
+        let ofStage (line: string) = line.StartsWith "  0 " || line.StartsWith "  1 "
+        Expect.equal (text.Split '\n' |> Array.filter ofStage |> Array.length) 4 "lines"
+
+/// What a token costs by formula, and what the plan of 671B executes for it.
+let private flops =
+    testCase "FLOPs of the 671B plan: the formula's, and every difference has a name"
+    <| fun () ->
+        let plan = Recipes.Pretrain.Compile()
+        let config = FlopsTable.ConfigOf plan
+        Expect.equal config Recipes.Pretrain.Config "the plan records its model"
+        let rows = FlopsTable.Of(plan, config)
+        Expect.equal (rows |> Seq.sumBy _.Formula) 259_992_950_784.0 "formula"
+
+        for row in rows do
+            Expect.equal (row.Why <> "") (row.Difference <> 0.0) $"%s{row.Part}: %f{row.Difference} %s{row.Why}"
+
+        let exact = [
+            FlopsParts.Dense
+            FlopsParts.Routed
+            FlopsParts.Shared
+            FlopsParts.Projections
+            FlopsParts.MultiToken
+            FlopsParts.Logits
+        ]
+
+        for part in exact do
+            let row = rows |> Seq.find (fun r -> r.Part = part)
+            Expect.floatClose Accuracy.veryHigh row.Plan row.Formula part
+
+        let of' part = rows |> Seq.find (fun r -> r.Part = part)
+        // 3.5 of flash attention and 1 of recompute, for the formula's 3
+        Expect.floatClose Accuracy.veryHigh (of' FlopsParts.Core).Plan ((of' FlopsParts.Core).Formula * 1.5) "core"
+        Expect.equal (rows |> Seq.exists (fun r -> r.Part = FlopsParts.Other)) false "nothing is left over"
+
+/// Arguments of a recipe end in its plan's lines and its training.
+let private arguments =
+    testCase "arguments of the pretrain recipe are what it says"
+    <| fun () ->
+        let job =
+            DeepSeekV3Recipes.Pretrain(
+                name = "mine",
+                dataPaths = [| "a.jsonl"; "b.jsonl" |],
+                dir = "results",
+                trainIters = 500_000,
+                globalBatchSize = 2048,
+                seqLength = 8192,
+                mtpNumLayers = 0,
+                moePermuteFusion = false
+            )
+
+        let lines = RecipeSettings.lines job.Recipe
+
+        for line in
+            [
+                "name=mine"
+                "global_batch_size=2048"
+                "seq_length=8192"
+                "fusions=-permute_with_probs,-permute,-unpermute"
+                "optimizer.eps=1E-05"
+            ] do
+            Expect.contains lines line "line"
+
+        Expect.equal (job.Config.NumNextnPredictLayers, job.Training.TrainIters) (0, 500_000) "model and training"
+        Expect.equal (List.ofSeq job.Training.DataPaths, job.Training.Dir) ([ "a.jsonl"; "b.jsonl" ], "results") "data"
+        let rate = job.Training.Schedule()
+        Expect.equal (rate.WarmupSteps, rate.TotalSteps, rate.Peak) (2000L, 500_000L, 3e-4) "learning rate"
+        Expect.equal (Mesh.world (Compilation.Mesh(DeepSeekV3Recipes.Pretrain().Recipe))) 1024 "1024 ranks"
+        Expect.equal (Mesh.world (Compilation.Mesh(DeepSeekV3Recipes.Pretrain32Nodes().Recipe))) 256 "256 ranks"
 
 let private unknown =
     testCase "an unknown recipe is told with the names of the known ones"
@@ -53,6 +120,8 @@ let tests =
         compiles Recipes.Proxy 1
         compiles Recipes.Pretrain 1024
         fuses
+        flops
+        arguments
         summary
         unknown
     ]

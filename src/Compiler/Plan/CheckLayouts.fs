@@ -387,8 +387,7 @@ let checkGraph (mesh: MeshInfo) (p: Partitioned) : Diagnostic list =
 
                 match KernelOps.ofOp op (types node.Inputs) (types node.Outputs) with
                 | Some(kernel, attributes) ->
-                    StepCheck(mesh, slots, report)
-                        .Launch(kernel, Array.ofList attributes, node.Inputs, node.Outputs)
+                    StepCheck(mesh, slots, report).Launch(kernel, Array.ofList attributes, node.Inputs, node.Outputs)
                 | None ->
                     // sources lie as they like; other names of a value lie as it does
                     for v in node.Inputs do

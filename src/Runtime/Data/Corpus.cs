@@ -30,6 +30,14 @@ public sealed class Corpus
     /// The corpus at `path` (.txt, .jsonl, .nvjsonl or a folder of them); null means the default one.
     public static Corpus Open(string? path) => path is null ? Default() : FromPath(path);
 
+    /// The corpora at several paths, joined in this order; none means the default one.
+    public static Corpus OpenAll(IReadOnlyList<string> paths) => paths switch
+    {
+        [] => Default(),
+        [var one] => FromPath(one),
+        _ => FromTexts(string.Join(", ", paths), paths.SelectMany(DataFiles.Read)),
+    };
+
     /// The reference documentation that the .NET SDK installs; DSG0810 where there is none.
     public static Corpus Default() => ReferenceDocs.Load();
 

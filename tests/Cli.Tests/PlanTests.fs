@@ -1,0 +1,169 @@
+/// Commands on plans: both forms, dump, show, check, diff and explain.
+module DeepSeekGraph.Cli.Tests.PlanTests
+
+open System
+open System.IO
+open System.Text.Json
+open Expecto
+open DeepSeekGraph
+open DeepSeekGraph.Compiler
+open DeepSeekGraph.Cli.Tests
+
+let private succeed folder arguments =
+    let result = Dsg.run folder arguments
+    Expect.equal (result.Code, result.Error) (0, "") $"dsg %A{arguments}: %s{result.Out}"
+    result.Out
+
+let private small = [ "--dtype"; "fp32"; "--set"; "recipe.seq_length=32" ]
+let private compile folder out more = succeed folder ([ "compile"; "--out"; out ] @ small @ more) |> ignore
+
+let private recipes = test "settings are shown as they are set, in our words or Megatron's" {
+    Dsg.inFolder (fun folder ->
+        let shown =
+            succeed folder [
+                "recipes"
+                "show"
+                "deepseek_v3_pretrain"
+                "--json"
+                "--set"
+                "model.num_layers=12"
+                "--set"
+                "recipe.global_batch_size=64"
+                "--set"
+                "optimizer.beta2=0.99"
+                "--set"
+                "model.rope_scaling=none"
+            ]
+
+        use json = JsonDocument.Parse shown
+        let at (part: string) (key: string) = json.RootElement.GetProperty(part).GetProperty key
+        Expect.equal ((at "model" "num_hidden_layers").GetInt32()) 12 "layers"
+        Expect.equal ((at "recipe" "global_batch_size").GetInt32()) 64 "batch"
+        Expect.equal ((at "optimizer" "beta2").GetDouble()) 0.99 "beta2"
+        Expect.equal (at "model" "rope_scaling").ValueKind JsonValueKind.Null "no YaRN"
+        Expect.equal ((at "training" "lr_warmup_iters").GetInt32()) 2000 "warm-up")
+}
+
+let private passes = test "the passes that are listed are those that a compilation writes down" {
+    Dsg.inFolder (fun folder ->
+        let listed = succeed folder [ "passes" ]
+        compile folder "plan.txt" [ "--dump"; "dump" ]
+
+        let dumped =
+            Directory.GetFiles(Path.Combine(folder, "dump"), "*.*")
+            |> Array.map (fun f -> nonNull (Path.GetFileName f))
+            |> Array.filter (fun f -> Char.IsAsciiDigit f[0])
+            |> Array.sort
+
+        let names = "declared" :: (Pipeline.passes |> List.map _.Name)
+        Expect.equal [ for f in dumped -> f[3 .. f.IndexOf '.' - 1] ] names "files"
+
+        for i, pass in List.indexed Pipeline.passes do
+            Expect.stringContains listed $"%i{i + 1} %s{pass.Name}" "listed"
+            Expect.stringContains listed pass.Why "why"
+
+        let last = File.ReadAllText(Path.Combine(folder, "dump", Array.last dumped))
+        Expect.stringStarts (File.ReadAllText(Path.Combine(folder, "plan.txt"))) last "the last one is the plan"
+        let first = File.ReadAllText(Path.Combine(folder, "dump", dumped[0]))
+        Expect.isOk (Text.parse first) "a graph that parses back")
+}
+
+let private forms = test "both forms are one plan to every command; diff tells equal from different" {
+    Dsg.inFolder (fun folder ->
+        compile folder "a.txt" []
+        compile folder "a.bin" [ "--recipe"; "deepseek_v3_tiny"; "--format"; "binary" ]
+        let path name = Path.Combine(folder, name)
+        Expect.equal (PlanFile.Read(path "a.bin")) (PlanFile.Read(path "a.txt")) "content"
+        Expect.isLessThan (2L * FileInfo(path "a.bin").Length) (FileInfo(path "a.txt").Length) "bytes"
+        Expect.stringContains (succeed folder [ "diff"; "a.txt"; "a.bin" ]) "equal" "diff"
+        Expect.stringContains (succeed folder [ "check"; "a.bin" ]) "8 ranks holds" "check"
+        let text = File.ReadAllText(path "a.txt")
+        Expect.stringStarts text (succeed folder [ "show"; "a.bin" ]) "show"
+
+        compile folder "b.txt" [ "--set"; "model.num_layers=5"; "--set"; "recipe.layout=Ettt|ttmL" ]
+        let apart = Dsg.run folder [ "diff"; "a.bin"; "b.txt" ]
+        Expect.equal (apart.Code, apart.Error) (1, "") "exit code"
+
+        for line in
+            [
+                "- model.num_hidden_layers=4"
+                "+ model.num_hidden_layers=5"
+                "- layout Ettt|tmL"
+                "+ model.layers.5."
+                "stage 1, program F"
+            ] do
+            Expect.stringContains apart.Out line "difference"
+
+        Expect.isFalse (apart.Out.Contains "stage 0, units") "the first stage holds the same units"
+
+        let bytes = File.ReadAllBytes(path "a.bin")
+        bytes[bytes.Length / 2] <- bytes[bytes.Length / 2] ^^^ 4uy
+        File.WriteAllBytes(path "a.bin", bytes)
+        let damaged = Dsg.run folder [ "run"; "a.bin" ]
+        Expect.equal damaged.Code 1 "exit code"
+        Expect.stringStarts damaged.Error "error DSG060" "damage is told")
+}
+
+let private explain =
+    test "a plan is explained: FLOPs that add up, memory, and every collective with its cause and link" {
+        Dsg.inFolder (fun folder ->
+            compile folder "plan.txt" []
+
+            let explained nodes =
+                JsonDocument.Parse(succeed folder [ "explain"; "plan.txt"; "--json"; "--gpus-per-node"; nodes ])
+
+            use json = explained "2"
+            let root = json.RootElement
+            let flops = root.GetProperty "flops_per_token"
+            let number (e: JsonElement) (key: string) = e.GetProperty(key).GetDouble()
+            let parts = [ for p in flops.GetProperty("parts").EnumerateArray() -> p ]
+            let sum key = parts |> List.sumBy (fun p -> number p key)
+            Expect.equal (sum "formula") (number flops "formula") "formula"
+            Expect.floatClose Accuracy.high (sum "formula" + sum "difference") (number flops "plan") "differences"
+
+            for part in parts do
+                if number part "difference" <> 0.0 then
+                    Expect.isGreaterThan ((nonNull (part.GetProperty("why").GetString())).Length) 10 "named"
+
+            let plan = PlanFile.Read(Path.Combine(folder, "plan.txt"))
+
+            let starts =
+                plan.Stages
+                |> Seq.sumBy (fun s ->
+                    s.Programs |> Seq.sumBy (fun p -> p.Steps |> Seq.filter _.IsStart |> Seq.length))
+
+            let lines = [ for c in root.GetProperty("collectives").EnumerateArray() -> c ]
+            Expect.equal lines.Length starts "every collective"
+            let text (e: JsonElement) (key: string) = nonNull (e.GetProperty(key).GetString())
+            let rules = lines |> List.map (fun c -> text c "rule") |> List.distinct
+
+            for rule in
+                [
+                    "gather seq for q_b_proj: split over tp"
+                    "reduce partial sum of o_proj over tp, split on seq"
+                    "dispatch: rows to experts over"
+                    "combine: rows to tokens over"
+                    "pipeline: a value that stage 1 reads"
+                    "gradient sync of model.layers.0.self_attn.o_proj.weight"
+                ] do
+                Expect.isTrue (rules |> List.exists _.StartsWith(rule)) $"%s{rule} in %A{rules}"
+
+            // tp pairs fill a node of two; stages do not
+            for c in lines do
+                if text c "group" = "tp" then
+                    Expect.equal (text c "link") "intra-node" (text c "rule")
+
+                if text c "kind" = "send" then
+                    Expect.equal (text c "link") "inter-node" (text c "rule")
+
+            use whole = explained "8"
+
+            for c in whole.RootElement.GetProperty("collectives").EnumerateArray() do
+                Expect.equal (text c "link") "intra-node" "eight ranks are one node"
+
+            let readable = succeed folder [ "explain"; "plan.txt" ]
+            Expect.stringContains readable "attention core" "FLOPs"
+            Expect.stringContains readable "memory of a rank" "memory")
+    }
+
+let tests = testList "Plan" [ recipes; passes; forms; explain ]
