@@ -280,10 +280,15 @@ module PlanTraffic =
                             let group = plan.Groups[id]
                             let struct (members, elsewhere) = reach stage.Stage group
 
-                            // the first operand travels; the others are row sets that say where
+                            // the first operand of each tuple travels; the others are row sets that say where
+                            let each = if outputs.Count = 0 then inputs.Count else inputs.Count / outputs.Count
+
                             let bytes =
                                 match kind with
                                 | Collective.Recv _ -> Lowering.Memory.bytes stage.Slots[outputs[0]]
+                                | _other when kind.TakesTuples ->
+                                    seq { 0..each .. inputs.Count - 1 }
+                                    |> Seq.sumBy (fun i -> Lowering.Memory.bytes stage.Slots[inputs[i]])
                                 | _other -> Lowering.Memory.bytes stage.Slots[inputs[0]]
 
                             let slot (ids: IReadOnlyList<int>) i = stage.Slots[ids[i]]
@@ -303,7 +308,12 @@ module PlanTraffic =
                                 Stage = stage.Stage
                                 Program = program.Name
                                 Kind = kindName kind
-                                Rule = rule stage near program kind group inputs outputs path
+                                Rule =
+                                    rule stage near program kind group inputs outputs path
+                                    + (if kind.TakesTuples && outputs.Count > 1 then
+                                           $", and %i{outputs.Count - 1} more in one bundle"
+                                       else
+                                           "")
                                 Path = path
                                 Group = group.Name
                                 Members = members
