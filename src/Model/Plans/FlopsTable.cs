@@ -59,7 +59,7 @@ public static class FlopsTable
             return FlopsParts.Optimizer;
         if (kernel.StartsWith("attention", StringComparison.Ordinal))
             return FlopsParts.Core;
-        if (kernel.StartsWith("rms_norm", StringComparison.Ordinal))
+        if (kernel.Contains("rms_norm", StringComparison.Ordinal))
             return FlopsParts.Norms;
         if (kernel.StartsWith("rope", StringComparison.Ordinal) || kernel == "rotary_table")
             return FlopsParts.Rotation;
@@ -69,7 +69,7 @@ public static class FlopsTable
             return FlopsParts.Balance;
         if (path.Contains("gate"))
             return FlopsParts.Router;
-        if (kernel.StartsWith("linear_cross_entropy", StringComparison.Ordinal))
+        if (kernel.StartsWith("linear_log_sum_exp", StringComparison.Ordinal))
             return FlopsParts.Logits;
         if (path.Contains("loss"))
             return FlopsParts.Loss;
@@ -96,6 +96,8 @@ public static class FlopsTable
                 "flash attention's backward makes the scores again (2.5 x forward, not 2 x); "
                     + "and recompute runs the forward kernel twice",
             FlopsParts.Core => "flash attention's backward makes the scores again: 2.5 x forward, not 2 x",
+            FlopsParts.Logits when difference > 0 =>
+                "linear and cross-entropy in blocks makes the logits again in the backward pass",
             FlopsParts.Norms => "the formula counts one product for each latent feature; a norm is 8 operations an element",
             FlopsParts.Router => "the formula leaves the router out: its product, sigmoid, top-k and probabilities",
             FlopsParts.Balance => "the formula leaves the balance loss out",
