@@ -57,7 +57,6 @@ let private flops =
             FlopsParts.Shared
             FlopsParts.Projections
             FlopsParts.MultiToken
-            FlopsParts.Logits
         ]
 
         for part in exact do
