@@ -1,5 +1,5 @@
 #!/bin/sh
-# Everything a developer or CI does: ./build.sh [build | test [AREA...] | check | fix | publish]; see CONTRIBUTING.md.
+# Everything a developer or CI does: ./build.sh [build | test [AREA...] | check | fix | bench | publish]; see CONTRIBUTING.md.
 set -u
 cd "$(dirname "$0")" || exit 1
 export DOTNET_CLI_TELEMETRY_OPTOUT=1 DOTNET_NOLOGO=1 MSBUILDDISABLENODEREUSE=1
@@ -61,7 +61,9 @@ case "$command" in
   test) test_all "$@" ;;
   check) check_style && test_all ;;
   fix) fix_style ;;
+  # The training step by hand, compiled and interpreted, side by side; committed results are in benchmarks/results.
+  bench) build && THP_MEM_ALLOC_ENABLE=1 dotnet artifacts/bin/Benchmarks/release/DeepSeekGraph.Benchmarks.dll "$@" ;;
   # A folder that runs without dotnet; LibTorch is found through DSG_LIBTORCH (docs/adr/0008).
   publish) dotnet publish src/Cli -nologo -v quiet --self-contained -o "${1:-artifacts/publish/dsg}" ;;
-  *) echo 'usage: ./build.sh [build | test [AREA...] | check | fix | publish [FOLDER]]' >&2; exit 2 ;;
+  *) echo 'usage: ./build.sh [build | test [AREA...] | check | fix | bench [ROUNDS [--profile]] | publish [FOLDER]]' >&2; exit 2 ;;
 esac
