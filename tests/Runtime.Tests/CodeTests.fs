@@ -6,6 +6,7 @@ open System.Collections.Generic
 open System.Runtime.CompilerServices
 open System.Runtime.Loader
 open System.Threading
+open FSharp.Reflection
 open Expecto
 open TorchSharp
 open DeepSeekGraph
@@ -152,6 +153,25 @@ let private writing =
                 | other -> $"%A{other}"
 
             Expect.equal (Array.map (Array.map bits) constants) [| Array.map bits numbers |] "same bits"
+            context.Unload())
+
+        testCase "every kind of collective is written as itself" (fun () ->
+            let kinds = [
+                for form in FSharpType.GetUnionCases typeof<Collective> do
+                    let fields = form.GetFields() |> Array.mapi (fun i _ -> box (i + 2))
+                    FSharpValue.MakeUnion(form, fields) :?> Collective
+            ]
+
+            let values = String.Join(", ", kinds |> List.map CodeWriter.Kind)
+
+            let text =
+                $"using DeepSeekGraph; public static class K {{ public static readonly Collective[] All = [%s{values}]; }}"
+
+            let context = AssemblyLoadContext("kinds", true)
+            let assembly = context.LoadFromStream(new IO.MemoryStream(CodeCompiler.Compile text))
+            let field = (nonNull (assembly.GetType "K")).GetField "All" |> nonNull
+            let written = field.GetValue null :?> Collective[] |> nonNull
+            Expect.equal (List.ofArray written) kinds "read back"
             context.Unload())
 
         testCase "a source that does not compile is told as a bug" (fun () ->

@@ -2,6 +2,7 @@
 using System.Diagnostics;
 using System.Globalization;
 using System.Text;
+using Microsoft.FSharp.Reflection;
 
 namespace DeepSeekGraph.Runtime.Execution.Generated;
 
@@ -153,21 +154,14 @@ public sealed class CodeWriter
         return name;
     }
 
-    private static string Kind(Collective kind)
-        => kind switch
-        {
-            Collective.AllGather { Dim: var dim } => $"Collective.NewAllGather({Of(dim)})",
-            Collective.ReduceScatter { Dim: var dim } => $"Collective.NewReduceScatter({Of(dim)})",
-            Collective.AllToAll { SplitDim: var split, JoinDim: var join } => $"Collective.NewAllToAll({Of(split)}, {Of(join)})",
-            Collective.Send { Stage: var stage } => $"Collective.NewSend({Of(stage)})",
-            Collective.Recv { Stage: var stage } => $"Collective.NewRecv({Of(stage)})",
-            { IsAllReduceSum: true } => "Collective.AllReduceSum",
-            { IsAllReduceMax: true } => "Collective.AllReduceMax",
-            { IsRouteToExperts: true } => "Collective.RouteToExperts",
-            { IsRowsToExperts: true } => "Collective.RowsToExperts",
-            { IsRowsToTokens: true } => "Collective.RowsToTokens",
-            _ => throw new UnreachableException($"no code for {kind}"),
-        };
+    /// <summary>A collective as an expression: its case, a word of the plan's own types, and the case's numbers.</summary>
+    internal static string Kind(Collective kind)
+    {
+        var (form, fields) = FSharpValue.GetUnionFields(kind, typeof(Collective), null);
+        return fields.Length == 0
+            ? $"Collective.{form.Name}"
+            : $"Collective.New{form.Name}({string.Join(", ", fields.Select(f => Of((int)f)))})";
+    }
 
     private static string Slots(int[] places) => $"[{string.Join(", ", places.Select(p => $"s[{Of(p)}]"))}]";
 
