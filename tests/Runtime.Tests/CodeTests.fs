@@ -159,7 +159,10 @@ let private writing =
             let kinds = [
                 for form in FSharpType.GetUnionCases typeof<Collective> do
                     let fields = form.GetFields() |> Array.mapi (fun i _ -> box (i + 2))
-                    FSharpValue.MakeUnion(form, fields) :?> Collective
+
+                    match FSharpValue.MakeUnion(form, fields) with
+                    | :? Collective as kind -> kind
+                    | other -> failtest $"%O{other} is no collective"
             ]
 
             let values = String.Join(", ", kinds |> List.map CodeWriter.Kind)
@@ -170,8 +173,11 @@ let private writing =
             let context = AssemblyLoadContext("kinds", true)
             let assembly = context.LoadFromStream(new IO.MemoryStream(CodeCompiler.Compile text))
             let field = (nonNull (assembly.GetType "K")).GetField "All" |> nonNull
-            let written = field.GetValue null :?> Collective[] |> nonNull
-            Expect.equal (List.ofArray written) kinds "read back"
+
+            match field.GetValue null with
+            | :? (Collective[]) as written -> Expect.equal (List.ofArray written) kinds "read back"
+            | other -> failtest $"%O{other} is no list of collectives"
+
             context.Unload())
 
         testCase "a source that does not compile is told as a bug" (fun () ->
