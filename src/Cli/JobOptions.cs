@@ -13,6 +13,8 @@ internal sealed record JobChoices(string Recipe)
     public int? Data { get; init; }
     public int? ExpertTensor { get; init; }
     public int? Context { get; init; }
+    public int? VirtualPipeline { get; init; }
+    public int? MicrobatchGroup { get; init; }
     public string? Layout { get; init; }
     public string? Schedule { get; init; }
     public int? MicroBatch { get; init; }
@@ -47,6 +49,12 @@ internal sealed class JobOptions
         "--tp", "Tensor parallel degree; where any degree is given, the others are 1 and not the recipe's");
 
     private readonly Option<int?> _pipeline = Number("--pp", "Pipeline parallel degree: stages");
+    private readonly Option<int?> _virtualPipeline = Number(
+        "--vp", "Chunks of the model on each pipeline rank; 2 and more interleave: pp x vp stages, less waiting");
+
+    private readonly Option<int?> _microbatchGroup = Number(
+        "--microbatch-group", "Microbatches that a chunk runs before the rank's next chunk; without, pp");
+
     private readonly Option<int?> _expert = Number("--ep", "Expert parallel degree");
     private readonly Option<int?> _data = Number(
         "--dp", "Data parallel degree; beside others, the smallest for which etp x ep divides tp x cp x dp");
@@ -63,7 +71,7 @@ internal sealed class JobOptions
 
     private readonly Option<string?> _schedule = new("--schedule")
     {
-        HelpName = "1F1B|GPipe",
+        HelpName = "1F1B|Interleaved1F1B|GPipe",
         Description = "Order of the microbatches in the pipeline",
     };
 
@@ -95,8 +103,8 @@ internal sealed class JobOptions
     {
         command.Add(_recipe);
         foreach (var option in (Option[])[
-            _recipeOption, _set, _tensor, _pipeline, _expert, _data, _expertTensor, _context, _layout, _schedule,
-            _microBatch, _globalBatch, _seqLength, _dtype, _noFuse, _recompute])
+            _recipeOption, _set, _tensor, _pipeline, _virtualPipeline, _microbatchGroup, _expert, _data, _expertTensor,
+            _context, _layout, _schedule, _microBatch, _globalBatch, _seqLength, _dtype, _noFuse, _recompute])
             command.Add(option);
     }
 
@@ -109,6 +117,8 @@ internal sealed class JobOptions
         Data = Degree(parse, _data),
         ExpertTensor = Degree(parse, _expertTensor),
         Context = Degree(parse, _context),
+        VirtualPipeline = Degree(parse, _virtualPipeline),
+        MicrobatchGroup = Degree(parse, _microbatchGroup),
         Layout = parse.GetValue(_layout),
         Schedule = parse.GetValue(_schedule),
         MicroBatch = parse.GetValue(_microBatch),

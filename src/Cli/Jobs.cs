@@ -45,7 +45,16 @@ internal static class Jobs
                 .WithParallelism(choices.Tensor ?? 0, choices.Pipeline ?? 0, choices.Expert ?? 0, choices.Data ?? 0)
                 .WithExpertTensorParallel(choices.ExpertTensor ?? 0)
                 .WithContextParallel(choices.Context ?? 0)
+                .WithVirtualPipeline(1)
                 .WithLayout("");
+        }
+
+        if (choices.VirtualPipeline is not null || choices.MicrobatchGroup is not null)
+        {
+            recipe = recipe.WithVirtualPipeline(
+                choices.VirtualPipeline ?? recipe.VirtualPipeline, choices.MicrobatchGroup ?? recipe.MicrobatchGroup);
+            if (choices.VirtualPipeline is not null)
+                recipe = recipe.WithLayout("");
         }
 
         if (choices.Layout is { } layout)

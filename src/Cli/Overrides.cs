@@ -20,6 +20,8 @@ internal static class Overrides
         ["recipe.context_parallel_size"] = "recipe.context",
         ["recipe.expert_model_parallel_size"] = "recipe.expert",
         ["recipe.expert_tensor_parallel_size"] = "recipe.expert_tensor",
+        ["recipe.virtual_pipeline_model_parallel_size"] = "recipe.virtual_pipeline",
+        ["recipe.microbatch_group_size_per_vp_stage"] = "recipe.microbatch_group",
         ["recipe.pipeline_model_parallel_layout"] = "recipe.layout",
         ["recipe.moe_token_dispatcher_type"] = "recipe.dispatcher",
         ["optimizer.adam_beta1"] = "optimizer.beta1",

@@ -19,11 +19,12 @@ type Form =
 type Progress = {
     Recipe: Recipe
     Mesh: MeshInfo
-    Microbatches: int
+    Schedule: Schedule
+    Pipeline: PipelineShape
     Form: Form
     /// As the recipe says, or for `auto` what was chosen.
     Dispatcher: Dispatcher
-    /// Units of each stage; empty before the cut.
+    /// Units of each stage of the model; empty before the cut.
     Stages: LayoutUnit list list
     /// How often each fusion rule was applied.
     Fusions: (string * int) list
@@ -76,7 +77,8 @@ module Pipeline =
                 Recipe = progress.Recipe
                 Mesh = progress.Mesh
                 Stages = progress.Stages
-                Microbatches = progress.Microbatches
+                Schedule = progress.Schedule
+                Shape = progress.Pipeline
             }
             local
 
@@ -105,7 +107,7 @@ module Pipeline =
             Why = "on the forward graph: its FLOPs are what a cut by cost balances"
             Run =
                 fun progress ->
-                    Stages.run progress.Recipe.Layout progress.Mesh.Pipeline (logical progress)
+                    Stages.run progress.Recipe.Layout progress.Pipeline.Ranks progress.Pipeline.Chunks (logical progress)
                     |> Result.map (fun stages -> { progress with Stages = stages })
         }
         {
@@ -227,12 +229,13 @@ module Pipeline =
                     RecipeCheck.divides recipe mesh declared
                 ]
 
-            match wrong, RecipeCheck.batches recipe mesh with
-            | [], Ok microbatches ->
+            match wrong, RecipeCheck.pipeline recipe mesh with
+            | [], Ok(struct (schedule, pipeline)) ->
                 Ok {
                     Recipe = recipe
                     Mesh = mesh
-                    Microbatches = microbatches
+                    Schedule = schedule
+                    Pipeline = pipeline
                     Form = Form.Logical declared
                     Dispatcher = recipe.Dispatcher
                     Stages = []

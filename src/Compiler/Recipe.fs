@@ -3,6 +3,7 @@ namespace DeepSeekGraph.Compiler
 
 open System
 open System.Collections.Generic
+open System.Runtime.InteropServices
 open DeepSeekGraph
 
 /// AdamW (arXiv 1711.05101), fp32 inside, with clipping by the global norm.
@@ -99,6 +100,8 @@ type Recipe = private {
     sequenceParallel: bool
     dispatcher: Dispatcher
     ranksPerNode: int
+    virtualPipeline: int
+    microbatchGroup: int
     layout: string
     schedule: Schedule
     globalBatch: int
@@ -125,6 +128,8 @@ type Recipe = private {
         sequenceParallel = true
         dispatcher = Dispatcher.AllToAll
         ranksPerNode = 8
+        virtualPipeline = 1
+        microbatchGroup = 0
         layout = ""
         schedule = Schedule.OneFOneB
         globalBatch = 8
@@ -166,6 +171,10 @@ type Recipe = private {
     member this.Dispatcher = this.dispatcher
     /// Consecutive ranks that share fast links (NVLink).
     member this.RanksPerNode = this.ranksPerNode
+    /// Chunks of the model on each pipeline rank; 1: no interleaving.
+    member this.VirtualPipeline = this.virtualPipeline
+    /// Microbatches that a chunk runs in a row before the rank's next chunk; 0: as many as there are pipeline ranks.
+    member this.MicrobatchGroup = this.microbatchGroup
     /// Megatron's layout string; empty: cut by cost.
     member this.Layout = this.layout
     member this.Schedule = this.schedule
@@ -202,6 +211,14 @@ type Recipe = private {
     member this.WithSequenceParallel(on: bool) = { this with sequenceParallel = on }
     member this.WithDispatcher(dispatcher: Dispatcher) = { this with dispatcher = dispatcher }
     member this.WithRanksPerNode(ranks: int) = { this with ranksPerNode = ranks }
+    /// Cuts the model into pipeline x chunks stages; stage i is chunk i / pipeline of rank i % pipeline. More than one chunk implies
+    /// the schedule Interleaved1F1B, with groups of `microbatchGroup` microbatches (0: the pipeline degree).
+    member this.WithVirtualPipeline(chunks: int, [<Optional; DefaultParameterValue(0)>] microbatchGroup: int) = {
+        this with
+            virtualPipeline = chunks
+            microbatchGroup = microbatchGroup
+    }
+
     member this.WithLayout(layout: string) = { this with layout = layout }
     member this.WithSchedule(schedule: Schedule) = { this with schedule = schedule }
 

@@ -101,3 +101,18 @@ let batches (recipe: Recipe) (mesh: MeshInfo) : Result<int, Diagnostic list> =
             $"choose a global batch of %s{near}"
     else
         Ok(recipe.GlobalBatch / together)
+
+/// The schedule that a recipe comes to and the pipeline it is for, or why they do not go together.
+let pipeline (recipe: Recipe) (mesh: MeshInfo) : Result<struct (Schedule * PipelineShape), Diagnostic list> =
+    batches recipe mesh
+    |> Result.bind (fun microbatches ->
+        let shape = {
+            Ranks = mesh.Pipeline
+            Chunks = recipe.VirtualPipeline
+            Microbatches = microbatches
+            Group = recipe.MicrobatchGroup
+        }
+
+        match Timetable.check recipe.Schedule shape with
+        | [] -> Ok(struct (Timetable.resolve recipe.Schedule shape, Timetable.grouped shape))
+        | wrong -> Error wrong)

@@ -103,6 +103,8 @@ module RecipeSettings =
         number "pipeline" _.Pipeline (degrees (fun r n -> struct (r.Tensor, n, r.Expert, r.Data)))
         number "expert_tensor" _.ExpertTensor _.WithExpertTensorParallel
         number "expert" _.Expert (degrees (fun r n -> struct (r.Tensor, r.Pipeline, n, r.Data)))
+        number "virtual_pipeline" _.VirtualPipeline (fun r n -> r.WithVirtualPipeline(n, r.MicrobatchGroup))
+        number "microbatch_group" _.MicrobatchGroup (fun r n -> r.WithVirtualPipeline(r.VirtualPipeline, n))
         flag "sequence_parallel" _.SequenceParallel _.WithSequenceParallel
         choice "dispatcher" Dispatcher.All _.Name _.Dispatcher _.WithDispatcher
         number "ranks_per_node" _.RanksPerNode _.WithRanksPerNode

@@ -47,18 +47,18 @@ let private unitless (graph: Graph) =
         n.Origin.Unit = ModelUnit.Shared
         && n.Inputs |> Array.exists (fun v -> (graph.NodeOf v).Op.IsParameter))
 
-/// The stages of a forward graph on `pp` ranks.
-let run (layout: string) (pp: int) (graph: Graph) : Result<LayoutUnit list list, Diagnostic list> =
+/// The stages of a forward graph on `pp` ranks of `vp` chunks, in the order of the model: pp x vp of them.
+let run (layout: string) (pp: int) (vp: int) (graph: Graph) : Result<LayoutUnit list list, Diagnostic list> =
     let struct (layers, mtp) = count graph
 
     match unitless graph with
-    | Some node when pp > 1 ->
+    | Some node when pp * vp > 1 ->
         Error [
             {
                 Code = Codes.NoUnits
                 At = node.Origin.Path
-                Message = $"the model names no unit for '%s{node.Origin.Path}', so it cannot be cut into %i{pp} stages"
-                Help = "declare its parts in scopes with a ModelUnit (Embed, Layer i, Head), or use pipeline 1"
+                Message = $"the model names no unit for '%s{node.Origin.Path}', so it cannot be cut into %i{pp * vp} stages"
+                Help = "declare its parts in scopes with a ModelUnit (Embed, Layer i, Head), or use pipeline 1 and virtual_pipeline 1"
             }
         ]
     | Some _
@@ -66,11 +66,11 @@ let run (layout: string) (pp: int) (graph: Graph) : Result<LayoutUnit list list,
         if layout <> "" then
             LayoutString.parse layout
             |> Result.bind (fun stages ->
-                match LayoutString.check stages layers mtp pp 1 with
+                match LayoutString.check stages layers mtp pp vp with
                 | [] -> Ok stages
                 | wrong -> Error wrong)
-        elif layers = 61 && mtp = 1 && (LayoutString.deepSeekV3 pp 1).IsSome then
-            LayoutString.parse (LayoutString.deepSeekV3 pp 1).Value
+        elif layers = 61 && mtp = 1 && (LayoutString.deepSeekV3 pp vp).IsSome then
+            LayoutString.parse (LayoutString.deepSeekV3 pp vp).Value
         else
             let cost = costs graph
 
@@ -80,3 +80,4 @@ let run (layout: string) (pp: int) (graph: Graph) : Result<LayoutUnit list list,
                 [ for i in 0 .. mtp - 1 -> cost (ModelUnit.Mtp i) ]
                 (cost ModelUnit.Head)
                 pp
+                vp

@@ -52,6 +52,10 @@ module Codes =
     [<Literal>]
     let ScheduleName = "DSG0503"
 
+    /// Schedule, chunks and microbatches do not go together.
+    [<Literal>]
+    let ScheduleShape = "DSG0504"
+
     /// A plan does not parse.
     [<Literal>]
     let PlanText = "DSG0601"

@@ -7,8 +7,9 @@ open System.Collections.Generic
 [<RequireQualifiedAccess>]
 module PlanSchema =
     /// Raised whenever a field is added, changed or dropped. 2: chunks of a virtual pipeline, groups with a direction.
+    /// 3: S.
     [<Literal>]
-    let Version = 2
+    let Version = 3
 
 /// How a value lies along one mesh axis.
 [<RequireQualifiedAccess; Struct>]
@@ -122,13 +123,18 @@ type Step =
     /// The slot's memory is given back (this microbatch's instance).
     | Free of Slot: int
 
-/// The programs of a chunk: once a step (Prologue, Epilogue) or once a microbatch (F, I, W).
+/// The programs of a chunk: once a step (Prologue, Epilogue) or once a microbatch (F, I, W, S).
 [<RequireQualifiedAccess>]
 type Phase =
     | Prologue
+    /// Forward.
     | F
+    /// Cotangents that leave the chunk.
     | I
+    /// Gradients of parameters.
     | W
+    /// Waits until what I and W sent has arrived, and gives its memory back; late enough to hold nobody up.
+    | S
     | Epilogue
 
     /// As printed.
@@ -138,15 +144,22 @@ type Phase =
         | F -> "F"
         | I -> "I"
         | W -> "W"
+        | S -> "S"
         | Epilogue -> "epilogue"
 
     /// In the order of a step.
-    static member All = [| Prologue; F; I; W; Epilogue |]
+    static member All = [| Prologue; F; I; W; S; Epilogue |]
+
+    /// Those that run once a microbatch, in order.
+    static member EachMicrobatch = [| F; I; W; S |]
+
+    /// Does it run once a step?
+    member this.IsOnce = this.IsPrologue || this.IsEpilogue
 
     /// The program of a chunk as printed: F, or F@2 of chunk 2.
     member this.OfChunk(chunk: int) = if chunk = 0 then this.Name else $"%s{this.Name}@%i{chunk}"
 
-/// Straight-line code. Prologue and epilogue are of chunk 0; every chunk has F, I and W.
+/// Straight-line code. Prologue and epilogue are of chunk 0; every chunk has F, I, W and S.
 type Program = {
     Phase: Phase
     Chunk: int
@@ -171,7 +184,8 @@ type Action = {
         | Phase.Epilogue -> this.Phase.Name
         | Phase.F
         | Phase.I
-        | Phase.W ->
+        | Phase.W
+        | Phase.S ->
             let inChunk = if this.Chunk = 0 then "" else $"@%i{this.Chunk}"
             $"%s{this.Phase.Name}%i{this.Microbatch}%s{inChunk}"
 

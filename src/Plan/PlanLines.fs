@@ -184,10 +184,8 @@ let timetable (s: Scanner) : Action[] =
     while not s.AtEnd do
         let word = s.Word "an action"
         let struct (phase, microbatch, chunk) = action word
-        let once = phase.IsPrologue || phase.IsEpilogue
-
-        if once <> (microbatch < 0) || once && chunk <> 0 then
-            raise (malformed $"'%s{word}' is no action" "F, I and W have a microbatch, prologue and epilogue have none")
+        if phase.IsOnce <> (microbatch < 0) || phase.IsOnce && chunk <> 0 then
+            raise (malformed $"'%s{word}' is no action" "F, I, W and S have a microbatch, prologue and epilogue have none")
 
         actions.Add {
             Phase = phase

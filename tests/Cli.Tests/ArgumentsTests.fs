@@ -83,6 +83,30 @@ let tests =
 
         refused "an unknown dtype" "DSG0902" [ "at   --dtype"; "fp32" ] [ "pretrain"; "--dtype"; "fp8" ]
         refused "an unknown schedule" "DSG0503" [ "1F1B" ] [ "pretrain"; "--schedule"; "2F2B" ]
+        refused "a schedule of one chunk with two" "DSG0504" [ "GPipe"; "virtual_pipeline is 2"; "Interleaved1F1B" ] [
+            "pretrain"
+            "--pp"
+            "2"
+            "--vp"
+            "2"
+            "--schedule"
+            "GPipe"
+            "--dtype"
+            "fp32"
+        ]
+
+        refused "a group smaller than the pipeline" "DSG0504" [ "microbatch_group 1 is less than pipeline 2"; "2 3 4" ] [
+            "pretrain"
+            "--pp"
+            "2"
+            "--vp"
+            "2"
+            "--microbatch-group"
+            "1"
+            "--dtype"
+            "fp32"
+        ]
+
         refused "a degree of zero" "DSG0301" [ "'--tp' is 0" ] [ "pretrain"; "--tp"; "0" ]
 
         refused "experts that do not nest" "DSG0302" [ "choose ep from 1 2" ] [

@@ -50,8 +50,72 @@ let private megatron (sizes: int list) part =
     |> Array.groupBy (fun r -> r - r / strides[part] % sizes[part] * strides[part])
     |> Array.map snd
 
+/// Megatron's groups over the whole world, by another rule: ranks whose coordinates agree in every part that is not named.
+/// `grid`: parts and their sizes, the fastest first, pp last (megatron.md, section 8: the order tp-cp-ep-dp-pp).
+let private orthogonal (grid: (string * int) list) (named: string list) : int[][] =
+    let world = grid |> List.fold (fun n (_, size) -> n * size) 1
+
+    let rest rank =
+        (([], rank), grid)
+        ||> List.fold (fun (others, left) (name, size) ->
+            (if List.contains name named then others else left % size :: others), left / size)
+        |> fst
+
+    [| 0 .. world - 1 |] |> Array.groupBy rest |> Array.map snd
+
+/// All legal shapes with these degrees: tp, cp, dp, pp, etp, ep.
+let private many = [
+    for tp in [ 1; 2; 4 ] do
+        for cp in [ 1; 2; 3 ] do
+            for dp in [ 1; 2; 4; 6 ] do
+                for pp in [ 1; 3 ] do
+                    for etp in [ 1; 2 ] do
+                        for ep in [ 1; 2; 4; 6; 8 ] do
+                            match
+                                Mesh.create {
+                                    degrees (tp, cp, dp, etp, ep) with
+                                        Pipeline = pp
+                                }
+                            with
+                            | Ok mesh -> mesh
+                            | Error _ -> ()
+]
+
+let private world =
+    testCase "every group of every rank is Megatron's, over the whole world, for all legal shapes of a list"
+    <| fun () ->
+        Expect.isGreaterThan many.Length 150 "shapes"
+
+        let dense, expert =
+            [ [ "tp" ]; [ "cp" ]; [ "dp" ]; [ "tp"; "cp" ]; [ "cp"; "dp" ]; [ "tp"; "dp" ]; [ "tp"; "cp"; "dp" ] ],
+            [ [ "etp" ]; [ "ep" ]; [ "edp" ]; [ "etp"; "ep" ]; [ "etp"; "ep"; "edp" ] ]
+
+        for mesh in many do
+            let grid names = [
+                for name in names do
+                    yield name, Mesh.degree mesh name
+
+                yield "pp", mesh.Pipeline
+            ]
+
+            for names, parts in [ [ "tp"; "cp"; "dp" ], dense; [ "etp"; "ep"; "edp" ], expert ] do
+                for part in parts do
+                    let axes = part |> List.collect (Mesh.axesOf mesh >> List.ofSeq)
+                    let ours = [| for stage in 0 .. mesh.Pipeline - 1 do yield! Mesh.groups mesh stage axes |]
+                    Expect.equal ours (orthogonal (grid names) part) $"%A{part} of %A{grid names}"
+
+                // the pipeline: one coordinate, every stage
+                let pipelines = [|
+                    for r in 0 .. Mesh.size mesh - 1 ->
+                        [| for s in 0 .. mesh.Pipeline - 1 -> Mesh.rank mesh s (Mesh.coordinates mesh r) |]
+                |]
+
+                Expect.equal pipelines (orthogonal (grid names) [ "pp" ]) $"pp of %A{grid names}"
+
 let tests =
     testList "Mesh" [
+        world
+
         testCase "both chains are refined into base axes"
         <| fun () ->
             Expect.equal (shown (made (degrees (2, 1, 4, 1, 4)))) "tp=2 dp0=2 dp1=2" ""

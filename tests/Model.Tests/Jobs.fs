@@ -22,6 +22,9 @@ type Job = {
     SequenceParallel: bool
     Dispatcher: Dispatcher
     Pipeline: int
+    /// Chunks of each pipeline rank, and microbatches that a chunk runs in a row (0: as many as ranks).
+    Virtual: int
+    Group: int
     /// Lengths of the cuts of the layout string, between units.
     Cuts: int list
     GPipe: bool
@@ -61,13 +64,16 @@ type Job = {
     /// Letters of the units in order.
     member this.Units = "E" + String.replicate this.Layers "t" + String.replicate this.Mtp "m" + "L"
 
+    /// Stages of the model.
+    member this.Stages = this.Pipeline * this.Virtual
+
     /// The layout that the cuts make; empty for one stage.
     member this.Layout =
-        if this.Pipeline = 1 then
+        if this.Stages = 1 then
             ""
         else
-            let stages = Array.create this.Pipeline ""
-            let ends = this.Cuts |> List.sort |> List.truncate (this.Pipeline - 1)
+            let stages = Array.create this.Stages ""
+            let ends = this.Cuts |> List.sort |> List.truncate (this.Stages - 1)
 
             this.Units
             |> Seq.iteri (fun i letter ->
@@ -86,6 +92,7 @@ type Job = {
                 .WithSequenceParallel(this.SequenceParallel)
                 .WithDispatcher(this.Dispatcher)
                 .WithRanksPerNode(2)
+                .WithVirtualPipeline(this.Virtual, this.Group)
                 .WithLayout(this.Layout)
                 .WithSchedule(if this.GPipe then Schedule.GPipe else Schedule.OneFOneB)
                 .WithFusion(this.Fuse)
@@ -105,12 +112,15 @@ type Job = {
             SequenceParallel = true
             Dispatcher = Dispatcher.AllToAll
             Pipeline = 1
+            Virtual = 1
+            Group = 0
+            GPipe = false
             Recompute = false
     }
 
     /// Do stages differ in their number of layers?
     member this.Uneven =
-        this.Pipeline > 1
+        this.Stages > 1
         && this.Layout.Split '|'
            |> Array.map (Seq.filter ((=) 't') >> Seq.length)
            |> Array.distinct
@@ -129,18 +139,18 @@ let legal (job: Job) =
     && job.SeqLength % (2 * job.Context) = 0
     && job.SeqLength % (job.Context * job.Tensor) = 0
     && ranks job <= 16
-    && job.Cuts |> List.distinct |> List.length >= job.Pipeline - 1
+    && job.Cuts |> List.distinct |> List.length >= job.Stages - 1
     && (match Mesh.create job.Recipe.Degrees with
-        | Ok _ -> true
+        | Ok mesh -> (RecipeCheck.pipeline job.Recipe mesh).IsOk
         | Error _ -> false)
-    && (job.Pipeline = 1
+    && (job.Stages = 1
         || (match LayoutString.parse job.Layout with
-            | Ok stages -> (LayoutString.check stages job.Layers job.Mtp job.Pipeline 1).IsEmpty
+            | Ok stages -> (LayoutString.check stages job.Layers job.Mtp job.Pipeline job.Virtual).IsEmpty
             | Error _ -> false))
 
 let private some = Gen.elements
 
-let private jobs (pipelines: int list) = gen {
+let private jobs (pipelines: int list) (chunks: int list) = gen {
     let! layers = some [ 2; 3; 4 ]
     let! dense = some [ 0; 1 ]
     let! mtp = some [ 0; 1 ]
@@ -154,7 +164,12 @@ let private jobs (pipelines: int list) = gen {
     let! sequenceParallel = some [ true; false ]
     let! dispatcher = some [ Dispatcher.AllToAll; Dispatcher.AllGather; Dispatcher.Flex; Dispatcher.Auto ]
     let! pipeline = some pipelines
-    let! cuts = Gen.shuffle [| 1 .. layers + mtp |]
+    let! chunks = some chunks
+    let! group = some [ 0; 0; 3; 4 ]
+    let pipeline = min pipeline (layers + mtp)
+    let chunks = max 1 (min chunks ((layers + mtp + 1) / pipeline))
+    // with chunks, the loss may be a stage of its own
+    let! cuts = Gen.shuffle [| 1 .. layers + mtp + min 1 (chunks - 1) |]
     let! gpipe = some [ false; true ]
     let! recompute = some [ false; true ]
     let! fuse = some [ true; true; false ]
@@ -175,13 +190,15 @@ let private jobs (pipelines: int list) = gen {
         ExpertTensor = expertTensor
         SequenceParallel = sequenceParallel
         Dispatcher = dispatcher
-        Pipeline = min pipeline (layers + mtp)
-        Cuts = cuts |> List.ofSeq |> List.truncate (min pipeline (layers + mtp) - 1)
-        GPipe = gpipe
+        Pipeline = pipeline
+        Virtual = chunks
+        Group = if chunks = 1 then 0 else group
+        Cuts = cuts |> List.ofSeq |> List.truncate (pipeline * chunks - 1)
+        GPipe = gpipe && chunks = 1
         Recompute = recompute
         Fuse = fuse
         Bf16 = bf16
-        Microbatches = microbatches
+        Microbatches = if chunks = 1 then microbatches else max microbatches pipeline
         SeqLength = seqLength
     }
 }
@@ -189,11 +206,19 @@ let private jobs (pipelines: int list) = gen {
 /// Smaller jobs that are still legal, the boldest first.
 let shrink (job: Job) : Job seq =
     seq {
+        if job.Virtual > 1 then
+            {
+                job with
+                    Virtual = job.Virtual - 1
+                    Group = if job.Virtual = 2 then 0 else job.Group
+                    Cuts = List.truncate (job.Pipeline * (job.Virtual - 1) - 1) job.Cuts
+            }
+
         if job.Pipeline > 1 then
             {
                 job with
                     Pipeline = job.Pipeline - 1
-                    Cuts = List.truncate (job.Pipeline - 2) job.Cuts
+                    Cuts = List.truncate ((job.Pipeline - 1) * job.Virtual - 1) job.Cuts
             }
 
         if job.Expert > 1 then
@@ -223,14 +248,14 @@ let shrink (job: Job) : Job seq =
         if job.Data > 1 then
             { job with Data = job.Data / 2 }
 
-        if job.Layers > 1 && job.Pipeline = 1 then
+        if job.Layers > 1 && job.Stages = 1 then
             {
                 job with
                     Layers = job.Layers - 1
                     Cuts = []
             }
 
-        if job.Mtp > 0 && job.Pipeline = 1 then
+        if job.Mtp > 0 && job.Stages = 1 then
             { job with Mtp = 0; Cuts = [] }
 
         if job.Bf16 then
@@ -255,8 +280,8 @@ let shrink (job: Job) : Job seq =
 
 /// Jobs of one stage: what partition does.
 type OneStage =
-    static member Job() : Arbitrary<Job> = Arb.fromGenShrink (jobs [ 1 ] |> Gen.where legal, shrink)
+    static member Job() : Arbitrary<Job> = Arb.fromGenShrink (jobs [ 1 ] [ 1 ] |> Gen.where legal, shrink)
 
 /// Jobs of any number of stages.
 type AnyStages =
-    static member Job() : Arbitrary<Job> = Arb.fromGenShrink (jobs [ 1; 2; 2; 3; 4 ] |> Gen.where legal, shrink)
+    static member Job() : Arbitrary<Job> = Arb.fromGenShrink (jobs [ 1; 2; 2; 3; 4 ] [ 1; 1; 2; 3 ] |> Gen.where legal, shrink)

@@ -218,6 +218,7 @@ let plan data microbatches batch : PlanSet =
             for m in 0 .. microbatches - 1 do
                 action Phase.I m
                 action Phase.W m
+                action Phase.S m
             action Phase.Epilogue 0
         |]
     }

@@ -241,19 +241,24 @@ module LayoutString =
 
         lengths stages 0
 
-    /// The layout that balances costs best: E, each t, each m and L in order, one stage per pipeline rank; MTP layers stay together.
+    /// The layout that balances costs best: E, each t, each m and L in order, pp x vp stages; MTP layers stay together, and with the loss
+    /// where a stage of their own would be on rank 0 or in another chunk than the last.
     let auto
         (embedding: int64)
         (layers: int64 list)
         (mtp: int64 list)
         (loss: int64)
         (pp: int)
+        (vp: int)
         : Result<LayoutUnit list list, Diagnostic list> =
-        let tail = [
-            if not mtp.IsEmpty then
-                List.replicate mtp.Length LayoutUnit.Mtp, List.sum mtp
+        let predictors = List.replicate mtp.Length LayoutUnit.Mtp
 
-            [ LayoutUnit.Loss ], loss
+        let tail = [
+            if mtp.IsEmpty || pp <= 2 then
+                predictors @ [ LayoutUnit.Loss ], List.sum mtp + loss
+            else
+                predictors, List.sum mtp
+                [ LayoutUnit.Loss ], loss
         ]
 
         let units =
@@ -261,15 +266,20 @@ module LayoutString =
             :: (layers |> List.map (fun cost -> [ LayoutUnit.Layer ], cost))
             @ tail
 
-        if pp < 1 || units.Length < pp then
+        let stages = int64 pp * int64 vp
+
+        if pp < 1 || vp < 1 || int64 units.Length < stages then
             Error [
                 wrong
                     Codes.LayoutUnits
-                    $"%i{units.Length} units (E, t, m, L) do not fill %i{pp} stages"
-                    $"choose pp from 1 to %i{units.Length}"
+                    $"%i{units.Length} units (E, t, m, L) do not fill %i{stages} stages"
+                    (if vp = 1 then
+                         $"choose pp from 1 to %i{units.Length}"
+                     else
+                         $"choose pp and vp whose product is from 1 to %i{units.Length}")
             ]
         else
-            cut (List.map snd units) pp
+            cut (List.map snd units) (int stages)
             |> List.mapFold (fun rest n -> List.splitAt n rest) (List.map fst units)
             |> fst
             |> List.map List.concat

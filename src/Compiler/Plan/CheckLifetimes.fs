@@ -76,7 +76,7 @@ type private Walk(f: Findings, stage: StagePlan) =
 
         touchedIn[id] <- running
 
-        if phase.IsPrologue || phase.IsEpilogue then
+        if phase.IsOnce then
             if slots[id].Kind.IsInput then
                 wrong $"%s{name id} is fed with each microbatch and cannot be used here"
 
@@ -147,7 +147,7 @@ type private Walk(f: Findings, stage: StagePlan) =
                 elif not (zeroed.Contains id) then
                     wrong $"%s{name id} is added to but never zeroed"
 
-                if phase.IsPrologue || phase.IsEpilogue then
+                if phase.IsOnce then
                     wrong $"%s{name id} is added to outside the programs of a microbatch"
                 elif inputs |> Seq.exists (fun from -> not (accumulated.Add(struct (from, id)))) then
                     wrong $"%s{name inputs[0]} is added twice to %s{name id}"
@@ -292,7 +292,7 @@ type private Walk(f: Findings, stage: StagePlan) =
 /// In which orders a stage runs its programs for a microbatch; a schedule has one or two.
 let private orders (stage: StagePlan) : (Phase * int) list list =
     stage.Timetable
-    |> Seq.filter (fun a -> not (a.Phase.IsPrologue || a.Phase.IsEpilogue))
+    |> Seq.filter (fun a -> not a.Phase.IsOnce)
     |> Seq.groupBy _.Microbatch
     |> Seq.map (fun (_, actions) -> [ for a in actions -> a.Phase, a.Chunk ])
     |> Seq.distinct
@@ -310,7 +310,7 @@ let check (f: Findings) (plan: PlanSet) : unit =
             for phase, chunk in order do
                 walk.Program(program phase chunk)
 
-            walk.Close [ Phase.F; Phase.I; Phase.W ]
+            walk.Close(List.ofArray Phase.EachMicrobatch)
             walk.Program(program Phase.Epilogue 0)
             walk.Close [ Phase.Prologue; Phase.Epilogue ]
             walk.Accumulators()

@@ -99,12 +99,7 @@ type private Runner(stage: StagePlan, programs: Dictionary<struct (Phase * int),
     let opened = Dictionary<struct (int * int), struct (int * int)>()
 
     let owner (a: Action) =
-        match a.Phase with
-        | Phase.Prologue
-        | Phase.Epilogue -> -1
-        | Phase.F
-        | Phase.I
-        | Phase.W -> a.Microbatch
+        if a.Phase.IsOnce then -1 else a.Microbatch
 
     member _.Stage = stage
     member _.AtEnd = action >= stage.Timetable.Count

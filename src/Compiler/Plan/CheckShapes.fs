@@ -295,7 +295,7 @@ let private checkTimetable (f: Findings) (plan: PlanSet) (stage: StagePlan) =
         yield struct (Phase.Prologue, 0)
 
         for chunk in 0 .. plan.Chunks - 1 do
-            for phase in [ Phase.F; Phase.I; Phase.W ] do
+            for phase in Phase.EachMicrobatch do
                 yield struct (phase, chunk)
 
         yield struct (Phase.Epilogue, 0)
@@ -305,7 +305,7 @@ let private checkTimetable (f: Findings) (plan: PlanSet) (stage: StagePlan) =
         f.Add(
             Codes.PlanShape,
             $"stage %i{stage.Stage}",
-            $"its programs are not prologue, F, I and W of each of %i{plan.Chunks} chunks, and epilogue, in this order"
+            $"its programs are not prologue, F, I, W and S of each of %i{plan.Chunks} chunks, and epilogue, in this order"
         )
 
     let count = stage.Timetable.Count
@@ -329,11 +329,11 @@ let private checkTimetable (f: Findings) (plan: PlanSet) (stage: StagePlan) =
                 wrong "the epilogue does not come last"
         | Phase.F
         | Phase.I
-        | Phase.W ->
+        | Phase.W
+        | Phase.S ->
             let before =
                 if action.Phase.IsF then Phase.Prologue
-                elif action.Phase.IsI then Phase.F
-                else Phase.I
+                else Phase.EachMicrobatch[System.Array.IndexOf(Phase.EachMicrobatch, action.Phase) - 1]
 
             if microbatch < 0 || microbatch >= plan.Microbatches then
                 wrong $"%s{action.Name} is beyond the %i{plan.Microbatches} microbatches"
@@ -344,7 +344,7 @@ let private checkTimetable (f: Findings) (plan: PlanSet) (stage: StagePlan) =
 
             last[key] <- action.Phase)
 
-    let due = 3L * int64 plan.Microbatches * int64 plan.Chunks + 2L
+    let due = 4L * int64 plan.Microbatches * int64 plan.Chunks + 2L
 
     if int64 count <> due then
         wrong $"it has %i{count} actions; %i{plan.Microbatches} microbatches in %i{plan.Chunks} chunks make %i{due}"

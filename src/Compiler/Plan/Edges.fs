@@ -5,7 +5,7 @@ module DeepSeekGraph.Compiler.Lowering.Edges
 open System.Collections.Generic
 open DeepSeekGraph
 
-/// One value that goes from the stage that makes it to a stage that reads it.
+/// One value that goes from the stage that makes it to a stage that reads it. Stages here are those of the model, not ranks.
 [<Struct>]
 type Transfer = { Value: int; From: int; Into: int }
 
@@ -27,16 +27,24 @@ let rec root (graph: Graph) (v: int) : int =
     | Op.Detach -> root graph node.Inputs[0]
     | _other -> v
 
-/// The stage of a node, or -1: computed wherever it is read (sources and what inputs alone determine).
-let private home (stageOf: ModelUnit -> int) (node: Node) =
-    match node.Op, node.Origin.Unit with
-    // the seed of the loss is read by every stage that has a term of it
-    | Op.Constant _, _
-    | _, ModelUnit.Shared -> -1
-    | _, part -> stageOf part
+/// The stage of each node, or -1: computed wherever it is read. That holds for sources and for what they determine without any parameter,
+/// such as constants that equal layers share: sending it would cost a message, and computing it costs nothing that counts.
+let homes (graph: Graph) (stageOf: ModelUnit -> int) : int[] =
+    let free = Array.zeroCreate<bool> graph.Nodes.Length
+    // what leaves the graph stays with its unit, which knows what to do with it
+    let outputs = HashSet [ for _, v in graph.Outputs -> graph.Producer[root graph v] ]
 
-/// Assigns nodes to stages. `outputStage`: where outputs made anywhere go.
-let assign (graph: Graph) (stages: int) (stageOf: ModelUnit -> int) (outputStage: int) : StageWork =
+    graph.Nodes
+    |> Array.mapi (fun n node ->
+        free[n] <- not node.Op.IsParameter && node.Inputs |> Array.forall (fun v -> free[graph.Producer[v]])
+
+        match node.Origin.Unit with
+        | ModelUnit.Shared -> -1
+        | _part when free[n] && not (outputs.Contains n) -> -1
+        | part -> stageOf part)
+
+/// Assigns nodes to stages by their homes. `outputStage`: where outputs made anywhere go.
+let assign (graph: Graph) (stages: int) (homes: int[]) (outputStage: int) : StageWork =
     let members = Array.init stages (fun _ -> HashSet<int>())
     let transfers = HashSet<Transfer>()
     let work = Stack<struct (int * int)>()
@@ -45,7 +53,7 @@ let assign (graph: Graph) (stages: int) (stageOf: ModelUnit -> int) (outputStage
         let v = root graph value
         let n = graph.Producer[v]
 
-        match home stageOf graph.Nodes[n] with
+        match homes[n] with
         | -1 -> work.Push(struct (stage, n))
         | maker ->
             if maker <> stage then
@@ -60,7 +68,7 @@ let assign (graph: Graph) (stages: int) (stageOf: ModelUnit -> int) (outputStage
 
     // the loss has its metric: the value itself is read by nobody
     for _, v in graph.Outputs |> Array.filter (fun (name, _) -> name <> "loss") do
-        let maker = home stageOf (graph.NodeOf(root graph v))
+        let maker = homes[graph.Producer[root graph v]]
         demand (if maker < 0 then outputStage else maker) v
 
     while work.Count > 0 do

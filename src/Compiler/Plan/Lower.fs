@@ -1,4 +1,4 @@
-/// Scheduled graph -> plan: slots, programs, timetables, groups, memory; one program per stage, not per rank.
+/// Scheduled graph -> plan: slots, programs, timetables, groups, memory; one set of programs per pipeline rank, whatever its coordinates.
 /// before: one rank's graph, a cut into stages; after: a PlanSet. Law: running it gives the graph's outputs. Cost: linear in steps.
 [<RequireQualifiedAccess>]
 module DeepSeekGraph.Compiler.Lowering.Lower
@@ -14,9 +14,10 @@ open DeepSeekGraph.Compiler.Lowering.Slots
 type Job = {
     Recipe: Recipe
     Mesh: MeshInfo
-    /// Units of each stage.
+    /// Units of each stage of the model, pipeline ranks x chunks of them.
     Stages: LayoutUnit list list
-    Microbatches: int
+    Schedule: Schedule
+    Shape: PipelineShape
 }
 
 /// Stage of each model unit; layers and MTP depths are numbered in layout order.
@@ -75,7 +76,10 @@ let private parameters (job: Job) (p: Partitioned) (work: StageWork) : Parameter
                     work.Nodes
                     |> Array.indexed
                     |> Array.filter (fun (_, nodes) -> System.Array.BinarySearch(nodes, n) >= 0)
-                    |> Array.map fst
+                    // chunks of one rank share their parameters
+                    |> Array.map (fun (s, _) -> s % job.Shape.Ranks)
+                    |> Array.distinct
+                    |> Array.sort
             }
         | _other -> None)
     |> Array.filter (fun info -> info.Stages.Count > 0)
@@ -114,7 +118,7 @@ let private roleOf (name: string) =
     elif name = "loss" then Role.Nothing
     else Role.Observed name
 
-/// Accumulators of one stage: value -> slot, and what the epilogue does with them.
+/// Accumulators of one pipeline rank: value -> slot, and what the epilogue does with them. `maker`: the stage of the model behind a value.
 let private accumulators
     (job: Job)
     (p: Partitioned)
@@ -136,7 +140,7 @@ let private accumulators
         slots.Get(name, kind, t, layout)
 
     for name, v in graph.Outputs do
-        let here = maker v = stage
+        let here = maker v % job.Shape.Ranks = stage
         let t, layout = graph.Types[v], p.Layouts[v]
 
         match roleOf name with
@@ -175,7 +179,7 @@ let private accumulators
 
     let input groups : Epilogue.Input = {
         Stage = stage
-        Stages = job.Stages.Length
+        Stages = job.Shape.Ranks
         Optimizer = job.Recipe.Optimizer
         StateTypes = job.Recipe.StateTypes
         Distributed = job.Recipe.DistributedOptimizer
@@ -195,7 +199,7 @@ let private accumulators
     let observed = [
         for name, v in graph.Outputs do
             match roleOf name with
-            | Role.Observed _ when maker v = stage ->
+            | Role.Observed _ when maker v % job.Shape.Ranks = stage ->
                 snd (added |> Seq.find (fun (_, s) -> slots[s].Name = $"observe:%s{name}"))
             | Role.Observed _
             | Role.Gradient _
@@ -205,7 +209,7 @@ let private accumulators
     ]
 
     // an output may be another name of a value: what is added is the value
-    [ for v, slot in added -> root graph v, slot ], input, observed
+    [ for v, slot in added -> maker v, (root graph v, slot) ], input, observed
 
 let private program phase chunk steps = {
     Phase = phase
@@ -213,58 +217,84 @@ let private program phase chunk steps = {
     Steps = steps
 }
 
-let private letters (units: LayoutUnit list) = units |> List.map (fun u -> string u.Letter) |> String.concat ""
+/// One pipeline rank: its chunks' programs over one table of slots.
+let private rank (job: Job) (p: Partitioned) work parameters groups home (r: int) (timetable: Action list) : StagePlan =
+    let graph = p.Graph
+    let ranks, chunks = job.Shape.Ranks, job.Shape.Chunks
+
+    // what no stage owns is counted on the last
+    let maker v =
+        let made = home v
+        if made < 0 then job.Stages.Length - 1 else made
+
+    let slots = SlotTable()
+    let added, epilogue, observed = accumulators job p parameters slots r maker
+    let input = epilogue groups
+    let mutable token = -1
+
+    let next () =
+        token <- token + 1
+        token
+
+    let programs =
+        Array.init chunks (fun chunk ->
+            let stage = chunk * ranks + r
+
+            Programs.build {
+                Stage = stage
+                Pipeline = ranks
+                Home = home
+                NextToken = next
+                Partitioned = p
+                Work = work
+                Phases = Edges.phases graph work stage
+                Slots = slots
+                Groups = groups
+                Accumulators = [
+                    for made, accumulator in added do
+                        if made = stage then
+                            accumulator
+                ]
+            })
+
+    // memory is given back in the order in which the rank runs a microbatch
+    let turns = timetable |> List.filter (fun a -> a.Microbatch = 0 && not a.Phase.IsOnce)
+    let place (phase: Phase) = System.Array.IndexOf(Phase.EachMicrobatch, phase)
+    let freed = [| for a in turns -> programs[a.Chunk].[place a.Phase] |] |> Lifetimes.insert slots
+    let find phase chunk = freed[turns |> List.findIndex (fun a -> a.Phase = phase && a.Chunk = chunk)]
+    let zeros = observed |> List.map (fun slot -> Step.Launch(KernelId.Zero, [||], [||], [| slot |], "step"))
+    let once = Lifetimes.insert slots [| Epilogue.prologue input @ zeros; Epilogue.epilogue input |]
+
+    {
+        Stage = r
+        Units =
+            [ for chunk in 0 .. chunks - 1 -> LayoutString.letters job.Stages[chunk * ranks + r] ]
+            |> String.concat "|"
+        Slots = slots.ToArray()
+        Programs = [|
+            program Phase.Prologue 0 once[0]
+
+            for chunk in 0 .. chunks - 1 do
+                for phase in Phase.EachMicrobatch do
+                    program phase chunk (find phase chunk)
+
+            program Phase.Epilogue 0 once[1]
+        |]
+        Timetable = Array.ofList timetable
+    }
 
 /// The plan of a partitioned graph.
 let run (job: Job) (p: Partitioned) : PlanSet =
     let graph = p.Graph
-    let count = job.Stages.Length
-    let stageOf = stageOf job.Stages
-    let work = Edges.assign graph count stageOf (count - 1)
+    let homes = Edges.homes graph (stageOf job.Stages)
+    let home value = homes[graph.Producer[root graph value]]
+    let work = Edges.assign graph job.Stages.Length homes (job.Stages.Length - 1)
     let parameters = parameters job p work
     let groups = GroupTable job.Mesh
-    let timetables = Timetable.build job.Recipe.Schedule count job.Microbatches
-
-    let maker v =
-        match graph.NodeOf(root graph v).Origin.Unit with
-        | ModelUnit.Shared -> count - 1
-        | part -> stageOf part
 
     let stages =
-        timetables
-        |> List.mapi (fun s timetable ->
-            let slots = SlotTable()
-            let added, epilogue, observed = accumulators job p parameters slots s maker
-            let input = epilogue groups
-
-            let programs =
-                Programs.build {
-                    Stage = s
-                    Partitioned = p
-                    Work = work
-                    Phases = Edges.phases graph work s
-                    Slots = slots
-                    Groups = groups
-                    Accumulators = added
-                }
-
-            let zeros = observed |> List.map (fun slot -> Step.Launch(KernelId.Zero, [||], [||], [| slot |], "step"))
-            let once = Lifetimes.insert slots [| Epilogue.prologue input @ zeros; Epilogue.epilogue input |]
-            let each = Lifetimes.insert slots programs
-
-            {
-                Stage = s
-                Units = letters job.Stages[s]
-                Slots = slots.ToArray()
-                Programs = [|
-                    program Phase.Prologue 0 once[0]
-                    program Phase.F 0 each[0]
-                    program Phase.I 0 each[1]
-                    program Phase.W 0 each[2]
-                    program Phase.Epilogue 0 once[1]
-                |]
-                Timetable = Array.ofList timetable
-            })
+        Timetable.build job.Schedule job.Shape
+        |> List.mapi (rank job p work parameters groups home)
         |> Array.ofList
 
     {
@@ -272,9 +302,9 @@ let run (job: Job) (p: Partitioned) : PlanSet =
         Recipe = RecipeSettings.lines job.Recipe
         Mesh = job.Mesh
         Layout = LayoutString.print job.Stages
-        Schedule = job.Recipe.Schedule.Name
-        Chunks = 1
-        Microbatches = job.Microbatches
+        Schedule = job.Schedule.Name
+        Chunks = job.Shape.Chunks
+        Microbatches = job.Shape.Microbatches
         MicroBatch = job.Recipe.MicroBatch * job.Mesh.Data
         SeqLength = job.Recipe.SeqLength
         Groups = groups.ToArray()

@@ -1,5 +1,5 @@
-/// Programs of a stage for one microbatch: launches, collectives with Start and Wait, receives first, sends as soon as made.
-/// before: the stage's nodes; after: steps of F, I and W over slots, without Free.
+/// Programs of a chunk for one microbatch: launches, collectives with Start and Wait, receives first, sends as soon as made.
+/// before: the nodes of the model's stage that the chunk is; after: steps of F, I, W and S over slots, without Free.
 module DeepSeekGraph.Compiler.Lowering.Programs
 
 open System.Collections.Generic
@@ -9,9 +9,16 @@ open DeepSeekGraph.Compiler.Partition
 open DeepSeekGraph.Compiler.Lowering.Edges
 open DeepSeekGraph.Compiler.Lowering.Slots
 
-/// What the programs of one stage are made from.
+/// What the programs of one chunk are made from.
 type StageContext = {
+    /// The stage of the model: chunk `Stage / Pipeline` of rank `Stage % Pipeline`.
     Stage: int
+    /// Pipeline ranks.
+    Pipeline: int
+    /// The stage of the model that computes a value, or -1: every one that reads it.
+    Home: int -> int
+    /// Numbers of collectives, unique over the chunks of a rank.
+    NextToken: unit -> int
     Partitioned: Partitioned
     Work: StageWork
     Phases: IReadOnlyDictionary<int, Phase>
@@ -29,7 +36,13 @@ let private slotOf (c: StageContext) (value: int) : int =
     match (graph.NodeOf v).Op with
     | Op.Parameter(spec, _) -> c.Slots.Get(spec.Name, SlotKind.Parameter, t, layout)
     | Op.Input(name, _) -> c.Slots.Get(name, (if t.Rank = 0 then SlotKind.Scalar else SlotKind.Input), t, layout)
-    | _other -> c.Slots.Get($"%%%i{v}", SlotKind.Temporary, t, layout)
+    | _other ->
+        // what another chunk of this rank makes is read where it lies
+        let maker = c.Home v
+        let here = maker >= 0 && maker % c.Pipeline = c.Stage % c.Pipeline
+        let chunk = (if here then maker else c.Stage) / c.Pipeline
+        let name = if chunk = 0 then $"%%%i{v}" else $"%%%i{v}@%i{chunk}"
+        c.Slots.Get(name, SlotKind.Temporary, t, layout)
 
 /// Is this op a name, or fed from outside: nothing to run?
 let private silent (op: Op) =
@@ -113,36 +126,30 @@ let private accumulate (c: StageContext) (writer: Writer) (value: int) path =
             writer.Need [ source ]
             writer.Launch(KernelId.Accumulate, [], [ source ], [ slot ], path)
 
-/// F, I and W of the stage.
+/// F, I, W and S of the chunk.
 let build (c: StageContext) : Step list[] =
     let graph = c.Partitioned.Graph
-    let mutable token = -1
+    let crosses (t: Transfer) = t.From % c.Pipeline <> t.Into % c.Pipeline
+    let received = c.Work.Transfers |> Array.filter (fun t -> t.Into = c.Stage && crosses t)
+    let sent = c.Work.Transfers |> Array.filter (fun t -> t.From = c.Stage && crosses t)
+    // forward sends have arrived when the gradient comes back; cotangents may take until S
+    let forward, back = List<int>(), List<int>()
 
-    let next () =
-        token <- token + 1
-        token
-
-    let received = c.Work.Transfers |> Array.filter (fun t -> t.Into = c.Stage)
-    let sent = c.Work.Transfers |> Array.filter (fun t -> t.From = c.Stage)
-    // forward sends have arrived when the gradient comes back; cotangents may take until the end of W
-    let open' = List<int>()
-
-    [| Phase.F; Phase.I; Phase.W |]
+    Phase.EachMicrobatch
     |> Array.map (fun phase ->
-        let writer = Writer next
+        let writer = Writer c.NextToken
+        let open' = if phase = Phase.F then forward else back
 
         if phase = Phase.W then
-            for t in open' do
+            for t in forward do
                 writer.Wait t
-
-            open'.Clear()
 
         for t in received do
             if firstRead c t.Value = phase then
                 let path = graph.NodeOf(t.Value).Origin.Path
 
                 writer.Start(
-                    Collective.Recv t.From,
+                    Collective.Recv(t.From % c.Pipeline),
                     c.Groups.Between(t.From, t.Into),
                     [],
                     [ slotOf c t.Value ],
@@ -164,7 +171,7 @@ let build (c: StageContext) : Step list[] =
 
                             open'.Add(
                                 writer.Start(
-                                    Collective.Send t.Into,
+                                    Collective.Send(t.Into % c.Pipeline),
                                     c.Groups.Between(t.From, t.Into),
                                     [ slot ],
                                     [],
@@ -176,8 +183,8 @@ let build (c: StageContext) : Step list[] =
                 for v in node.Outputs do
                     accumulate c writer v node.Origin.Path
 
-        if phase = Phase.W then
-            for t in open' do
+        if phase = Phase.S then
+            for t in back do
                 writer.Wait t
 
         writer.Close()

@@ -105,9 +105,15 @@ let tests =
         testCase "the automatic layout is a legal layout"
         <| fun () ->
             for pp in 1..7 do
-                match LayoutString.auto 3L [ 10L; 10L; 20L; 20L; 20L ] [ 25L ] 12L pp with
-                | Ok stages -> Expect.equal (LayoutString.check stages 5 1 pp 1) [] (LayoutString.print stages)
-                | Error wrong -> failtestf "%A" wrong
+                for vp in 1..3 do
+                    for mtp in [ []; [ 25L ]; [ 200L; 300L ] ] do
+                        match LayoutString.auto 3L [ 10L; 10L; 20L; 20L; 20L ] mtp 12L pp vp with
+                        | Ok stages ->
+                            Expect.equal (LayoutString.check stages 5 mtp.Length pp vp) [] (LayoutString.print stages)
+                        | Error wrong ->
+                            Expect.isGreaterThan (pp * vp) (if mtp.IsEmpty || pp <= 2 then 7 else 8) wrong.Head.Message
 
-            Expect.isError (LayoutString.auto 1L [ 1L ] [] 1L 4) "more stages than units"
+            Expect.isError (LayoutString.auto 1L [ 1L ] [] 1L 4 1) "more stages than units"
+            Expect.isError (LayoutString.auto 1L [ 1L ] [] 1L 2 2) "more stages than units"
+            Expect.isError (LayoutString.auto 1L [ 1L ] [] 1L 2 0) "no chunk"
     ]

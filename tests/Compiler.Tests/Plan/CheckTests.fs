@@ -31,6 +31,7 @@ let private subjects = [
     Subjects.four
     Subjects.gpipe
     Subjects.deep
+    Subjects.interleaved
 ]
 
 let private refusedOrHarmless name (make: PlanSet -> Mutations.Mutant seq) =
@@ -118,7 +119,7 @@ let private messages =
         testCase "a deadlock names stages, actions and what they wait for"
         <| fun () ->
             // stage 0 wants the gradient of microbatch 0 before it has sent what stage 1 waits for
-            let plan = timetable Subjects.eight.Value 0 "prologue F1 F0 I1 W1 I0 W0 F2 I2 W2 F3 I3 W3 epilogue"
+            let plan = timetable Subjects.eight.Value 0 "prologue F1 F0 I1 W1 S1 I0 W0 S0 F2 I2 W2 S2 F3 I3 W3 S3 epilogue"
             onlyCode Codes.PlanDeadlock "microbatch" plan
 
         testCase "a stage that waits for a message nobody sends is named"
@@ -141,21 +142,21 @@ let private messages =
 
             // GPipe on one stage and 1F1B on its neighbour: one waits for gradients, the other for activations
             let table =
-                Timetable.build Schedule.OneFOneB 2 4
+                Timetable.build Schedule.OneFOneB (Timetable.plain 2 4)
                 |> List.map (
-                    List.map (fun a ->
-                        a.Phase.Name + (if a.Phase.IsPrologue || a.Phase.IsEpilogue then "" else string a.Microbatch))
+                    List.map (fun (a: Action) ->
+                        a.Phase.Name + (if a.Phase.IsOnce then "" else string a.Microbatch))
                     >> String.concat " "
                 )
 
-            let early = "prologue F0 I0 W0 F1 I1 W1 F2 I2 W2 F3 I3 W3 epilogue"
+            let early = "prologue F0 I0 W0 S0 F1 I1 W1 S1 F2 I2 W2 S2 F3 I3 W3 S3 epilogue"
             Expect.isEmpty (Check.run (timetable Subjects.eight.Value 1 table[1])) "the timetable it has"
             // stage 0 runs one microbatch at a time, stage 1 wants all activations first
             let both =
                 timetable
                     (timetable Subjects.eight.Value 0 early)
                     1
-                    "prologue F0 F1 F2 F3 I0 W0 I1 W1 I2 W2 I3 W3 epilogue"
+                    "prologue F0 F1 F2 F3 I0 W0 S0 I1 W1 S1 I2 W2 S2 I3 W3 S3 epilogue"
 
             onlyCode
                 Codes.PlanDeadlock
@@ -224,6 +225,147 @@ let private messages =
             onlyCode Codes.PlanShape "999999" plan
     ]
 
+/// The plan with the steps of one rank changed where they start a message.
+let private regrouped (change: Group -> int option) (plan: PlanSet) = {
+    plan with
+        Stages =
+            plan.Stages
+            |> Seq.map (fun stage -> {
+                stage with
+                    Programs =
+                        stage.Programs
+                        |> Seq.map (fun program -> {
+                            program with
+                                Steps =
+                                    program.Steps
+                                    |> Seq.map (fun step ->
+                                        match step with
+                                        | Step.Start(token, kind, group, inputs, outputs, path) ->
+                                            let group = change plan.Groups[group] |> Option.defaultValue group
+                                            Step.Start(token, kind, group, inputs, outputs, path)
+                                        | Step.Launch _
+                                        | Step.Wait _
+                                        | Step.Free _ -> step)
+                                    |> Array.ofSeq
+                        })
+                        |> Array.ofSeq
+            })
+            |> Array.ofSeq
+}
+
+let private chunks =
+    testList "chunks" [
+        testCase "each direction and distance between two ranks has its own group"
+        <| fun () ->
+            let plan = Subjects.interleaved.Value
+            let messages = plan.Groups |> Seq.filter (fun g -> g.Name.Contains '>') |> Seq.map _.Name |> Set
+            Expect.equal messages (Set [ "pp.0>1"; "pp.1>0"; "pp.1>0+1"; "pp.0>1-1" ]) "groups"
+
+            for stage in plan.Stages do
+                Expect.equal (List.ofSeq (stage.Timetable |> Seq.map _.Chunk |> Seq.distinct)) [ 0; 1 ] "both chunks"
+
+        testCase "a chunk passes values to the next one on its rank without a message"
+        <| fun () ->
+            let plan = Subjects.folded.Value
+            let kinds = [ for p in plan.Stages[0].Programs -> p.Steps |> Seq.filter _.IsStart |> Seq.length ]
+            Expect.equal (List.distinct kinds) [ 0 ] "no collective at all"
+            Expect.equal plan.Stages[0].Units "Et|t|tmL" "one rank, three chunks"
+
+        testCase "messages of two chunks that change places on one rank only are refused"
+        <| fun () ->
+            let plan = Subjects.interleaved.Value
+            let table = Array.ofSeq plan.Stages[0].Timetable
+            let place chunk i = table |> Array.findIndex (fun a -> a.Phase.IsF && a.Chunk = chunk && a.Microbatch = i)
+            // F of microbatch 1 in chunk 0 and of microbatch 0 in chunk 1: stage 0 could run either first
+            let a, b = place 0 1, place 1 0
+            let swapped = table |> Array.updateAt a table[b] |> Array.updateAt b table[a]
+
+            let plan = {
+                plan with
+                    Stages =
+                        plan.Stages
+                        |> Seq.map (fun s -> if s.Stage = 0 then { s with Timetable = swapped } else s)
+                        |> Array.ofSeq
+            }
+
+            onlyCode Codes.PlanDeadlock "of the messages from stage 0 to stage 1 in group pp.0>1" plan
+
+        testCase "one group for what goes around and what goes back is refused where its order differs between the ends"
+        <| fun () ->
+            // groups of two microbatches keep both ranks in step, larger ones do not
+            let plan = Subjects.woven 4
+            let id name = plan.Groups |> Seq.find (fun g -> g.Name = name) |> _.Id
+            Expect.isEmpty (Check.run plan) "apart"
+
+            for from, into in [ "pp.1>0+1", "pp.1>0"; "pp.0>1-1", "pp.0>1" ] do
+                plan
+                |> regrouped (fun g -> if g.Name = from then Some(id into) else None)
+                |> onlyCode Codes.PlanDeadlock $"in group %s{into}"
+
+        testCase "a message in the group of the other direction is refused"
+        <| fun () ->
+            let plan = Subjects.eight.Value
+            let id name = plan.Groups |> Seq.find (fun g -> g.Name = name) |> _.Id
+            let both = plan |> regrouped (fun g -> if g.Name = "pp.0>1" then Some(id "pp.1>0") else None)
+            onlyCode Codes.PlanShape "is not for messages from stage 0 to 1" both
+
+        testCase "a sum in a group of messages is refused"
+        <| fun () ->
+            let plan = Subjects.four.Value
+            let group name = plan.Groups |> Seq.find (fun g -> g.Name = name)
+            let tied = plan.Groups |> Seq.find (fun g -> g.Stages.Count = 2 && g.Name.Contains '-')
+            let other = group $"pp.%i{tied.Stages[0]}>%i{tied.Stages[0] + 1}"
+            let mixed = plan |> regrouped (fun g -> if g.Id = tied.Id then Some other.Id else None)
+            Expect.isFalse (passes mixed) "refused"
+
+        testCase "a tied parameter is one slot of its rank, with one accumulator and one update"
+        <| fun () ->
+            let plan = Subjects.folded.Value
+            let stage = plan.Stages[0]
+            let embedding = plan.Parameters |> Seq.find (fun p -> p.Name.Contains "embed")
+            Expect.equal (List.ofSeq embedding.Stages) [ 0 ] "stages"
+            let gradient = stage.Slots |> Seq.filter (fun s -> s.Name = "grad:" + embedding.Name) |> Seq.exactlyOne
+
+            let added = [
+                for p in stage.Programs do
+                    for step in p.Steps do
+                        match step with
+                        | Step.Launch(KernelId.Accumulate, _, _, outputs, _) when outputs[0] = gradient.Id -> p.Name
+                        | Step.Launch _
+                        | Step.Start _
+                        | Step.Wait _
+                        | Step.Free _ -> ()
+            ]
+
+            Expect.equal (List.sort added) [ "W"; "W@2" ] "added by the embedding and by MTP"
+
+        testCase "DeepSeek-V3 in the H100 benchmark's layout: 1024 ranks of PP 8 x VP 4 pass, and each has its memory"
+        <| fun () ->
+            let plan = Subjects.benchmark.Value
+            Expect.isEmpty (Check.run plan) "check"
+            Expect.equal (Mesh.world plan.Mesh) 1024 "ranks"
+            Expect.equal (plan.Chunks, plan.Schedule) (4, "Interleaved1F1B") "schedule"
+            Expect.equal plan.Stages[0].Units "Et|tt|tt|tt" "first"
+            Expect.equal plan.Stages[7].Units "tt|tt|tt|mL" "last"
+
+            for row in plan.Memory do
+                let gib (bytes: int64) = float bytes / float (1L <<< 30)
+
+                printfn
+                    "rank %i %-12s parameters %6.2f gradients %6.2f optimizer %6.2f activations %6.2f peak %6.2f GiB"
+                    row.Stage
+                    plan.Stages[row.Stage].Units
+                    (gib row.Parameters)
+                    (gib row.Gradients)
+                    (gib row.Optimizer)
+                    (gib row.Activations)
+                    (gib row.Peak)
+
+            // warm-up falls from rank to rank, and with it what is held; ranks 0 and 1 have the dense layers
+            let alike = plan.Memory |> Seq.skip 2 |> Seq.truncate 5 |> Seq.map _.Activations |> List.ofSeq
+            Expect.equal alike (List.sortDescending alike) "activations fall from rank 2 to 6"
+    ]
+
 let tests =
     testList "Plan.Check" [
         for name, plan in
@@ -233,11 +375,14 @@ let tests =
                 "four stages", Subjects.four
                 "GPipe", Subjects.gpipe
                 "fourteen stages", Subjects.deep
+                "two chunks on each of two ranks", Subjects.interleaved
+                "three chunks on one rank", Subjects.folded
             ]
             @ Subjects.others do
             legal name plan
 
         messages
+        chunks
 
         testSequenced (testList "damaged plans" [ for name, make in Mutations.classes -> refusedOrHarmless name make ])
 

@@ -165,7 +165,7 @@ let private stage = gen {
             6
             (Gen.map3
                 (fun (phase: Phase) chunk microbatch ->
-                    let once = phase.IsPrologue || phase.IsEpilogue
+                    let once = phase.IsOnce
 
                     {
                         Phase = phase

@@ -51,6 +51,24 @@ let gpipe = lazy compile 3 (base'.WithParallelism(1, 4, 1, 1).WithLayout("Et|t|t
 /// Many stages and messages.
 let deep = lazy compile 14 (base'.WithParallelism(1, 14, 1, 1).WithLayout "Et|(t|)*12tmL")
 
+/// Four parts of the model on two ranks: messages go around; the embedding is tied over ranks and chunks.
+let woven group = compile 3 (base'.WithParallelism(1, 2, 1, 1).WithVirtualPipeline(2, group).WithLayout "Et|t|t|mL")
+let interleaved = lazy woven 2
+/// Three parts on one rank: no message at all.
+let folded = lazy compile 3 (base'.WithParallelism(1, 1, 1, 1).WithVirtualPipeline(3).WithLayout "Et|t|tmL")
+
+/// DeepSeek-V3 on 1024 ranks as Megatron's H100 benchmark lays it out.
+let benchmark =
+    lazy
+        (DeepSeekV3(Presets.V3))
+            .Compile(
+                Recipes.Pretrain.Recipe
+                    .WithParallelism(2, 8, 64, 64)
+                    .WithVirtualPipeline(4)
+                    .WithLayout("Et|(tt|)*30mL")
+                    .WithBatch(8192, 1, 4096)
+            )
+
 /// Other recipes whose plans must pass.
 let others = [
     "one rank", lazy compile 2 (base'.WithParallelism(1, 1, 1, 1))

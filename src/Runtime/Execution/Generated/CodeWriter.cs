@@ -202,6 +202,7 @@ public sealed class CodeWriter
             Phase.Tags.F => "F",
             Phase.Tags.I => "I",
             Phase.Tags.W => "W",
+            Phase.Tags.S => "S",
             Phase.Tags.Epilogue => "Epilogue",
             _ => throw new UnreachableException($"no word for {phase}"),
         };
