@@ -138,11 +138,10 @@ internal sealed partial class DirectStep
         });
     }
 
-    private IReadOnlyList<Attribute> GroupedChoice() => Choice(grouped: true);
+    private IReadOnlyList<Attribute> GroupedChoice() => Choice(_c.NGroup, _c.TopkGroup);
 
-    private IReadOnlyList<Attribute> PlainChoice() => Choice(grouped: false);
+    private IReadOnlyList<Attribute> PlainChoice() => Choice(1, 1);
 
-    private IReadOnlyList<Attribute> Choice(bool grouped)
-        => Enumerable.Range(0, 2).Select(i => Attributes(KernelId.GroupTopK, i))
-            .First(a => ((Attribute.Int)a[1]).Value > 1 == grouped);
+    private IReadOnlyList<Attribute> Choice(int groups, int keep)
+        => [Attribute.NewInt(_c.NumExpertsPerTok), Attribute.NewInt(groups), Attribute.NewInt(keep), Attribute.NewInt(_c.ZeroMaskedGroups ? 1 : 0)];
 }
