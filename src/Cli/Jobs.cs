@@ -70,7 +70,8 @@ internal static class Jobs
                 choices.GlobalBatch ?? recipe.GlobalBatch,
                 choices.MicroBatch ?? recipe.MicroBatch,
                 choices.SeqLength ?? recipe.SeqLength)
-            .WithDType(DTypeOf(choices, recipe));
+            .WithDType(DTypeOf(choices, recipe))
+            .WithFp8(choices.DType switch { "fp8" => 128, null => recipe.Fp8Block, _ => 0 });
     }
 
     private static Schedule ScheduleOf(string name)
@@ -89,7 +90,7 @@ internal static class Jobs
         {
             case "fp32":
                 return DType.Float32;
-            case "bf16":
+            case "bf16" or "fp8":
                 return DType.BFloat16;
             case null when recipe.DType.IsBFloat16 || choices.Set.Any(Overrides.IsDType):
                 return recipe.DType;
@@ -102,7 +103,7 @@ internal static class Jobs
                     Codes.OptionValue,
                     "--dtype",
                     $"there is no dtype '{name}'",
-                    Nearest.Help(name, ["auto", "fp32", "bf16"]));
+                    Nearest.Help(name, ["auto", "fp32", "bf16", "fp8"]));
         }
     }
 }

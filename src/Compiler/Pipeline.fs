@@ -138,6 +138,10 @@ module Pipeline =
                     })
         }
         onGraph
+            "fp8"
+            "once the backward pass has products of its own to round; before recomputation, which then makes rounded operands again"
+            (fun progress -> Fp8.run progress.Recipe.Fp8Block)
+        onGraph
             "recompute"
             "once there is a backward pass, while values are still logical; what it makes needless is dead before it costs collectives"
             (fun progress -> Recompute.run (List.ofSeq progress.Recipe.Recompute))
@@ -227,6 +231,7 @@ module Pipeline =
                     Recompute.check (List.ofSeq recipe.Recompute)
                     Fusion.Fuse.check recipe.Fusions
                     RecipeCheck.divides recipe mesh declared
+                    RecipeCheck.fp8Blocks recipe mesh declared
                 ]
 
             match wrong, RecipeCheck.pipeline recipe mesh with

@@ -65,6 +65,7 @@ let private want (op: Op) =
     | Op.Broadcast _
     | Op.Rename _
     | Op.Transpose _
+    | Op.Fp8Quantize _
     | Op.Zigzag _
     | Op.Anchor _
     | Op.Detach

@@ -108,6 +108,7 @@ type Recipe = private {
     microBatch: int
     seqLength: int
     dtype: DType
+    fp8Block: int
     fusions: FusionChoice
     recompute: string list
     optimizer: Optimizer
@@ -136,6 +137,7 @@ type Recipe = private {
         microBatch = 1
         seqLength = 128
         dtype = DType.Float32
+        fp8Block = 0
         fusions = FusionChoice.All
         recompute = []
         optimizer = {
@@ -185,6 +187,8 @@ type Recipe = private {
     member this.SeqLength = this.seqLength
     /// What matrices and activations are computed in; StateTypes says what masters, gradients and moments are kept in.
     member this.DType = this.dtype
+    /// Extent of the blocks in which linear layers' operands are rounded to fp8; 0: they are not.
+    member this.Fp8Block = this.fp8Block
     member this.Fusions = this.fusions
     /// Names of what the backward pass computes again: core_attn.
     member this.Recompute = this.recompute :> IReadOnlyList<string>
@@ -230,6 +234,13 @@ type Recipe = private {
     }
 
     member this.WithDType(dtype: DType) = { this with dtype = dtype }
+
+    /// Products of linear layers read E4M3, in tiles of 1 x block and blocks of block x block; 0: off. What is computed otherwise
+    /// has the type of WithDType. On CPUs fp8 is emulated: operands are rounded to what fp8 holds, and multiplied as they are.
+    member this.WithFp8(block: int) = { this with fp8Block = block }
+
+    /// As DeepSeek-V3 was trained: blocks of 128.
+    member this.WithFp8() = this.WithFp8 128
 
     /// All rules, or none.
     member this.WithFusion(fuse: bool) = {

@@ -49,6 +49,27 @@ let divides (recipe: Recipe) (mesh: MeshInfo) (graph: Graph) : Diagnostic list =
     ]
     |> List.distinctBy (fun d -> d.Message)
 
+/// Experts' features that a split would cut inside a block of one fp8 scale: rows are not gathered to mend that.
+let fp8Blocks (recipe: Recipe) (mesh: MeshInfo) (graph: Graph) : Diagnostic list =
+    let etp, n = mesh.ExpertTensor, recipe.Fp8Block
+
+    [
+        for node in graph.Nodes do
+            match node.Op with
+            | Op.Parameter(spec, t) when n > 0 && etp > 1 && Array.contains "experts" t.Names ->
+                for a in t.Axes do
+                    if a.Name = "expert_ffn" && a.Extent % (etp * n) <> 0 && a.Extent % etp = 0 then
+                        {
+                            Code = Codes.NotDivisible
+                            At = $"%s{spec.Name}, recipe %s{recipe.Name}"
+                            Message =
+                                $"axis 'expert_ffn' (%i{a.Extent}) split over etp (%i{etp}) leaves %i{a.Extent / etp}, no multiple of the fp8 block (%i{n})"
+                            Help = "choose a smaller expert tensor degree, or bf16"
+                        }
+            | _other -> ()
+    ]
+    |> List.distinctBy (fun d -> d.Message)
+
 let private notCompiled setting message help = {
     Code = Codes.NotCompiledYet
     At = $"recipe.%s{setting}"

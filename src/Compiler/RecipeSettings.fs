@@ -113,7 +113,17 @@ module RecipeSettings =
         number "global_batch_size" _.GlobalBatch (fun r n -> r.WithBatch(n, r.MicroBatch, r.SeqLength))
         number "micro_batch_size" _.MicroBatch (fun r n -> r.WithBatch(r.GlobalBatch, n, r.SeqLength))
         number "seq_length" _.SeqLength (fun r n -> r.WithBatch(r.GlobalBatch, r.MicroBatch, n))
-        choice "dtype" [ DType.Float32; DType.BFloat16 ] _.Name _.DType _.WithDType
+        choice
+            "dtype"
+            [ "fp32"; "bf16"; "fp8" ]
+            id
+            (fun r -> if r.Fp8Block > 0 && r.DType = DType.BFloat16 then "fp8" else r.DType.Name)
+            (fun r name ->
+                match name with
+                | "fp32" -> r.WithDType(DType.Float32).WithFp8 0
+                | "bf16" -> r.WithDType(DType.BFloat16).WithFp8 0
+                | _fp8 -> r.WithDType(DType.BFloat16).WithFp8 128)
+        number "fp8_block" _.Fp8Block _.WithFp8
         setting
             "fusions"
             "all, none, rules (permute,unpermute) or rules to leave out (-permute)"

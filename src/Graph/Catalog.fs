@@ -30,6 +30,7 @@ let define (op: Op) : OpDef =
     | Op.Broadcast(axis, dim) -> Movement.broadcast axis dim
     | Op.Rename(from, into) -> Movement.rename from into
     | Op.Zigzag(axis, ranks, inverse) -> Movement.zigzag axis ranks inverse
+    | Op.Fp8Quantize blocks -> Quantization.fp8 blocks
     | Op.Transpose permutation -> Movement.transpose permutation
     | Op.Anchor _ -> Movement.anchor
     | Op.Detach -> Movement.detach

@@ -86,6 +86,8 @@ type Op =
     /// rows, weight bank [experts, out, in], route; Transposed: contracts `out` instead of `in`.
     | GroupedMatMul of Transposed: bool
     | GroupedWeightGrad
+    /// Rounded to E4M3 and back, each block with a scale of its own; block extents by dim, 1: an index for itself.
+    | Fp8Quantize of Blocks: int list
     // reduction
     | Sum of Axes: string list
     | Max of Axes: string list

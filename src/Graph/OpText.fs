@@ -137,6 +137,7 @@ module internal OpText =
         | Op.Broadcast(axis, dim) -> [ text "axis" axis.Name; int "extent" axis.Extent; int "dim" dim ]
         | Op.Rename(from, into) -> [ text "from" from; text "to" into ]
         | Op.Transpose permutation -> [ ints "permutation" permutation ]
+        | Op.Fp8Quantize blocks -> [ ints "blocks" blocks ]
         | Op.Zigzag(axis, ranks, inverse) -> [ text "axis" axis; int "ranks" ranks; flag "inverse" inverse ]
         | Op.Anchor name -> [ text "name" name ]
         | Op.Contract spec -> [ text "spec" spec ]
@@ -318,6 +319,7 @@ module internal OpText =
             )
         | "rename" -> Op.Rename(a.Text "from", a.Text "to")
         | "transpose" -> Op.Transpose(a.Ints "permutation")
+        | "fp8_quantize" -> Op.Fp8Quantize(a.Ints "blocks")
         | "zigzag" -> Op.Zigzag(a.Text "axis", a.Int "ranks", a.Flag "inverse")
         | "anchor" -> Op.Anchor(a.Text "name")
         | "contract" -> Op.Contract(a.Text "spec")

@@ -61,6 +61,9 @@ type KernelId =
     | GroupedMatMul = 41
     /// dy[rows n], x[rows k], route -> dw[E n k]
     | GroupedWeightGrad = 42
+    /// a -> out; Ints block extents by dim. E4M3 and back: per block scale = max|a| / 448 in fp32, out = e4m3(a / scale) * scale,
+    /// to nearest even, saturating. A block of zeros stays; one that holds NaN or infinity becomes NaN.
+    | Fp8Quantize = 43
     // reduction: Ints dims
     | Sum = 50
     | Max = 51

@@ -11,6 +11,7 @@ let private withoutGradient =
     set [
         "Max"
         "GroupedWeightGrad"
+        "Fp8Quantize"
         "RmsNormGradX"
         "RmsNormGradW"
         "RmsNormGradXAdd"

@@ -15,6 +15,7 @@ let main argv =
             RecipeTests.tests
             RunTests.tests
             PartitionTests.tests
+            Fp8Tests.tests
             ParallelTests.tests
             ExecutorTests.tests
         ])

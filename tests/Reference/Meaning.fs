@@ -151,6 +151,7 @@ let apply (op: Op) (types: TensorType[]) (rule: Rule) (results: TensorType[]) (x
             |> Dense.concat d
         |]
     | Op.Broadcast(_, d) -> [| Dense.init extents[0] (fun i -> Dense.at x[0] (Array.removeAt d i)) |]
+    | Op.Fp8Quantize blocks -> [| Quantization.fp8 (Array.ofList blocks) x[0] |]
     | Op.Transpose permutation -> [|
         Dense.init extents[0] (fun i ->
             let index = Array.zeroCreate i.Length

@@ -15,6 +15,7 @@ let main argv =
             MetricsTests.tests
             KernelTests.tests
             RowKernelTests.tests
+            Fp8KernelTests.tests
             FusedKernelTests.tests
             CollectiveTests.tests
             RunnerTests.tests

@@ -91,6 +91,10 @@ let samples (op: Op) : Sample list =
         onHidden "one axis" (Op.Rename("seq", "t"))
         rowsOf (Op.Rename("hidden", "ffn"))
       ]
+    | Op.Fp8Quantize _ -> [
+        through (Op.Fp8Quantize [ 1; 2; 3 ]) (fun s -> [ s.Param("x", hidden) ])
+        through (Op.Fp8Quantize [ 2; 1; 1 ]) (fun s -> [ s.Param("x", hidden) ])
+      ]
     | Op.Transpose _ -> [
         onHidden "a cycle" (Op.Transpose [ 1; 2; 0 ])
         onHidden "a swap" (Op.Transpose [ 0; 2; 1 ])

@@ -15,13 +15,17 @@ type private Place =
     /// Every coordinate does all of it.
     | Whole
 
+/// A parameter, or one rounded to fp8: it lies as the parameter does.
 let private parameterOf (graph: Graph) value =
-    match (graph.NodeOf value).Op with
+    let node = graph.NodeOf value
+
+    match node.Op with
     | Op.Parameter _ -> true
+    | Op.Fp8Quantize _ -> (graph.NodeOf node.Inputs[0]).Op.IsParameter
     | _other -> false
 
 /// The parameter that a value is a gradient of, addends included: they stay in the parameter's split.
-let private weightGradients (graph: Graph) =
+let weightGradients (graph: Graph) =
     let forced = Array.create graph.Types.Length -1
 
     for n in graph.Nodes.Length - 1 .. -1 .. 0 do
@@ -81,8 +85,15 @@ let private choose
     let size = shards.Mesh.Axes[m].Size
     let state i = (shards.Home node.Inputs[i]).Layout[m]
 
+    // blocks of one scale are not cut
+    let unit f =
+        match node.Op with
+        | Op.Fp8Quantize blocks -> blocks[rule.Factors[f].Operands[0]]
+        | _other -> 1
+
     let fits f =
         rule.Factors[f].Mark <> Mark.Whole
+        && rule.Factors[f].Extent / (taken[f] * size) % unit f = 0
         && rule.Factors[f].Extent / taken[f] % size = 0
         && rule.Factors[f].Extent % (taken[f] * size) = 0
 

@@ -68,6 +68,7 @@ let ofOp (op: Op) (inputs: TensorType[]) (_outputs: TensorType[]) : (KernelId * 
     | Op.Concat axis -> Some(KernelId.Concat, [ dim axis ])
     | Op.Broadcast(axis, d) -> Some(KernelId.Broadcast, [ int d; int axis.Extent ])
     | Op.Transpose permutation -> Some(KernelId.Transpose, [ ints permutation ])
+    | Op.Fp8Quantize blocks -> Some(KernelId.Fp8Quantize, [ ints blocks ])
     | Op.Zigzag(axis, ranks, inverse) -> Some(KernelId.Zigzag, [ dim axis; int ranks; flag inverse ])
     | Op.Contract spec -> Some(KernelId.Contract, [ Attribute.Text spec ])
     | Op.GroupedMatMul transposed -> Some(KernelId.GroupedMatMul, [ flag transposed ])
@@ -239,6 +240,8 @@ let toOp
         Ok(Op.Broadcast({ Name = "new"; Extent = int32 extent }, int32 d))
     | KernelId.LocalSlice, [ Attribute.Int d; Attribute.Ints axes ] when small d && axes |> Seq.forall small ->
         result (fun t -> Op.LocalSlice(int32 d, [ for a in axes -> int32 a ], t))
+    | KernelId.Fp8Quantize, [ Attribute.Ints blocks ] when blocks |> Seq.forall small ->
+        Ok(Op.Fp8Quantize [ for n in blocks -> int32 n ])
     | KernelId.Transpose, [ Attribute.Ints permutation ] when permutation |> Seq.forall small ->
         Ok(Op.Transpose [ for d in permutation -> int32 d ])
     | KernelId.Zigzag, [ Attribute.Int d; Attribute.Int ranks; Attribute.Int inverse ] when ranks > 0L && ranks < 65537L ->

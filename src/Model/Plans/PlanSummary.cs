@@ -40,6 +40,8 @@ public static class PlanSummary
             + (plan.Chunks > 1 ? $", {plan.Chunks} chunks a rank" : ""));
         yield return ("batch", $"{sequences} sequences of {plan.SeqLength} tokens a step");
         yield return ("precision", Setting(plan, "dtype") ?? "fp32");
+        foreach (var line in Fp8Lines(plan))
+            yield return line;
         yield return ("hash", PlanFile.Hash(plan));
     }
 
@@ -121,4 +123,20 @@ public static class PlanSummary
 
     private static string Megabytes(long bytes)
         => (bytes / 1e6).ToString(bytes < 100_000_000 ? "N2" : "N0", CultureInfo.InvariantCulture);
+
+    /// <summary>Which matrix products read fp8 and which do not, of all layers together; nothing for a plan without.</summary>
+    private static IEnumerable<(string, string)> Fp8Lines(PlanSet plan)
+    {
+        var (fp8, others) = Fp8.products(plan);
+        if (fp8.IsEmpty)
+            yield break;
+        yield return ("fp8 products", $"{Places(fp8)}; emulated on the CPU: operands are rounded to E4M3, not multiplied in it");
+        yield return ("other products", Places(others));
+
+        static string Places(IEnumerable<Fp8.Product> products)
+            => string.Join(", ", products
+                .CountBy(p => string.Join('.', p.Path.Split('.').SkipWhile(w => w is "model" or "layers" || w.All(char.IsAsciiDigit))))
+                .OrderBy(place => place.Key, StringComparer.Ordinal)
+                .Select(place => $"{place.Key} {place.Value}"));
+    }
 }

@@ -67,7 +67,7 @@ public static class DeepSeekV3Recipes
         int lrWarmupIters = 2000,
         int lrDecayIters = 0)
     {
-        var states = stateTypes ?? StateTypes.Full;
+        var states = stateTypes ?? new StateTypes(DType.Float32, DType.BFloat16, DType.BFloat16, DType.BFloat16);
         string[] unfused = [.. moePermuteFusion ? [] : PermuteRules, .. applyRopeFusion ? [] : RopeRules];
         var model = Presets.V3 with
         {

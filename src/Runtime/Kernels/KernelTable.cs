@@ -36,6 +36,7 @@ public static class KernelTable
         [KernelId.Contract] = Adopts(ContractionKernels.Contract),
         [KernelId.GroupedMatMul] = Fills(GroupedKernels.GroupedMatMul),
         [KernelId.GroupedWeightGrad] = Fills(GroupedKernels.GroupedWeightGrad),
+        [KernelId.Fp8Quantize] = Fills(QuantizationKernels.Fp8Quantize),
         [KernelId.Sum] = Adopts(ReductionKernels.Sum),
         [KernelId.Max] = Adopts(ReductionKernels.Max),
         [KernelId.RmsNorm] = Fills(NormalizationKernels.RmsNorm),
