@@ -1,6 +1,7 @@
 // The options that say what is compiled: recipe, degrees of parallelism, batch and precision.
 
 using System.CommandLine;
+using DeepSeekGraph.Compiler;
 
 namespace DeepSeekGraph.Cli;
 
@@ -95,8 +96,9 @@ internal sealed class JobOptions
 
     private readonly Option<string?> _recompute = new("--recompute")
     {
-        HelpName = "core_attn",
-        Description = "Compute these again in the backward pass instead of keeping them",
+        HelpName = "NAMES",
+        Description = "Compute these again in the backward pass instead of keeping them: none, or "
+            + string.Join(",", Recompute.names) + "; budget=40GiB chooses the cheapest that fit a rank",
     };
 
     public void AddTo(Command command)

@@ -64,7 +64,7 @@ internal static class Jobs
         if (choices.NoFuse)
             recipe = recipe.WithFusion(false);
         if (choices.Recompute is { } recompute)
-            recipe = recipe.WithRecompute(recompute.Split(',', StringSplitOptions.RemoveEmptyEntries));
+            recipe = Recomputed(recipe, recompute);
         return recipe
             .WithBatch(
                 choices.GlobalBatch ?? recipe.GlobalBatch,
@@ -73,6 +73,15 @@ internal static class Jobs
             .WithDType(DTypeOf(choices, recipe))
             .WithFp8(choices.DType switch { "fp8" => 128, null => recipe.Fp8Block, _ => 0 });
     }
+
+    private static Recipe Recomputed(Recipe recipe, string names)
+        => RecipeSettings.withRecomputation(recipe, names) is { } changed
+            ? changed.Value
+            : throw DiagnosticException.Of(
+                Codes.OptionValue,
+                "--recompute",
+                $"'{names}' names no single budget",
+                $"give names, budget=BYTES or both, with commas between; BYTES is {ByteSize.forms}");
 
     private static Schedule ScheduleOf(string name)
         => Schedule.All.FirstOrDefault(s => s.Name.Equals(name, StringComparison.OrdinalIgnoreCase))

@@ -28,6 +28,8 @@ type Progress = {
     Stages: LayoutUnit list list
     /// How often each fusion rule was applied.
     Fusions: (string * int) list
+    /// What a budget made the recompute pass choose.
+    Recomputed: RecomputeBudget.Outcome option
 }
 
 /// One step of a compilation. What it leaves is verified before the next one starts.
@@ -49,6 +51,8 @@ type Compiled = {
     Local: Partitioned
     /// How often each fusion rule was applied.
     Fusions: (string * int) list
+    /// What a budget made the recompute pass choose.
+    Recomputed: RecomputeBudget.Outcome option
 }
 
 [<RequireQualifiedAccess>]
@@ -81,6 +85,69 @@ module Pipeline =
                 Shape = progress.Pipeline
             }
             local
+
+    let private partition (progress: Progress) (joint: Graph) =
+        let recipe = progress.Recipe
+        let dispatcher = Dispatching.choose recipe progress.Mesh joint
+        struct (dispatcher, Propagate.run (AxisMap.create recipe.SequenceParallel dispatcher progress.Mesh) joint)
+
+    let private dispatch (progress: Progress) (dispatcher: Dispatcher) (local: Partitioned) =
+        if dispatcher.IsFlex then
+            FusedDispatch.run progress.Recipe.RanksPerNode local
+        else
+            local
+
+    /// The recipe's names; with a budget, whatever else it takes, found by compiling on.
+    let private recompute (progress: Progress) : Result<Progress, Diagnostic list> =
+        let joint = logical progress
+        let recipe = progress.Recipe
+
+        let outcome =
+            if recipe.RecomputeBudget = 0L then
+                Ok None
+            else
+                let stageOf = Lower.stageOf progress.Stages
+
+                RecomputeBudget.choose
+                    recipe
+                    recipe.RecomputeBudget
+                    (fun part ->
+                        let stage = stageOf part
+                        struct (stage % progress.Mesh.Pipeline, stage / progress.Mesh.Pipeline))
+                    (let struct (_, plain) = partition progress joint in plain.Graph)
+                    (fun policy ->
+                        let struct (dispatcher, local) = partition progress (Recompute.run policy joint)
+                        let local = dispatch progress dispatcher local
+                        let plan = lower progress local
+
+                        {
+                            Local = local
+                            Stages = plan.Stages
+                            Memory = plan.Memory
+                        })
+                |> Result.map Some
+
+        outcome
+        |> Result.map (fun outcome ->
+            let choices = outcome |> Option.map _.Choices |> Option.defaultValue []
+
+            {
+                progress with
+                    Form = Form.Logical(Recompute.run (RecomputeBudget.policy recipe choices) joint)
+                    Recomputed = outcome
+            })
+
+    /// The plan, and in its recipe's lines what was chosen on the way.
+    let private recorded (progress: Progress) (plan: PlanSet) =
+        match progress.Recomputed with
+        | None -> plan
+        | Some outcome -> {
+            plan with
+                Recipe = [|
+                    yield! plan.Recipe
+                    yield! RecomputeBudget.explain progress.Recipe.RecomputeBudget outcome plan.Memory
+                |]
+          }
 
     /// THE list of passes, in order.
     let passes: Pass list = [
@@ -141,20 +208,19 @@ module Pipeline =
             "fp8"
             "once the backward pass has products of its own to round; before recomputation, which then makes rounded operands again"
             (fun progress -> Fp8.run progress.Recipe.Fp8Block)
-        onGraph
-            "recompute"
-            "once there is a backward pass, while values are still logical; what it makes needless is dead before it costs collectives"
-            (fun progress -> Recompute.run (List.ofSeq progress.Recipe.Recompute))
+        {
+            Name = "recompute"
+            Why =
+                "once there is a backward pass, while values are still logical; what it makes needless is dead before it costs collectives"
+            Run = recompute
+        }
         {
             Name = "partition"
             Why =
                 "once forward and backward are one graph: one rule shards both, a collective wherever two layouts disagree"
             Run =
                 fun progress ->
-                    let recipe = progress.Recipe
-                    let graph = logical progress
-                    let dispatcher = Dispatching.choose recipe progress.Mesh graph
-                    let local = Propagate.run (AxisMap.create recipe.SequenceParallel dispatcher progress.Mesh) graph
+                    let struct (dispatcher, local) = partition progress (logical progress)
 
                     Ok {
                         progress with
@@ -171,7 +237,7 @@ module Pipeline =
                     | Form.Local local when progress.Dispatcher.IsFlex ->
                         Ok {
                             progress with
-                                Form = Form.Local(FusedDispatch.run progress.Recipe.RanksPerNode local)
+                                Form = Form.Local(dispatch progress progress.Dispatcher local)
                         }
                     | Form.Local _
                     | Form.Logical _
@@ -187,7 +253,7 @@ module Pipeline =
                     | Form.Local local ->
                         Ok {
                             progress with
-                                Form = Form.Plan(lower progress local)
+                                Form = Form.Plan(lower progress local |> recorded progress)
                         }
                     | Form.Logical _
                     | Form.Plan _ -> invalidOp "lowering follows the partition (a bug in dsg)"
@@ -245,6 +311,7 @@ module Pipeline =
                     Dispatcher = recipe.Dispatcher
                     Stages = []
                     Fusions = []
+                    Recomputed = None
                 }
             | [], Error wrong
             | wrong, _ -> Error wrong)
@@ -283,5 +350,6 @@ module Pipeline =
                 Joint = joint
                 Local = local
                 Fusions = progress.Fusions
+                Recomputed = progress.Recomputed
               }
             | _unfinished -> invalidOp "the last pass made no plan (a bug in dsg)")

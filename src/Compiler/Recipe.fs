@@ -111,6 +111,7 @@ type Recipe = private {
     fp8Block: int
     fusions: FusionChoice
     recompute: string list
+    recomputeBudget: int64
     optimizer: Optimizer
     distributedOptimizer: bool
     stateTypes: StateTypes
@@ -140,6 +141,7 @@ type Recipe = private {
         fp8Block = 0
         fusions = FusionChoice.All
         recompute = []
+        recomputeBudget = 0L
         optimizer = {
             Beta1 = 0.9
             Beta2 = 0.95
@@ -190,8 +192,10 @@ type Recipe = private {
     /// Extent of the blocks in which linear layers' operands are rounded to fp8; 0: they are not.
     member this.Fp8Block = this.fp8Block
     member this.Fusions = this.fusions
-    /// Names of what the backward pass computes again: core_attn.
+    /// Names of what the backward pass computes again, such as core_attn.
     member this.Recompute = this.recompute :> IReadOnlyList<string>
+    /// Bytes that a rank may hold: what else is computed again is chosen so that they suffice. 0: no budget.
+    member this.RecomputeBudget = this.recomputeBudget
     member this.Optimizer = this.optimizer
     /// Are master weights and moments split over the ranks that hold copies of a parameter (dp x cp; of experts, edp)?
     member this.DistributedOptimizer = this.distributedOptimizer
@@ -256,10 +260,15 @@ type Recipe = private {
             fusions = (if rules.Length = 0 then FusionChoice.All else FusionChoice.AllBut(List.ofArray rules))
     }
 
+    /// Megatron's names: core_attn, mla_up_proj, layernorm, moe_act, shared_experts, mlp, moe; full: every layer.
     member this.WithRecompute([<ParamArray>] names: string[]) = {
         this with
             recompute = List.ofArray names
     }
+
+    /// The cheapest recomputation with which a rank's peak, headroom for routed rows included, is at most `bytes`; stages may differ.
+    /// 0: none but the names given.
+    member this.WithRecomputeBudget(bytes: int64) = { this with recomputeBudget = bytes }
 
     member this.WithOptimizer(optimizer: Optimizer) = { this with optimizer = optimizer }
 

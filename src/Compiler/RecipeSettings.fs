@@ -71,6 +71,27 @@ module RecipeSettings =
         for name in value.Split(',', StringSplitOptions.RemoveEmptyEntries ||| StringSplitOptions.TrimEntries) -> name
     ]
 
+    let private budget = "budget="
+
+    let private recomputation (r: Recipe) =
+        let names = [
+            yield! r.Recompute
+            if r.RecomputeBudget > 0L then
+                $"%s{budget}%i{r.RecomputeBudget}"
+        ]
+
+        if names.IsEmpty then "none" else String.Join(",", names)
+
+    /// Names of what is recomputed, a budget, or both: the recipe with them; None where an amount is none.
+    let withRecomputation (r: Recipe) (value: string) : Recipe option =
+        let budgets, names = names value |> List.partition _.StartsWith(budget)
+
+        match budgets |> List.map (fun word -> ByteSize.tryParse (word.Substring budget.Length)), names with
+        | [], [ "none" ] -> Some(r.WithRecompute([||]).WithRecomputeBudget 0L)
+        | [], names -> Some(r.WithRecompute(Array.ofList names).WithRecomputeBudget 0L)
+        | [ ValueSome bytes ], names -> Some(r.WithRecompute(Array.ofList names).WithRecomputeBudget bytes)
+        | _several, _ -> None
+
     /// all, none, rules to apply, or rules to leave out ("-permute").
     let private fusions (value: string) =
         match value with
@@ -129,11 +150,11 @@ module RecipeSettings =
             "all, none, rules (permute,unpermute) or rules to leave out (-permute)"
             (fun r -> r.Fusions.ToString())
             (fun r value -> fusions value |> Option.map r.WithFusions)
-        text
+        setting
             "recompute"
-            "names such as core_attn, with commas between"
-            (fun r -> String.Join(",", r.Recompute))
-            (fun r value -> r.WithRecompute(Array.ofList (names value)))
+            $"none, names such as core_attn with commas between, or budget=BYTES, %s{ByteSize.forms}"
+            recomputation
+            (fun r value -> withRecomputation r value)
         real "optimizer.beta1" _.Beta1 (fun o x -> { o with Beta1 = x })
         real "optimizer.beta2" _.Beta2 (fun o x -> { o with Beta2 = x })
         real "optimizer.eps" _.Eps (fun o x -> { o with Eps = x })

@@ -176,6 +176,10 @@ module Codes =
     [<Literal>]
     let UnknownRecompute = "DSG0590"
 
+    /// No recomputation makes a stage fit the budget of bytes.
+    [<Literal>]
+    let RecomputeBudget = "DSG0592"
+
     /// The model names no units, so it cannot be cut into stages.
     [<Literal>]
     let NoUnits = "DSG0591"

@@ -8,8 +8,9 @@ open System.Collections.Generic
 module PlanSchema =
     /// Raised whenever a field is added, changed or dropped. 2: chunks of a virtual pipeline, groups with a direction.
     /// 3: S.
+    /// 4: memory by more kinds and for uneven routing, with the place of every slot.
     [<Literal>]
-    let Version = 3
+    let Version = 4
 
 /// How a value lies along one mesh axis.
 [<RequireQualifiedAccess; Struct>]
@@ -262,14 +263,41 @@ type InputInfo = {
     Layout: IReadOnlyList<AxisState>
 }
 
-/// One line of the memory table: bytes a rank of the stage holds at most, by slot kind.
+/// A part of a rank's memory for slots that live from a run of program `From` to one of `Until` ("F", "W@1");
+/// "plan": all the time, "program": within one run of any program. One frame of `Stride` bytes for each microbatch in flight.
+type MemoryRegion = {
+    From: string
+    Until: string
+    /// For routed rows, whose number differs from step to step.
+    Routed: bool
+    /// First byte in the arena.
+    Base: int64
+    Stride: int64
+    Count: int
+}
+
+/// One line of the memory table: bytes a rank of the stage holds at most. Where nothing else is said, routed rows count as if balanced.
 type MemoryRow = {
     Stage: int
     Parameters: int64
     Optimizer: int64
     Gradients: int64
+    /// Counts, metrics and scalars.
+    Counters: int64
+    /// Slots that come and go, but for those of `Collectives`, at the moment of the peak.
     Activations: int64
+    /// Slots that a collective in flight fills, at that moment.
+    Collectives: int64
     Peak: int64
+    /// The peak with the memory that is kept for routed rows: twice the balanced, or all there can be.
+    Headroom: int64
+    /// The peak when every token of the job chooses this rank's experts.
+    Worst: int64
+    /// Bytes of all regions: what has to be there. The least possible is `Headroom`.
+    Arena: int64
+    Regions: IReadOnlyList<MemoryRegion>
+    /// First byte of each slot in a frame of its region, by slot id; -1 for slots that hold nothing.
+    Offsets: IReadOnlyList<int64>
 }
 
 /// A compiled job: what every rank will do, known before the first kernel starts.

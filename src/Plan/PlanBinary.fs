@@ -288,17 +288,40 @@ let private input (r: Reader) : InputInfo =
         Layout = readLayout r
     }
 
+let private region (r: Reader) : MemoryRegion =
+    let from = r.Text()
+    let until = r.Text()
+    let routed = r.OneOf("flag", [| false; true |])
+    let first = r.Long()
+    let stride = r.Long()
+
+    {
+        From = from
+        Until = until
+        Routed = routed
+        Base = first
+        Stride = stride
+        Count = r.Int()
+    }
+
 let private memory (r: Reader) : MemoryRow =
     let stage = r.Int()
-    let bytes = Array.init 5 (fun _ -> r.Long())
+    let bytes = Array.init 10 (fun _ -> r.Long())
 
     {
         Stage = stage
         Parameters = bytes[0]
         Optimizer = bytes[1]
         Gradients = bytes[2]
-        Activations = bytes[3]
-        Peak = bytes[4]
+        Counters = bytes[3]
+        Activations = bytes[4]
+        Collectives = bytes[5]
+        Peak = bytes[6]
+        Headroom = bytes[7]
+        Worst = bytes[8]
+        Arena = bytes[9]
+        Regions = r.List(fun () -> region r)
+        Offsets = r.List r.Long
     }
 
 let private group (r: Reader) : Group =

@@ -231,8 +231,33 @@ let private writeInput (w: Writer) (i: InputInfo) =
 let private writeMemory (w: Writer) (m: MemoryRow) =
     w.Int m.Stage
 
-    for bytes in [ m.Parameters; m.Optimizer; m.Gradients; m.Activations; m.Peak ] do
+    for bytes in
+        [
+            m.Parameters
+            m.Optimizer
+            m.Gradients
+            m.Counters
+            m.Activations
+            m.Collectives
+            m.Peak
+            m.Headroom
+            m.Worst
+            m.Arena
+        ] do
         w.Long bytes
+
+    w.List(
+        m.Regions,
+        fun r ->
+            w.Text r.From
+            w.Text r.Until
+            w.Int(if r.Routed then 1 else 0)
+            w.Long r.Base
+            w.Long r.Stride
+            w.Int r.Count
+    )
+
+    w.List(m.Offsets, w.Long)
 
 let private writePlan (w: Writer) (plan: PlanSet) =
     w.List(plan.Recipe, w.Text)

@@ -236,7 +236,23 @@ let print (plan: PlanSet) : string =
     for m in plan.Memory do
         text
             out
-            $"memory %i{m.Stage} parameters=%i{m.Parameters} optimizer=%i{m.Optimizer} gradients=%i{m.Gradients} activations=%i{m.Activations} peak=%i{m.Peak}\n"
+            $"memory %i{m.Stage} parameters=%i{m.Parameters} optimizer=%i{m.Optimizer} gradients=%i{m.Gradients} counters=%i{m.Counters} activations=%i{m.Activations} collectives=%i{m.Collectives} peak=%i{m.Peak} headroom=%i{m.Headroom} worst=%i{m.Worst} arena=%i{m.Arena}\n"
+
+        for r in m.Regions do
+            text out "region "
+            PlanWords.write out r.From
+            text out " "
+            PlanWords.write out r.Until
+            let routed = if r.Routed then 1 else 0
+            text out $" routed=%i{routed} base=%i{r.Base} stride=%i{r.Stride} count=%i{r.Count}\n"
+
+        text out "offsets"
+
+        for at in m.Offsets do
+            text out " "
+            number out at
+
+        text out "\n"
 
     for s in plan.Stages do
         stage out s

@@ -12,9 +12,22 @@ let private longestLine = 1 <<< 20
 
 let private keywords =
     ("recipe mesh axis layout schedule chunks microbatches micro_batch seq_length "
-     + "group parameter input memory stage slot program timetable")
+     + "group parameter input memory region offsets stage slot program timetable")
         .Split
         ' '
+
+let private memoryFields = [|
+    "parameters"
+    "optimizer"
+    "gradients"
+    "counters"
+    "activations"
+    "collectives"
+    "peak"
+    "headroom"
+    "worst"
+    "arena"
+|]
 
 /// Grows a plan line by line.
 [<Sealed>]
@@ -60,6 +73,16 @@ type private Reader() =
     let field (s: Scanner) (name: string) =
         s.Expect(name + "=")
         s.Long name
+
+    /// Lines behind a memory line add to it.
+    let lastMemory word (change: MemoryRow -> MemoryRow) =
+        if memory.Count = 0 then
+            raise (malformed $"'%s{word}' stands before any 'memory'" "")
+
+        if memory[memory.Count - 1].Regions.Count > 1000 then
+            raise (malformed "a stage has more than 1000 regions" "")
+
+        memory[memory.Count - 1] <- change memory[memory.Count - 1]
 
     let scalar (s: Scanner) word =
         once word
@@ -144,18 +167,64 @@ type private Reader() =
             | "memory" ->
                 without "memory"
                 let stage = s.Int "a stage"
-                let parameters, optimizer = field s "parameters", field s "optimizer"
-                let gradients, activations, peak = field s "gradients", field s "activations", field s "peak"
+
+                let fields = [|
+                    for name in memoryFields do
+                        field s name
+                |]
+
                 s.Close()
 
                 memory.Add {
                     Stage = stage
-                    Parameters = parameters
-                    Optimizer = optimizer
-                    Gradients = gradients
-                    Activations = activations
-                    Peak = peak
+                    Parameters = fields[0]
+                    Optimizer = fields[1]
+                    Gradients = fields[2]
+                    Counters = fields[3]
+                    Activations = fields[4]
+                    Collectives = fields[5]
+                    Peak = fields[6]
+                    Headroom = fields[7]
+                    Worst = fields[8]
+                    Arena = fields[9]
+                    Regions = [||]
+                    Offsets = [||]
                 }
+            | "region" ->
+                without "region"
+                let from = s.Word "where it begins"
+                let until = s.Word "where it ends"
+
+                let fields = [|
+                    for name in [| "routed"; "base"; "stride"; "count" |] do
+                        field s name
+                |]
+
+                s.Close()
+
+                if fields[0] <> 0L && fields[0] <> 1L || fields[3] < 0L || fields[3] > int64 System.Int32.MaxValue then
+                    raise (malformed $"a region has routed=%i{fields[0]} and count=%i{fields[3]}" "")
+
+                lastMemory "region" (fun row -> {
+                    row with
+                        Regions = [|
+                            yield! row.Regions
+
+                            {
+                                From = from
+                                Until = until
+                                Routed = (fields[0] = 1L)
+                                Base = fields[1]
+                                Stride = fields[2]
+                                Count = int fields[3]
+                            }
+                        |]
+                })
+            | "offsets" ->
+                without "offsets"
+                let offsets = s.Longs "an offset"
+                s.Close()
+                lastMemory "offsets" (fun row -> { row with Offsets = offsets })
             | "stage" ->
                 without "stage"
                 let stage = s.Int "a stage"

@@ -256,6 +256,15 @@ module internal PlanWords =
 
             found.ToArray()
 
+        /// 64-bit integers until something else comes.
+        member this.Longs(role: string) : int64[] =
+            let found = List<int64>()
+
+            while Char.IsAsciiDigit this.Peek || this.Peek = '-' do
+                found.Add(this.Long role)
+
+            found.ToArray()
+
         /// Slot ids, each with '%' in front, until something else comes.
         member this.Slots() : int[] =
             let found = List<int>()

@@ -34,7 +34,7 @@ let private preserves (pass: Graph -> Graph) (graph: Graph) =
 
 let private fuse (graph: Graph) = fst (Fusion.Fuse.run graph)
 let private bf16 = Precision.run DType.BFloat16
-let private recompute = Recompute.run [ "core_attn" ]
+let private recompute = Recompute.run (Recompute.everywhere [ "core_attn" ])
 
 let private table (s: Sketch) axis extent =
     let spec = {

@@ -28,7 +28,7 @@ type Job = {
     /// Lengths of the cuts of the layout string, between units.
     Cuts: int list
     GPipe: bool
-    Recompute: bool
+    Recompute: string list
     Fuse: bool
     Bf16: bool
     Microbatches: int
@@ -83,23 +83,21 @@ type Job = {
             String.concat "|" stages
 
     member this.Recipe =
-        let recipe =
-            Recipe.Default
-                .WithName("random")
-                .WithParallelism(this.Tensor, this.Pipeline, this.Expert, this.Data)
-                .WithContextParallel(this.Context)
-                .WithExpertTensorParallel(this.ExpertTensor)
-                .WithSequenceParallel(this.SequenceParallel)
-                .WithDispatcher(this.Dispatcher)
-                .WithRanksPerNode(2)
-                .WithVirtualPipeline(this.Virtual, this.Group)
-                .WithLayout(this.Layout)
-                .WithSchedule(if this.GPipe then Schedule.GPipe else Schedule.OneFOneB)
-                .WithFusion(this.Fuse)
-                .WithDType(if this.Bf16 then DType.BFloat16 else DType.Float32)
-                .WithBatch(this.Microbatches * 4, 4 / this.Data, this.SeqLength)
-
-        if this.Recompute then recipe.WithRecompute("core_attn") else recipe
+        Recipe.Default
+            .WithName("random")
+            .WithParallelism(this.Tensor, this.Pipeline, this.Expert, this.Data)
+            .WithContextParallel(this.Context)
+            .WithExpertTensorParallel(this.ExpertTensor)
+            .WithSequenceParallel(this.SequenceParallel)
+            .WithDispatcher(this.Dispatcher)
+            .WithRanksPerNode(2)
+            .WithVirtualPipeline(this.Virtual, this.Group)
+            .WithLayout(this.Layout)
+            .WithSchedule(if this.GPipe then Schedule.GPipe else Schedule.OneFOneB)
+            .WithFusion(this.Fuse)
+            .WithDType(if this.Bf16 then DType.BFloat16 else DType.Float32)
+            .WithBatch(this.Microbatches * 4, 4 / this.Data, this.SeqLength)
+            .WithRecompute(Array.ofList this.Recompute)
 
     /// The same job on one rank.
     member this.Single = {
@@ -115,7 +113,7 @@ type Job = {
             Virtual = 1
             Group = 0
             GPipe = false
-            Recompute = false
+            Recompute = []
     }
 
     /// Do stages differ in their number of layers?
@@ -171,7 +169,8 @@ let private jobs (pipelines: int list) (chunks: int list) = gen {
     // with chunks, the loss may be a stage of its own
     let! cuts = Gen.shuffle [| 1 .. layers + mtp + min 1 (chunks - 1) |]
     let! gpipe = some [ false; true ]
-    let! recompute = some [ false; true ]
+    let! recomputed = Gen.subListOf Recompute.names
+    let! recompute = some [ []; recomputed; [ "full" ] ]
     let! fuse = some [ true; true; false ]
     let! bf16 = some [ false; false; true ]
     let! microbatches = some [ 1; 2; 3; 5 ]
@@ -261,8 +260,11 @@ let shrink (job: Job) : Job seq =
         if job.Bf16 then
             { job with Bf16 = false }
 
-        if job.Recompute then
-            { job with Recompute = false }
+        for name in job.Recompute do
+            {
+                job with
+                    Recompute = List.except [ name ] job.Recompute
+            }
 
         if job.Yarn then
             { job with Yarn = false }

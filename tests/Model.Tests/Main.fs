@@ -18,4 +18,6 @@ let main argv =
             Fp8Tests.tests
             ParallelTests.tests
             ExecutorTests.tests
+            RecomputeTests.tests
+            AllocatorTests.tests
         ])

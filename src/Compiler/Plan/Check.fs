@@ -5,29 +5,6 @@ module DeepSeekGraph.Compiler.Check
 open DeepSeekGraph
 open DeepSeekGraph.Compiler.Checking
 
-/// The memory table must be what the slots, programs and timetable come to.
-let private checkMemory (findings: Shapes.Findings) (plan: PlanSet) =
-    let rows = plan.Stages |> Seq.map Lowering.Memory.row |> List.ofSeq
-
-    if List.ofSeq plan.Memory <> rows then
-        for row in rows do
-            match plan.Memory |> Seq.tryFind (fun r -> r.Stage = row.Stage) with
-            | Some said when said = row -> ()
-            | Some said ->
-                findings.Add(
-                    Codes.PlanShape,
-                    $"stage %i{row.Stage}",
-                    $"the memory table says a peak of %i{said.Peak} bytes, its steps come to %i{row.Peak}, or a row differs"
-                )
-            | None -> findings.Add(Codes.PlanShape, $"stage %i{row.Stage}", "the memory table has no row for it")
-
-        if plan.Memory.Count <> rows.Length then
-            findings.Add(
-                Codes.PlanShape,
-                "memory",
-                $"the memory table has %i{plan.Memory.Count} rows for %i{rows.Length} stages"
-            )
-
 /// What is wrong with a plan; empty when it can run.
 /// Ranks of a stage run one program and differ in coordinates only, so one rank of each stage stands for all.
 let run (plan: PlanSet) : Diagnostic list =
@@ -45,6 +22,6 @@ let run (plan: PlanSet) : Diagnostic list =
         Updates.check findings plan
 
     if findings.Count = 0 then
-        checkMemory findings plan
+        Memory.check findings plan
 
     findings.ToList()

@@ -311,5 +311,5 @@ let run (job: Job) (p: Partitioned) : PlanSet =
         Parameters = parameters
         Inputs = inputs job p
         Stages = stages
-        Memory = stages |> Array.map Memory.row
+        Memory = stages |> Array.map (Memory.row job.Mesh)
     }

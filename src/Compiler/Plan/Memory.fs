@@ -1,69 +1,165 @@
-/// Bytes a rank holds: the timetable walked with slot sizes, routed rows at their balanced size.
+/// Bytes a rank holds: the timetable walked with slot sizes, for balanced routing, for the headroom kept, and for the worst case.
 module DeepSeekGraph.Compiler.Lowering.Memory
 
 open System.Collections.Generic
 open DeepSeekGraph
 
-/// Bytes of one instance of a slot when routing is balanced.
-let bytes (slot: SlotInfo) : int64 =
-    let elements = slot.Extents |> Seq.fold (fun n e -> n * int64 e) 1L
-    int64 (ceil (float elements * slot.Density)) * int64 slot.DType.Bytes
+/// How many routed rows are counted.
+[<RequireQualifiedAccess>]
+type Rows =
+    /// Every expert gets its share.
+    | Balanced
+    /// What is kept free: some times the balanced rows, never more than there can be.
+    | Headroom
+    /// Every token chooses as many of this rank's experts as it can.
+    | Worst
 
-let private persistent (kind: SlotKind) =
-    match kind with
-    | SlotKind.Parameter
-    | SlotKind.Optimizer
-    | SlotKind.Gradient
-    | SlotKind.Counter
-    | SlotKind.Scalar -> true
-    | SlotKind.Input
-    | SlotKind.Saved
-    | SlotKind.Temporary -> false
+/// Routed rows that memory is kept for, in multiples of the balanced ones.
+let headroom = 2.0
 
-/// The stage's line of the memory table; all slots of a step-long kind count all the time.
-let row (stage: StagePlan) : MemoryRow =
-    let size = stage.Slots |> Seq.map bytes |> Array.ofSeq
-    let kinds = stage.Slots |> Seq.map _.Kind |> Array.ofSeq
-    let sum (keep: SlotKind -> bool) = Array.fold2 (fun n k b -> if keep k then n + b else n) 0L kinds size
-    let programs = stage.Programs |> Seq.map (fun p -> struct (p.Phase, p.Chunk), p.Steps) |> dict
+/// Bytes of one instance of a slot.
+let bytesOf (mesh: MeshInfo) (rows: Rows) (slot: SlotInfo) : int64 =
+    let product (extents: int seq) = extents |> Seq.fold (fun n e -> n * int64 e) 1L
+    let elements = product slot.Extents
+    let stored share = int64 (ceil (float elements * share)) * int64 slot.DType.Bytes
+
+    if not slot.Routed then
+        stored slot.Density
+    else
+        let worst () =
+            let experts = slot.Extents[2]
+
+            let split =
+                slot.Layout
+                |> Seq.indexed
+                |> Seq.fold (fun n (m, state) -> if state = AxisState.Split 2 then n * mesh.Axes[m].Size else n) 1
+
+            let topK = int (System.Math.Round(slot.Density * float (experts * split)))
+            let perToken = product slot.Extents / int64 experts
+            perToken * int64 (min topK experts) * int64 slot.DType.Bytes
+
+        match rows with
+        | Rows.Balanced -> stored slot.Density
+        | Rows.Headroom -> min (worst ()) (stored (headroom * slot.Density))
+        | Rows.Worst -> worst ()
+
+/// Bytes at the moment of a peak: all that come and go, and those of them that a collective in flight fills.
+[<Struct>]
+type private Moment = { Live: int64; Flying: int64 }
+
+/// What one run of a program changes.
+type private Course = { Peak: Moment; Net: Moment }
+
+let private zero = { Live = 0L; Flying = 0L }
+
+let private plus a b = {
+    Live = a.Live + b.Live
+    Flying = a.Flying + b.Flying
+}
+
+let private course (transient: int -> bool) (size: int64[]) (tokens: Dictionary<_, _>) key (steps: IReadOnlyList<Step>) =
+    let mutable now, peak = zero, zero
+
+    let sum (slots: IReadOnlyList<int>) =
+        slots |> Seq.sumBy (fun s -> if transient s then size[s] else 0L)
+
+    for step in steps do
+        match step with
+        | Step.Launch(_, _, _, outputs, _) -> now <- { now with Live = now.Live + sum outputs }
+        | Step.Start(token, _, _, _, outputs, _) ->
+            let filled = sum outputs
+            tokens[struct (key, token)] <- filled
+
+            now <- {
+                Live = now.Live + filled
+                Flying = now.Flying + filled
+            }
+        | Step.Wait token ->
+            match tokens.TryGetValue(struct (key, token)) with
+            | true, filled -> now <- { now with Flying = now.Flying - filled }
+            | false, _ -> ()
+        | Step.Free slot -> now <- { now with Live = now.Live - size[slot] }
+
+        if now.Live > peak.Live then
+            peak <- now
+
+    { Peak = peak; Net = now }
+
+/// Live bytes behind every entry of the timetable and the highest moment, of slots that come and go.
+let private walk (stage: StagePlan) (size: int64[]) : struct (int64[] * Moment) =
+    let transient id = not (Arena.persistent stage.Slots[id].Kind)
+    let tokens = Dictionary<struct (struct (bool * int) * int), int64>()
+
+    let courses =
+        stage.Programs
+        |> Seq.map (fun p ->
+            let once = p.Phase.IsPrologue || p.Phase.IsEpilogue
+            struct (p.Phase, p.Chunk), course transient size tokens (struct (once, p.Chunk)) p.Steps)
+        |> dict
+
+    let inputs = stage.Slots |> Seq.filter _.Kind.IsInput |> Seq.sumBy (fun s -> size[s.Id])
     let fed = HashSet<int>()
-    let live = HashSet<struct (int * int)>()
-    let mutable now = 0L
-    let mutable peak = 0L
+    let mutable now, peak = zero, zero
 
-    let take microbatch slot =
-        if not (persistent kinds[slot]) && live.Add(struct (slot, microbatch)) then
-            now <- now + size[slot]
-            peak <- max peak now
+    let behind =
+        stage.Timetable
+        |> Seq.map (fun action ->
+            // the inputs of a microbatch come with its first program
+            if action.Phase.IsF && fed.Add action.Microbatch then
+                now <- { now with Live = now.Live + inputs }
 
-    for action in stage.Timetable do
-        // the inputs of a microbatch come with its first program
-        if action.Phase.IsF && fed.Add action.Microbatch then
-            for slot in stage.Slots do
-                if slot.Kind.IsInput then
-                    take action.Microbatch slot.Id
+                if now.Live > peak.Live then
+                    peak <- now
 
-        match programs.TryGetValue(struct (action.Phase, action.Chunk)) with
-        | true, steps ->
-            for step in steps do
-                match step with
-                | Step.Launch(_, _, _, outputs, _)
-                | Step.Start(_, _, _, _, outputs, _) ->
-                    for slot in outputs do
-                        take action.Microbatch slot
-                | Step.Wait _ -> ()
-                | Step.Free slot ->
-                    if live.Remove(struct (slot, action.Microbatch)) then
-                        now <- now - size[slot]
-        | false, _ -> ()
+            match courses.TryGetValue(struct (action.Phase, action.Chunk)) with
+            | true, course ->
+                let top = plus now course.Peak
 
-    let held = sum persistent
+                if top.Live > peak.Live then
+                    peak <- top
+
+                now <- plus now course.Net
+            | false, _ -> ()
+
+            now.Live)
+        |> Array.ofSeq
+
+    struct (behind, peak)
+
+/// Bytes of slots that come and go, behind every entry of the stage's timetable, when routing is balanced.
+let behindEntries (mesh: MeshInfo) (stage: StagePlan) : int64[] =
+    let struct (behind, _) = walk stage (stage.Slots |> Seq.map (bytesOf mesh Rows.Balanced) |> Array.ofSeq)
+    behind
+
+/// The stage's line of the memory table; slots that outlive a step count all the time.
+let row (mesh: MeshInfo) (stage: StagePlan) : MemoryRow =
+    let sizes rows = stage.Slots |> Seq.map (bytesOf mesh rows) |> Array.ofSeq
+    let balanced, kept = sizes Rows.Balanced, sizes Rows.Headroom
+
+    let sum (keep: SlotKind -> bool) =
+        stage.Slots |> Seq.sumBy (fun s -> if keep s.Kind then balanced[s.Id] else 0L)
+
+    let held = sum Arena.persistent
+
+    let peak size =
+        let struct (_, moment) = walk stage size
+        moment
+
+    let top = peak balanced
+    let struct (regions, offsets, arena) = Arena.assign stage kept
 
     {
         Stage = stage.Stage
         Parameters = sum _.IsParameter
         Optimizer = sum _.IsOptimizer
         Gradients = sum _.IsGradient
-        Activations = peak
-        Peak = held + peak
+        Counters = sum (fun kind -> kind.IsCounter || kind.IsScalar)
+        Activations = top.Live - top.Flying
+        Collectives = top.Flying
+        Peak = held + top.Live
+        Headroom = held + (peak kept).Live
+        Worst = held + (peak (sizes Rows.Worst)).Live
+        Arena = arena
+        Regions = regions
+        Offsets = offsets
     }

@@ -176,7 +176,7 @@ module PlanDiff =
         $"""%s{g.Name} axes %s{String.Join(" ", g.MeshAxes)} stages %s{String.Join(" ", g.Stages)}"""
 
     let private memory (m: MemoryRow) =
-        $"stage %i{m.Stage}: parameters %i{m.Parameters}, optimizer %i{m.Optimizer}, gradients %i{m.Gradients}, activations %i{m.Activations}, peak %i{m.Peak}"
+        $"stage %i{m.Stage}: parameters %i{m.Parameters}, optimizer %i{m.Optimizer}, gradients %i{m.Gradients}, activations %i{m.Activations}, collectives %i{m.Collectives}, peak %i{m.Peak}, headroom %i{m.Headroom}, arena %i{m.Arena}"
 
     let private stages (a: PlanSet) (b: PlanSet) = [
         for number in 0 .. max a.Stages.Count b.Stages.Count - 1 do

@@ -76,8 +76,13 @@ public sealed partial record PlanExplanation(PlanSet Plan, int GpusPerNode)
             ["parameters"] = row.Parameters,
             ["optimizer"] = row.Optimizer,
             ["gradients"] = row.Gradients,
+            ["counters"] = row.Counters,
             ["activations"] = row.Activations,
+            ["collectives"] = row.Collectives,
             ["peak"] = row.Peak,
+            ["headroom"] = row.Headroom,
+            ["worst"] = row.Worst,
+            ["arena"] = row.Arena,
         })]),
         ["collectives"] = new JsonArray([.. Collectives.Select(c => (JsonNode)new JsonObject
         {

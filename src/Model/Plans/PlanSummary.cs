@@ -40,6 +40,8 @@ public static class PlanSummary
             + (plan.Chunks > 1 ? $", {plan.Chunks} chunks a rank" : ""));
         yield return ("batch", $"{sequences} sequences of {plan.SeqLength} tokens a step");
         yield return ("precision", Setting(plan, "dtype") ?? "fp32");
+        foreach (var line in plan.Recipe.Where(line => line.StartsWith("recompute.", StringComparison.Ordinal)))
+            yield return (line[..line.IndexOf('=', StringComparison.Ordinal)], line[(line.IndexOf('=', StringComparison.Ordinal) + 1)..]);
         foreach (var line in Fp8Lines(plan))
             yield return line;
         yield return ("hash", PlanFile.Hash(plan));
@@ -97,7 +99,7 @@ public static class PlanSummary
     public static TextTable Memory(PlanSet plan, IReadOnlyList<MemoryRow>? measured)
     {
         List<string> head =
-            ["stage", "units", "weights", "optimizer", "gradients", "activations", "predicted"];
+            ["stage", "units", "weights", "optimizer", "gradients", "activations", "collectives", "predicted", "headroom"];
         if (measured is not null)
             head.Add("measured");
         return new TextTable(
@@ -113,7 +115,9 @@ public static class PlanSummary
                 Megabytes(row.Optimizer),
                 Megabytes(row.Gradients),
                 Megabytes(row.Activations),
+                Megabytes(row.Collectives),
                 Megabytes(row.Peak),
+                Megabytes(row.Headroom),
             ];
             if (measured is not null)
                 cells.Add(measured.FirstOrDefault(m => m.Stage == row.Stage) is { } seen ? Megabytes(seen.Peak) : "-");

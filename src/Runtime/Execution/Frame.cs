@@ -29,6 +29,9 @@ public sealed class Frame : IDisposable
     /// <summary>What a collective under way will write, while somebody watches.</summary>
     internal int[][] Started { get; }
 
+    /// <summary>The frame's own slots that hold a value now.</summary>
+    internal IEnumerable<SlotValue> Live => _own.Where(v => v.IsSet);
+
     /// <summary>What is still held: a slot, or null; inputs may stay until the step ends.</summary>
     internal SlotValue? Left => Array.Find(_own, v => v.IsSet && !v.Info.Kind.IsInput);
 

@@ -87,6 +87,12 @@ public sealed class RankRunner : IDisposable
     /// <summary>When set, time is counted by kernel.</summary>
     public StepProfile? Profile { get; set; }
 
+    /// <summary>When set, called with -1 before a step and with the index of each entry of the timetable behind it.</summary>
+    public System.Action<int>? AtBorder { get; set; }
+
+    /// <summary>Every instance of a slot that holds a value now and does not outlive the step.</summary>
+    public IEnumerable<SlotValue> Live => _frames.Values.Append(_stepFrame).SelectMany(frame => frame.Live);
+
     /// <summary>Every slot that outlives a step, in plan order.</summary>
     public IEnumerable<SlotValue> Persistent => _shared.OfType<SlotValue>().Where(v => v.IsPersistent);
 
@@ -100,6 +106,7 @@ public sealed class RankRunner : IDisposable
         var watched = observe is not null || Trace is not null || Profile is not null;
         try
         {
+            AtBorder?.Invoke(-1);
             for (var entry = 0; entry < Stage.Timetable.Count; entry++)
             {
                 var action = Stage.Timetable[entry];
@@ -110,6 +117,7 @@ public sealed class RankRunner : IDisposable
                 Run(program, frame, action, step);
                 if (!IsOnce(action.Phase) && _lastEntries[action.Microbatch] == entry)
                     Release(action.Microbatch, frame, step);
+                AtBorder?.Invoke(entry);
             }
 
             if (epilogue || _stepFrame.LeftPending > 0)

@@ -199,16 +199,25 @@ public sealed class Trainer : IAsyncDisposable
         }
     }
 
+    /// What was counted; a meter does not tell activations from buffers of collectives, and there is no arena.
     private static MemoryRow Measured(IGrouping<int, RankRunner> stage)
     {
         long Most(Func<MemoryMeter, long> of) => stage.Max(r => of(r.Memory));
+        var peak = Most(m => m.Peak);
         return new MemoryRow(
             stage.Key,
             Most(m => m.PeakOf(SlotKind.Parameter)),
             Most(m => m.PeakOf(SlotKind.Optimizer)),
             Most(m => m.PeakOf(SlotKind.Gradient)),
+            Most(m => m.PeakOf(SlotKind.Counter) + m.PeakOf(SlotKind.Scalar)),
             Most(m => m.Peak - m.LiveOf(SlotKind.Parameter) - m.LiveOf(SlotKind.Optimizer) - m.LiveOf(SlotKind.Gradient)
                 - m.LiveOf(SlotKind.Counter) - m.LiveOf(SlotKind.Scalar)),
-            Most(m => m.Peak));
+            0,
+            peak,
+            peak,
+            peak,
+            peak,
+            [],
+            []);
     }
 }

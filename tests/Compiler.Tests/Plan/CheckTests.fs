@@ -7,6 +7,39 @@ open DeepSeekGraph
 open DeepSeekGraph.Compiler
 open DeepSeekGraph.Testing
 
+/// The row with one number changed by one byte (offsets by one line), for every number it has.
+let private tampered (row: MemoryRow) : MemoryRow list = [
+    { row with Parameters = row.Parameters + 1L }
+    { row with Optimizer = row.Optimizer - 1L }
+    { row with Gradients = row.Gradients + 1L }
+    { row with Counters = row.Counters - 1L }
+    { row with Activations = row.Activations + 1L }
+    { row with Collectives = row.Collectives + 1L }
+    { row with Peak = row.Peak - 1L }
+    { row with Headroom = row.Headroom + 1L }
+    { row with Worst = row.Worst - 1L }
+    { row with Arena = row.Arena + 1L }
+    { row with Arena = row.Arena - 1L }
+    for i in 0 .. row.Regions.Count - 1 do
+        let region change = {
+            row with
+                Regions = row.Regions |> Seq.mapi (fun k r -> if k = i then change r else r) |> Array.ofSeq
+        }
+
+        region (fun r -> { r with Base = r.Base + 1L })
+        region (fun r -> { r with Stride = r.Stride - 1L })
+        region (fun r -> { r with Count = r.Count + 1 })
+        region (fun r -> { r with Count = r.Count - 1 })
+        region (fun r -> { r with Routed = not r.Routed })
+        region (fun r -> { r with Until = "never" })
+        { row with Regions = row.Regions |> Seq.removeAt i |> Array.ofSeq }
+    for i in 0 .. row.Offsets.Count - 1 do
+        let offset change = { row with Offsets = row.Offsets |> Seq.mapi (fun k at -> if k = i then change at else at) |> Array.ofSeq }
+        offset (fun at -> at + 1L)
+        offset (fun at -> at + Lowering.Arena.alignment)
+    { row with Offsets = row.Offsets |> Seq.skip 1 |> Array.ofSeq }
+]
+
 let private shown (wrong: Diagnostic list) = wrong |> List.truncate 5 |> List.map string |> String.concat "\n"
 
 let private legal name (plan: Lazy<PlanSet>) =
@@ -17,7 +50,7 @@ let private legal name (plan: Lazy<PlanSet>) =
 let private passes (plan: PlanSet) =
     let plan = {
         plan with
-            Memory = plan.Stages |> Seq.map Lowering.Memory.row |> Array.ofSeq
+            Memory = plan.Stages |> Seq.map (Lowering.Memory.row plan.Mesh) |> Array.ofSeq
     }
 
     (Check.run plan).IsEmpty
@@ -203,7 +236,35 @@ let private messages =
             let steps = edited plan 0 Phase.F (Array.filter (fun s -> not s.IsWait))
             onlyCode Codes.PlanLifetime "before the wait" steps
 
-        testCase "a memory table that does not fit the steps is told"
+        testCase "one byte more or less anywhere in the memory table is told"
+        <| fun () ->
+            for subject in [ Subjects.four; Subjects.eight ] do
+                let plan = subject.Value
+                let mutable tried = 0
+
+                for stage in 0 .. plan.Stages.Count - 1 do
+                    for changed in tampered plan.Memory[stage] do
+                        tried <- tried + 1
+
+                        let plan = {
+                            plan with
+                                Memory =
+                                    plan.Memory |> Seq.mapi (fun i r -> if i = stage then changed else r) |> Array.ofSeq
+                        }
+
+                        // everything else was checked: the memory table alone is enough
+                        let findings = Checking.Shapes.Findings()
+                        Checking.Memory.check findings plan
+
+                        match findings.ToList() with
+                        | [] -> failtestf "stage %i takes %A" stage changed
+                        | found ->
+                            for d in found do
+                                Expect.equal d.Code Codes.PlanShape d.Message
+
+                printfn "memory: %i changed tables, all told" tried
+
+        testCase "a damaged memory table is told by the whole check"
         <| fun () ->
             let plan = Subjects.four.Value
 
@@ -218,6 +279,59 @@ let private messages =
             }
 
             onlyCode Codes.PlanShape "memory table says a peak" plan
+
+        testCase "slots that live at once never share bytes, and the arena is near what lives at most"
+        <| fun () ->
+            for name, plan in
+                [
+                    "four", Subjects.four
+                    "eight", Subjects.eight
+                    "gpipe", Subjects.gpipe
+                    yield! Subjects.others
+                ] do
+                for row in plan.Value.Memory do
+                    let share = float row.Arena / float row.Headroom
+                    Expect.isGreaterThanOrEqual share 1.0 $"%s{name}: the arena holds what lives"
+
+                    if row.Headroom > 1_000_000L then
+                        printfn "%s stage %i: arena %.3f of what lives at most" name row.Stage share
+                        Expect.isLessThan share 1.4 $"%s{name}: arena"
+
+                    Expect.isLessThanOrEqual row.Peak row.Headroom $"%s{name}: headroom"
+                    Expect.isLessThanOrEqual row.Headroom row.Worst $"%s{name}: worst case"
+
+                    Expect.equal
+                        (row.Parameters
+                         + row.Optimizer
+                         + row.Gradients
+                         + row.Counters
+                         + row.Activations
+                         + row.Collectives)
+                        row.Peak
+                        $"%s{name}: kinds sum to the peak"
+
+        testCase "two slots moved onto each other are told by name"
+        <| fun () ->
+            let plan = Subjects.four.Value
+            let row = plan.Memory[0]
+            let lifetimes = Lowering.Arena.lifetimes plan.Stages[0]
+
+            let kept =
+                [ 0 .. row.Offsets.Count - 1 ]
+                |> List.filter (fun id ->
+                    match lifetimes[id] with
+                    | Lowering.Arena.Lifetime.Plan -> true
+                    | _other -> false)
+
+            let offsets = Array.ofSeq row.Offsets
+            offsets[kept[1]] <- offsets[kept[0]]
+
+            let plan = {
+                plan with
+                    Memory = [| { row with Offsets = offsets }; yield! Seq.tail plan.Memory |]
+            }
+
+            onlyCode Codes.PlanShape "share bytes" plan
 
         testCase "an id beyond the list is told, not followed"
         <| fun () ->

@@ -163,10 +163,10 @@ let tests =
 
         testCase "an unknown version is refused with both versions"
         <| fun () ->
-            let wrong = refused ((PlanText.print sample).Replace("dsg-plan 3", "dsg-plan 4"))
+            let wrong = refused ((PlanText.print sample).Replace($"dsg-plan %i{PlanSchema.Version}", "dsg-plan 999"))
             Expect.equal wrong.Code Codes.PlanVersion ""
-            Expect.stringContains wrong.Message "version 4" ""
-            Expect.stringContains wrong.Message "version 3" ""
+            Expect.stringContains wrong.Message "version 999" ""
+            Expect.stringContains wrong.Message $"version %i{PlanSchema.Version}" ""
 
         testCase "an unknown kernel is refused with the nearest names and the line"
         <| fun () ->
@@ -184,12 +184,12 @@ let tests =
                     "hello"
                     "dsg-plan"
                     "dsg-plan 99999999999999999999"
-                    "dsg-plan 3\nfree %1"
-                    "dsg-plan 3\nslot %1"
+                    $"dsg-plan %i{PlanSchema.Version}\nfree %%1"
+                    $"dsg-plan %i{PlanSchema.Version}\nslot %%1"
                 ] do
                 Expect.stringStarts (refused text).Code "DSG060" text
 
-            Expect.stringContains (refused ("dsg-plan 3\nrecipe \"" + String('x', 2_000_000))).Message "characters" ""
+            Expect.stringContains (refused ($"dsg-plan %i{PlanSchema.Version}\nrecipe \"" + String('x', 2_000_000))).Message "characters" ""
 
         testCase "comments and blank lines mean nothing"
         <| fun () ->

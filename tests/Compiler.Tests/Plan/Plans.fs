@@ -264,8 +264,25 @@ let plan = gen {
                     Parameters = int64 n * 5_000_000_000L
                     Optimizer = -1L
                     Gradients = 0L
+                    Counters = 5L
                     Activations = int64 n
+                    Collectives = 6L
                     Peak = 7L
+                    Headroom = 8L
+                    Worst = 9L
+                    Arena = 10L
+                    Regions = [|
+                        for i in 1 .. n % 3 do
+                            {
+                                From = "plan"
+                                Until = "W@1"
+                                Routed = (i = 1)
+                                Base = int64 i
+                                Stride = 256L
+                                Count = n
+                            }
+                    |]
+                    Offsets = [| for i in 1 .. n % 4 -> int64 i - 2L |]
                 })
                 number)
 
