@@ -251,7 +251,7 @@ let private writeMemory (w: Writer) (m: MemoryRow) =
         fun r ->
             w.Text r.From
             w.Text r.Until
-            w.Int(if r.Routed then 1 else 0)
+            w.Count(if r.Routed then 1 else 0)
             w.Long r.Base
             w.Long r.Stride
             w.Int r.Count

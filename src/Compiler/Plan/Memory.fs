@@ -17,14 +17,19 @@ type Rows =
 /// Routed rows that memory is kept for, in multiples of the balanced ones.
 let headroom = 2.0
 
+let private product (extents: int seq) =
+    extents |> Seq.fold (fun n e -> n * int64 e) 1L
+
+let private stored (slot: SlotInfo) (share: float) =
+    int64 (ceil (float (product slot.Extents) * share)) * int64 slot.DType.Bytes
+
+/// Bytes of one instance of a slot when routing is balanced.
+let bytes (slot: SlotInfo) : int64 = stored slot slot.Density
+
 /// Bytes of one instance of a slot.
 let bytesOf (mesh: MeshInfo) (rows: Rows) (slot: SlotInfo) : int64 =
-    let product (extents: int seq) = extents |> Seq.fold (fun n e -> n * int64 e) 1L
-    let elements = product slot.Extents
-    let stored share = int64 (ceil (float elements * share)) * int64 slot.DType.Bytes
-
     if not slot.Routed then
-        stored slot.Density
+        bytes slot
     else
         let worst () =
             let experts = slot.Extents[2]
@@ -39,8 +44,8 @@ let bytesOf (mesh: MeshInfo) (rows: Rows) (slot: SlotInfo) : int64 =
             perToken * int64 (min topK experts) * int64 slot.DType.Bytes
 
         match rows with
-        | Rows.Balanced -> stored slot.Density
-        | Rows.Headroom -> min (worst ()) (stored (headroom * slot.Density))
+        | Rows.Balanced -> bytes slot
+        | Rows.Headroom -> min (worst ()) (stored slot (headroom * slot.Density))
         | Rows.Worst -> worst ()
 
 /// Bytes at the moment of a peak: all that come and go, and those of them that a collective in flight fills.

@@ -129,7 +129,7 @@ type private Provenance(graph: Graph) =
         | "mla_up_proj" -> upProjections.Contains n
         // norms of the residual stream
         | "layernorm" ->
-            (Catalog.define node.Op).Name.StartsWith "rms_norm"
+            (Catalog.define node.Op).Name.Contains "rms_norm"
             && Some graph.Types[node.Outputs[0]].Names = residual
         // what happens to rows between the products of the routed experts
         | "moe_act" ->

@@ -89,7 +89,7 @@ public static class FlopsTable
     {
         if (difference == 0)
             return "";
-        var recompute = PlanSummary.Setting(plan, "recompute") ?? "";
+        var recompute = PlanSummary.Setting(plan, "recompute") ?? "none";
         return part switch
         {
             FlopsParts.Core when again > 0 =>
@@ -106,7 +106,7 @@ public static class FlopsTable
             FlopsParts.Loss => "the formula counts matrix products only: softmax and cross-entropy",
             FlopsParts.Additions => "the formula counts matrix products only: residual sums, gradient sums, casts",
             FlopsParts.Optimizer => "the formula leaves the step's end out: norm, clip, AdamW",
-            _ when difference > 0 && recompute != "" => $"computed again in the backward pass: {recompute}",
+            _ when difference > 0 && recompute != "none" => $"computed again in the backward pass: {recompute}",
             _ when difference > 0 => "computed on more than one rank",
             _ => "a gradient that nothing reads is not computed",
         };
