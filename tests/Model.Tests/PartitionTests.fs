@@ -427,7 +427,7 @@ let private cover (job: Job) (c: Compiled) =
     count "expert tensor parallel" (job.ExpertTensor > 1)
     count "no sequence parallel" (not job.SequenceParallel && job.Tensor > 1)
     count "several stages, uneven" job.Uneven
-    count "recomputed" job.Recompute
+    count "recomputed" (not job.Recompute.IsEmpty)
     count "not fused" (not job.Fuse)
     count "bf16" job.Bf16
     count "fused dispatch" (c.Local.Graph.Nodes |> Array.exists (fun n ->
