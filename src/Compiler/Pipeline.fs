@@ -174,7 +174,11 @@ module Pipeline =
             Why = "on the forward graph: its FLOPs are what a cut by cost balances"
             Run =
                 fun progress ->
-                    Stages.run progress.Recipe.Layout progress.Pipeline.Ranks progress.Pipeline.Chunks (logical progress)
+                    Stages.run
+                        progress.Recipe.Layout
+                        progress.Pipeline.Ranks
+                        progress.Pipeline.Chunks
+                        (logical progress)
                     |> Result.map (fun stages -> { progress with Stages = stages })
         }
         {
@@ -230,7 +234,8 @@ module Pipeline =
         }
         {
             Name = "dispatch"
-            Why = "once exchanges of rows are there: flex makes one dispatch and one combine of them and their permutations"
+            Why =
+                "once exchanges of rows are there: flex makes one dispatch and one combine of them and their permutations"
             Run =
                 fun progress ->
                     match progress.Form with

@@ -219,6 +219,7 @@ type Recipe = private {
     member this.WithSequenceParallel(on: bool) = { this with sequenceParallel = on }
     member this.WithDispatcher(dispatcher: Dispatcher) = { this with dispatcher = dispatcher }
     member this.WithRanksPerNode(ranks: int) = { this with ranksPerNode = ranks }
+
     /// Cuts the model into pipeline x chunks stages; stage i is chunk i / pipeline of rank i % pipeline. More than one chunk implies
     /// the schedule Interleaved1F1B, with groups of `microbatchGroup` microbatches (0: the pipeline degree).
     member this.WithVirtualPipeline(chunks: int, [<Optional; DefaultParameterValue(0)>] microbatchGroup: int) = {

@@ -57,8 +57,10 @@ let run (layout: string) (pp: int) (vp: int) (graph: Graph) : Result<LayoutUnit 
             {
                 Code = Codes.NoUnits
                 At = node.Origin.Path
-                Message = $"the model names no unit for '%s{node.Origin.Path}', so it cannot be cut into %i{pp * vp} stages"
-                Help = "declare its parts in scopes with a ModelUnit (Embed, Layer i, Head), or use pipeline 1 and virtual_pipeline 1"
+                Message =
+                    $"the model names no unit for '%s{node.Origin.Path}', so it cannot be cut into %i{pp * vp} stages"
+                Help =
+                    "declare its parts in scopes with a ModelUnit (Embed, Layer i, Head), or use pipeline 1 and virtual_pipeline 1"
             }
         ]
     | Some _

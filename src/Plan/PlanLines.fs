@@ -159,7 +159,12 @@ let private action (word: string) : struct (Phase * int * int) =
     let number role (digits: string) =
         match Int32.TryParse(digits, NumberStyles.None, CultureInfo.InvariantCulture) with
         | true, n -> n
-        | false, _ -> raise (malformed $"'%s{word}' has no 32-bit %s{role}" "an action is a phase and a microbatch: F3, or F3@1 in chunk 1")
+        | false, _ ->
+            raise (
+                malformed
+                    $"'%s{word}' has no 32-bit %s{role}"
+                    "an action is a phase and a microbatch: F3, or F3@1 in chunk 1"
+            )
 
     let front, chunk =
         match word.IndexOf '@' with
@@ -184,8 +189,11 @@ let timetable (s: Scanner) : Action[] =
     while not s.AtEnd do
         let word = s.Word "an action"
         let struct (phase, microbatch, chunk) = action word
+
         if phase.IsOnce <> (microbatch < 0) || phase.IsOnce && chunk <> 0 then
-            raise (malformed $"'%s{word}' is no action" "F, I, W and S have a microbatch, prologue and epilogue have none")
+            raise (
+                malformed $"'%s{word}' is no action" "F, I, W and S have a microbatch, prologue and epilogue have none"
+            )
 
         actions.Add {
             Phase = phase

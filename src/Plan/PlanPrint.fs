@@ -211,7 +211,10 @@ let print (plan: PlanSet) : string =
     PlanWords.writeQuoted out plan.Layout
     text out "\nschedule "
     PlanWords.writeQuoted out plan.Schedule
-    text out $"\nchunks %i{plan.Chunks}\nmicrobatches %i{plan.Microbatches}\nmicro_batch %i{plan.MicroBatch}\nseq_length %i{plan.SeqLength}\n"
+
+    text
+        out
+        $"\nchunks %i{plan.Chunks}\nmicrobatches %i{plan.Microbatches}\nmicro_batch %i{plan.MicroBatch}\nseq_length %i{plan.SeqLength}\n"
 
     for g in plan.Groups do
         text out $"group g%i{g.Id} "

@@ -260,7 +260,16 @@ type private Reader() =
     member _.Finish() : PlanSet =
         without "the end of the text"
 
-        for word in [ "mesh"; "layout"; "schedule"; "chunks"; "microbatches"; "micro_batch"; "seq_length" ] do
+        for word in
+            [
+                "mesh"
+                "layout"
+                "schedule"
+                "chunks"
+                "microbatches"
+                "micro_batch"
+                "seq_length"
+            ] do
             if not (seen.Contains word) then
                 raise (malformed $"the plan has no line '%s{word}'" "")
 

@@ -87,7 +87,15 @@ let private world =
         Expect.isGreaterThan many.Length 150 "shapes"
 
         let dense, expert =
-            [ [ "tp" ]; [ "cp" ]; [ "dp" ]; [ "tp"; "cp" ]; [ "cp"; "dp" ]; [ "tp"; "dp" ]; [ "tp"; "cp"; "dp" ] ],
+            [
+                [ "tp" ]
+                [ "cp" ]
+                [ "dp" ]
+                [ "tp"; "cp" ]
+                [ "cp"; "dp" ]
+                [ "tp"; "dp" ]
+                [ "tp"; "cp"; "dp" ]
+            ],
             [ [ "etp" ]; [ "ep" ]; [ "edp" ]; [ "etp"; "ep" ]; [ "etp"; "ep"; "edp" ] ]
 
         for mesh in many do
@@ -101,13 +109,20 @@ let private world =
             for names, parts in [ [ "tp"; "cp"; "dp" ], dense; [ "etp"; "ep"; "edp" ], expert ] do
                 for part in parts do
                     let axes = part |> List.collect (Mesh.axesOf mesh >> List.ofSeq)
-                    let ours = [| for stage in 0 .. mesh.Pipeline - 1 do yield! Mesh.groups mesh stage axes |]
+
+                    let ours = [|
+                        for stage in 0 .. mesh.Pipeline - 1 do
+                            yield! Mesh.groups mesh stage axes
+                    |]
+
                     Expect.equal ours (orthogonal (grid names) part) $"%A{part} of %A{grid names}"
 
                 // the pipeline: one coordinate, every stage
                 let pipelines = [|
                     for r in 0 .. Mesh.size mesh - 1 ->
-                        [| for s in 0 .. mesh.Pipeline - 1 -> Mesh.rank mesh s (Mesh.coordinates mesh r) |]
+                        [|
+                            for s in 0 .. mesh.Pipeline - 1 -> Mesh.rank mesh s (Mesh.coordinates mesh r)
+                        |]
                 |]
 
                 Expect.equal pipelines (orthogonal (grid names) [ "pp" ]) $"pp of %A{grid names}"

@@ -286,4 +286,5 @@ type OneStage =
 
 /// Jobs of any number of stages.
 type AnyStages =
-    static member Job() : Arbitrary<Job> = Arb.fromGenShrink (jobs [ 1; 2; 2; 3; 4 ] [ 1; 1; 2; 3 ] |> Gen.where legal, shrink)
+    static member Job() : Arbitrary<Job> =
+        Arb.fromGenShrink (jobs [ 1; 2; 2; 3; 4 ] [ 1; 1; 2; 3 ] |> Gen.where legal, shrink)

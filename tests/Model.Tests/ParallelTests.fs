@@ -87,7 +87,12 @@ let private agrees (job: Job) =
             failtestf "%s: relative difference %g\none  %A\nmany %A\n%A" job.Layout distance one many job
 
 /// Settings drawn once, by a fixed seed: the issue's "20 random legal settings".
-let private drawn = FsCheck.FSharp.Gen.sampleWithSeed (FsCheck.Rnd(2026UL, 1UL)) 10 20 (FsCheck.FSharp.Gen.map (fun j -> { j with Bf16 = false }) (AnyStages.Job().Generator))
+let private drawn =
+    FsCheck.FSharp.Gen.sampleWithSeed
+        (FsCheck.Rnd(2026UL, 1UL))
+        10
+        20
+        (FsCheck.FSharp.Gen.map (fun j -> { j with Bf16 = false }) (AnyStages.Job().Generator))
 
 let private covered =
     testCase "the settings drawn cover rows split by expert, pending sums, several mesh axes and uneven stages"
@@ -140,7 +145,16 @@ let private megatron = [
 let private layouts =
     testCase "Megatron's layouts at PP4 VP2: losses and gradients are those of one rank, bit for bit"
     <| fun () ->
-        let config = { drawn[0] with Layers = 8; Dense = 1; Mtp = 1; DirectQ = false }.Config
+        let config =
+            {
+                drawn[0] with
+                    Layers = 8
+                    Dense = 1
+                    Mtp = 1
+                    DirectQ = false
+            }
+                .Config
+
         let recipe = Recipe.Default.WithBatch(5, 1, 8)
         let losses, gradients = oneStep config (recipe.WithParallelism(1, 1, 1, 1))
 

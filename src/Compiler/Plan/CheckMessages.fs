@@ -98,8 +98,7 @@ type private Runner(stage: StagePlan, programs: Dictionary<struct (Phase * int),
     // token of a microbatch (-1: of the step) -> lane and place on it
     let opened = Dictionary<struct (int * int), struct (int * int)>()
 
-    let owner (a: Action) =
-        if a.Phase.IsOnce then -1 else a.Microbatch
+    let owner (a: Action) = if a.Phase.IsOnce then -1 else a.Microbatch
 
     member _.Stage = stage
     member _.AtEnd = action >= stage.Timetable.Count

@@ -317,8 +317,7 @@ let private checkTimetable (f: Findings) (plan: PlanSet) (stage: StagePlan) =
         let key = struct (action.Chunk, microbatch)
 
         let expects before =
-            last.TryGetValue key
-            |> fun (found, phase) -> if found then phase = before else before.IsPrologue
+            last.TryGetValue key |> fun (found, phase) -> if found then phase = before else before.IsPrologue
 
         match action.Phase with
         | Phase.Prologue ->
@@ -332,8 +331,10 @@ let private checkTimetable (f: Findings) (plan: PlanSet) (stage: StagePlan) =
         | Phase.W
         | Phase.S ->
             let before =
-                if action.Phase.IsF then Phase.Prologue
-                else Phase.EachMicrobatch[System.Array.IndexOf(Phase.EachMicrobatch, action.Phase) - 1]
+                if action.Phase.IsF then
+                    Phase.Prologue
+                else
+                    Phase.EachMicrobatch[System.Array.IndexOf(Phase.EachMicrobatch, action.Phase) - 1]
 
             if microbatch < 0 || microbatch >= plan.Microbatches then
                 wrong $"%s{action.Name} is beyond the %i{plan.Microbatches} microbatches"

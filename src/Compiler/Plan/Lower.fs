@@ -268,7 +268,9 @@ let private rank (job: Job) (p: Partitioned) work parameters groups home (r: int
     {
         Stage = r
         Units =
-            [ for chunk in 0 .. chunks - 1 -> LayoutString.letters job.Stages[chunk * ranks + r] ]
+            [
+                for chunk in 0 .. chunks - 1 -> LayoutString.letters job.Stages[chunk * ranks + r]
+            ]
             |> String.concat "|"
         Slots = slots.ToArray()
         Programs = [|

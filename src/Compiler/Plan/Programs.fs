@@ -90,7 +90,12 @@ type private Writer(nextToken: unit -> int) =
             match pending.TryGetValue slot with
             | true, token ->
                 // a collective may fill several slots; it is waited for once
-                for filled in [ for KeyValue(s, t) in pending do if t = token then s ] do
+                for filled in
+                    [
+                        for KeyValue(s, t) in pending do
+                            if t = token then
+                                s
+                    ] do
                     pending.Remove filled |> ignore
 
                 this.Wait token

@@ -152,7 +152,9 @@ let private messages =
         testCase "a deadlock names stages, actions and what they wait for"
         <| fun () ->
             // stage 0 wants the gradient of microbatch 0 before it has sent what stage 1 waits for
-            let plan = timetable Subjects.eight.Value 0 "prologue F1 F0 I1 W1 S1 I0 W0 S0 F2 I2 W2 S2 F3 I3 W3 S3 epilogue"
+            let plan =
+                timetable Subjects.eight.Value 0 "prologue F1 F0 I1 W1 S1 I0 W0 S0 F2 I2 W2 S2 F3 I3 W3 S3 epilogue"
+
             onlyCode Codes.PlanDeadlock "microbatch" plan
 
         testCase "a stage that waits for a message nobody sends is named"
@@ -177,8 +179,7 @@ let private messages =
             let table =
                 Timetable.build Schedule.OneFOneB (Timetable.plain 2 4)
                 |> List.map (
-                    List.map (fun (a: Action) ->
-                        a.Phase.Name + (if a.Phase.IsOnce then "" else string a.Microbatch))
+                    List.map (fun (a: Action) -> a.Phase.Name + (if a.Phase.IsOnce then "" else string a.Microbatch))
                     >> String.concat " "
                 )
 
@@ -381,7 +382,11 @@ let private chunks =
         testCase "a chunk passes values to the next one on its rank without a message"
         <| fun () ->
             let plan = Subjects.folded.Value
-            let kinds = [ for p in plan.Stages[0].Programs -> p.Steps |> Seq.filter _.IsStart |> Seq.length ]
+
+            let kinds = [
+                for p in plan.Stages[0].Programs -> p.Steps |> Seq.filter _.IsStart |> Seq.length
+            ]
+
             Expect.equal (List.distinct kinds) [ 0 ] "no collective at all"
             Expect.equal plan.Stages[0].Units "Et|t|tmL" "one rank, three chunks"
 

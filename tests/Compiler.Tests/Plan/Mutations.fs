@@ -346,8 +346,7 @@ let private rename (from: int) (into: int) (step: Step) =
 let private isSum (kind: Collective) = kind.IsAllReduceSum || kind.IsReduceScatter
 
 /// Three of the tuples of a bundle: the first, one between, the last.
-let private someOf (outputs: IReadOnlyList<int>) =
-    List.distinct [ 0; outputs.Count / 2; outputs.Count - 1 ]
+let private someOf (outputs: IReadOnlyList<int>) = List.distinct [ 0; outputs.Count / 2; outputs.Count - 1 ]
 
 /// Readers of a sum read what was to be summed.
 let private dropReduction plan = seq {
@@ -457,7 +456,9 @@ let private changeGather (plan: PlanSet) = seq {
                     | None -> ()
 
             edit plan "gathers before everything" at (fun steps ->
-                Array.append [| step; Step.Wait token |] (steps |> Array.removeAt i |> Array.filter ((<>) (Step.Wait token))))
+                Array.append
+                    [| step; Step.Wait token |]
+                    (steps |> Array.removeAt i |> Array.filter ((<>) (Step.Wait token))))
         | Step.Start _
         | Step.Launch _
         | Step.Wait _

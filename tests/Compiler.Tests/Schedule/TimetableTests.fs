@@ -171,7 +171,13 @@ let private combinations =
                 "Interleaved1F1B"
 
             refused Schedule.Interleaved (Timetable.plain 4 8) "but virtual_pipeline is 1" "schedule 1F1B"
-            refused Schedule.OneFOneB (interleaved 4 8 1 4) "microbatch_group is 4, but virtual_pipeline is 1" "2 or more"
+
+            refused
+                Schedule.OneFOneB
+                (interleaved 4 8 1 4)
+                "microbatch_group is 4, but virtual_pipeline is 1"
+                "2 or more"
+
             refused Schedule.Interleaved (interleaved 4 8 0 4) "virtual_pipeline is 0" "choose 1"
 
             refused
@@ -221,8 +227,7 @@ let tests =
                 for table in Timetable.build schedule shape do
                     let place = Dictionary<struct (Phase * int * int), int>()
 
-                    table
-                    |> List.iteri (fun i a -> place.Add(struct (a.Phase, a.Chunk, a.Microbatch), i))
+                    table |> List.iteri (fun i a -> place.Add(struct (a.Phase, a.Chunk, a.Microbatch), i))
 
                     Expect.equal table.Length (4 * m * v + 2) "count"
                     Expect.equal (table.Head.Phase, (List.last table).Phase) (Phase.Prologue, Phase.Epilogue) "ends"
@@ -230,7 +235,10 @@ let tests =
                     for c in 0 .. v - 1 do
                         for i in 0 .. m - 1 do
                             let at phase = place[struct (phase, c, i)]
-                            Expect.isTrue (at Phase.F < at Phase.I && at Phase.I < at Phase.W && at Phase.W < at Phase.S) "order"
+
+                            Expect.isTrue
+                                (at Phase.F < at Phase.I && at Phase.I < at Phase.W && at Phase.W < at Phase.S)
+                                "order"
 
         golden
         combinations
@@ -243,7 +251,10 @@ let tests =
                     let tables = Timetable.build schedule shape
                     Expect.equal (makespan Phase.W false shape tables) t $"%s{schedule.Name} p %i{p} m %i{m}"
                     // a cotangent that goes on before the weight gradients saves one W a stage
-                    Expect.equal (makespan Phase.I false shape tables) (t - (p - 1)) $"%s{schedule.Name} p %i{p} m %i{m}"
+                    Expect.equal
+                        (makespan Phase.I false shape tables)
+                        (t - (p - 1))
+                        $"%s{schedule.Name} p %i{p} m %i{m}"
 
             // in the time of a whole rank's share; a chunk takes 1/v of it
             for p, m, v, t in
