@@ -93,7 +93,10 @@ let samples (op: Op) : Sample list =
       ]
     | Op.Fp8Quantize _ -> [
         through (Op.Fp8Quantize [ 1; 2; 3 ]) (fun s -> [ s.Param("x", hidden) ])
-        through (Op.Fp8Quantize [ 2; 1; 1 ]) (fun s -> [ s.Param("x", hidden) ])
+        {
+            through (Op.Fp8Quantize [ 2; 1; 1 ]) (fun s -> [ s.Param("x", hidden) ]) with
+                Name = "no gradient, columns"
+        }
       ]
     | Op.Transpose _ -> [
         onHidden "a cycle" (Op.Transpose [ 1; 2; 0 ])
