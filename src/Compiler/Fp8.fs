@@ -106,7 +106,15 @@ let private step (n: int) (graph: Graph) (forced: int[]) (rebuild: Rewrite.Rebui
             node,
             node.Op,
             [
-                for i, v in List.indexed inputs -> if i < 2 then tile rebuild node n [ last v ] v else v
+                for i, v in List.indexed inputs do
+                    // dispatched rows stay saved: those of the forward pass are rounded already, and are not sent again
+                    let reader =
+                        if (graph.NodeOf node.Inputs[i]).Origin.Pass.IsForward then
+                            { node with Origin = { node.Origin with Pass = Pass.Forward } }
+                        else
+                            node
+
+                    if i < 2 then tile rebuild reader n [ last v ] v else v
             ]
         )
     | _other -> rebuild.Copy node
@@ -139,10 +147,10 @@ let products (plan: PlanSet) : Product list * Product list =
                     match step with
                     | Step.Launch(KernelId.Fp8Quantize, _, _, outputs, _) -> rounded.UnionWith outputs
                     // what was rounded may be gathered before it is multiplied
-                    | Step.Start(_, kind, _, inputs, outputs, _) when kind.TakesTuples && inputs.Count = outputs.Count ->
-                        for from, into in Seq.zip inputs outputs do
-                            if rounded.Contains from then
-                                rounded.Add into |> ignore
+                    | Step.Start(_, kind, _, inputs, outputs, _) when kind.TakesTuples ->
+                        for i in 0 .. outputs.Count - 1 do
+                            if rounded.Contains inputs[i * (inputs.Count / outputs.Count)] then
+                                rounded.Add outputs[i] |> ignore
                     | Step.Launch((KernelId.Contract | KernelId.GroupedMatMul | KernelId.GroupedWeightGrad) as kernel,
                                   _,
                                   inputs,

@@ -140,6 +140,7 @@ public static class PlanSummary
         static string Places(IEnumerable<Fp8.Product> products)
             => string.Join(", ", products
                 .CountBy(p => string.Join('.', p.Path.Split('.').SkipWhile(w => w is "model" or "layers" || w.All(char.IsAsciiDigit))))
+                .Select(place => KeyValuePair.Create(place.Key.Length == 0 ? "layer" : place.Key, place.Value))
                 .OrderBy(place => place.Key, StringComparer.Ordinal)
                 .Select(place => $"{place.Key} {place.Value}"));
     }
