@@ -56,56 +56,51 @@ let private step (n: int) (graph: Graph) (forced: int[]) (rebuild: Rewrite.Rebui
     let last v = Some(rank v - 1)
     let gradientOf v = forced[v] >= 0 && isWeight graph forced[v]
 
-    match node.Op with
-    | Op.Contract spec ->
-        let signature = Axes.parse spec
-        let weights = [ for i in 0..1 -> isWeight graph node.Inputs[i] ]
+    /// The product's operands, rounded; none for what is no product.
+    let operands =
+        match node.Op with
+        | Op.Contract spec ->
+            let signature = Axes.parse spec
+            let weights = [ for i in 0..1 -> isWeight graph node.Inputs[i] ]
 
-        match weights with
-        // y = x W, dx = dy W: tiles of the activation along the features that are summed, blocks of the weight
-        | [ true; false ]
-        | [ false; true ] ->
-            let operand i v =
-                if weights[i] then
-                    tile rebuild node n [ lastDim signature i true; lastDim signature i false ] v
-                else
-                    tile rebuild node n [ lastDim signature i true ] v
-
-            rebuild.Put(node, node.Op, List.mapi operand inputs)
-        // dW = dy x: tokens are summed. x was rounded along its features for the forward pass; its tiles are made 128 x 1 from those.
-        | [ false; false ] when gradientOf node.Outputs[0] ->
-            let operand i v =
-                let along = lastDim signature i true
-                let isActivation = (graph.NodeOf node.Inputs[i]).Origin.Pass.IsForward
-
-                let rounded =
-                    if isActivation then
-                        tile rebuild node n [ lastDim signature i false ] v
+            match weights with
+            // y = x W, dx = dy W: tiles of the activation along the features that are summed, blocks of the weight
+            | [ true; false ]
+            | [ false; true ] ->
+                let operand i v =
+                    if weights[i] then
+                        tile rebuild node n [ lastDim signature i true; lastDim signature i false ] v
                     else
-                        v
+                        tile rebuild node n [ lastDim signature i true ] v
 
-                tile rebuild node n [ along ] rounded
+                Some(List.mapi operand inputs)
+            // dW = dy x: tokens are summed. x was rounded along its features for the forward pass; its tiles are made 128 x 1 from those.
+            | [ false; false ] when gradientOf node.Outputs[0] ->
+                let operand i v =
+                    let along = lastDim signature i true
+                    let isActivation = (graph.NodeOf node.Inputs[i]).Origin.Pass.IsForward
 
-            rebuild.Put(node, node.Op, List.mapi operand inputs)
-        | _both -> rebuild.Copy node
-    | Op.GroupedMatMul _ when isWeight graph node.Inputs[1] ->
-        let x, w, route = inputs[0], inputs[1], inputs[2]
+                    let rounded =
+                        if isActivation then
+                            tile rebuild node n [ lastDim signature i false ] v
+                        else
+                            v
 
-        rebuild.Put(
-            node,
-            node.Op,
-            [
+                    tile rebuild node n [ along ] rounded
+
+                Some(List.mapi operand inputs)
+            | _both -> None
+        | Op.GroupedMatMul _ when isWeight graph node.Inputs[1] ->
+            let x, w, route = inputs[0], inputs[1], inputs[2]
+
+            Some [
                 tile rebuild node n [ last x ] x
                 tile rebuild node n [ last w; Some(rank w - 2) ] w
                 route
             ]
-        )
-    // rows that meet in a tile of 128 x 1 would depend on where tokens were sent: their tiles stay 1 x 128
-    | Op.GroupedWeightGrad when gradientOf node.Outputs[0] ->
-        rebuild.Put(
-            node,
-            node.Op,
-            [
+        // rows that meet in a tile of 128 x 1 would depend on where tokens were sent: their tiles stay 1 x 128
+        | Op.GroupedWeightGrad when gradientOf node.Outputs[0] ->
+            Some [
                 for i, v in List.indexed inputs do
                     // dispatched rows stay saved: those of the forward pass are rounded already, and are not sent again
                     let reader =
@@ -116,8 +111,11 @@ let private step (n: int) (graph: Graph) (forced: int[]) (rebuild: Rewrite.Rebui
 
                     if i < 2 then tile rebuild reader n [ last v ] v else v
             ]
-        )
-    | _other -> rebuild.Copy node
+        | _other -> None
+
+    match operands with
+    | Some rounded -> rebuild.Put(node, node.Op, rounded)
+    | None -> rebuild.Copy node
 
 /// Rounds the operands of the products; blocks of `n` (DeepSeek: 128). 0: the graph as it is.
 let run (n: int) (graph: Graph) : Graph =

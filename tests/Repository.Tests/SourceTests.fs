@@ -53,6 +53,7 @@ let private openMatches file =
 
 /// Where sources (parameters, inputs, constants) are treated apart and every other op goes by its record.
 let private sourcesApart = [
+    "src/Compiler/Partition/ContextParallel.fs"
     "src/Compiler/Partition/Propagate.fs"
     "src/Compiler/Partition/Reshard.fs"
     "src/Compiler/Plan/Programs.fs"

@@ -277,12 +277,13 @@ let router = {
 
                     // a factor of the weights is theirs when nobody reads them without it
                     let probs, factor =
-                        match consumers[value] with
-                        | [| one |] ->
+                        consumers[value]
+                        |> Array.tryExactlyOne
+                        |> Option.bind (fun one ->
                             match graph.Nodes[one].Op with
-                            | Op.Scale k -> graph.Nodes[one].Outputs[0], k
-                            | _other -> value, 1.0
-                        | _many -> value, 1.0
+                            | Op.Scale k -> Some(graph.Nodes[one].Outputs[0], k)
+                            | _other -> None)
+                        |> Option.defaultValue (value, 1.0)
 
                     let spec = {
                         Choice = choice
