@@ -1,7 +1,6 @@
 // The options that say what is compiled: recipe, degrees of parallelism, batch and precision.
 
 using System.CommandLine;
-using DeepSeekGraph.Compiler;
 
 namespace DeepSeekGraph.Cli;
 
@@ -97,8 +96,10 @@ internal sealed class JobOptions
     private readonly Option<string?> _recompute = new("--recompute")
     {
         HelpName = "NAMES",
+        // spelled out: help must not load the compiler
         Description = "Compute these again in the backward pass instead of keeping them: none, or "
-            + string.Join(",", Recompute.names) + "; budget=40GiB chooses the cheapest that fit a rank",
+            + "core_attn,mla_up_proj,layernorm,moe_act,shared_experts,mlp,moe,full; "
+            + "budget=40GiB chooses the cheapest that fit a rank",
     };
 
     public void AddTo(Command command)

@@ -23,9 +23,7 @@ let forms = "a number of bytes such as 40GiB, 1.5GiB, 512MB or 1000000"
 
 /// Bytes, at least 1; ValueNone where the text is no amount.
 let tryParse (text: string) : int64 voption =
-    let unit' =
-        units
-        |> Array.find (fun (name, _) -> text.EndsWith(name, StringComparison.OrdinalIgnoreCase))
+    let unit' = units |> Array.find (fun (name, _) -> text.EndsWith(name, StringComparison.OrdinalIgnoreCase))
 
     let number = text.Substring(0, text.Length - (fst unit').Length).TrimEnd()
 

@@ -80,11 +80,7 @@ let private step (n: int) (graph: Graph) (forced: int[]) (rebuild: Rewrite.Rebui
                     let along = lastDim signature i true
                     let isActivation = (graph.NodeOf node.Inputs[i]).Origin.Pass.IsForward
 
-                    let rounded =
-                        if isActivation then
-                            tile rebuild node n [ lastDim signature i false ] v
-                        else
-                            v
+                    let rounded = if isActivation then tile rebuild node n [ lastDim signature i false ] v else v
 
                     tile rebuild node n [ along ] rounded
 
@@ -105,7 +101,10 @@ let private step (n: int) (graph: Graph) (forced: int[]) (rebuild: Rewrite.Rebui
                     // dispatched rows stay saved: those of the forward pass are rounded already, and are not sent again
                     let reader =
                         if (graph.NodeOf node.Inputs[i]).Origin.Pass.IsForward then
-                            { node with Origin = { node.Origin with Pass = Pass.Forward } }
+                            {
+                                node with
+                                    Origin = { node.Origin with Pass = Pass.Forward }
+                            }
                         else
                             node
 

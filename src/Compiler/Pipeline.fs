@@ -92,10 +92,7 @@ module Pipeline =
         struct (dispatcher, Propagate.run (AxisMap.create recipe.SequenceParallel dispatcher progress.Mesh) joint)
 
     let private dispatch (progress: Progress) (dispatcher: Dispatcher) (local: Partitioned) =
-        if dispatcher.IsFlex then
-            FusedDispatch.run progress.Recipe.RanksPerNode local
-        else
-            local
+        if dispatcher.IsFlex then FusedDispatch.run progress.Recipe.RanksPerNode local else local
 
     /// The recipe's names; with a budget, whatever else it takes, found by compiling on.
     let private recompute (progress: Progress) : Result<Progress, Diagnostic list> =

@@ -81,7 +81,7 @@ let tests =
             "deepseek_v3_tinny"
         ]
 
-        refused "an unknown dtype" "DSG0902" [ "at   --dtype"; "fp32" ] [ "pretrain"; "--dtype"; "fp8" ]
+        refused "an unknown dtype" "DSG0902" [ "at   --dtype"; "fp32" ] [ "pretrain"; "--dtype"; "fp64" ]
         refused "an unknown schedule" "DSG0503" [ "1F1B" ] [ "pretrain"; "--schedule"; "2F2B" ]
         refused "a schedule of one chunk with two" "DSG0504" [ "GPipe"; "virtual_pipeline is 2"; "Interleaved1F1B" ] [
             "pretrain"

@@ -44,6 +44,7 @@ let tests =
                         "step"
                         "loss"
                         "mtp_loss"
+                        "balance_loss"
                         "lr"
                         "grad_norm"
                         "tokens"

@@ -49,10 +49,7 @@ let private block (tensor: torch.Tensor) : int64 =
     let address = NativeInterop.NativePtr.toNativeInt pointer
     let header = Marshal.ReadInt64(address, -8)
 
-    if header &&& 2L = 2L then
-        Marshal.ReadInt64(address, -16) + (header &&& ~~~7L)
-    else
-        0L
+    if header &&& 2L = 2L then Marshal.ReadInt64(address, -16) + (header &&& ~~~7L) else 0L
 
 /// One border, in bytes.
 type private Border = {
@@ -102,12 +99,12 @@ let tests =
             let predicted = Memory.behindEntries plan.Mesh plan.Stages[0]
             let rows = plan.Microbatches * plan.MicroBatch
 
-            let batches =
-                { new Training.IBatchSource with
+            let batches = {
+                new Training.IBatchSource with
                     member _.Get step =
                         let random = Random(int step)
                         Training.TrainingBatch(rows, 257, Array.init (rows * 257) (fun _ -> int64 (random.Next 512)))
-                }
+            }
 
             let steps = List<Border[]>()
             mallopt (mapThreshold, threshold) |> ignore
@@ -184,7 +181,10 @@ let tests =
                 Expect.isLessThanOrEqual (float b.Small) (0.5 * float b.Predicted) $"%s{name}: blocks in the heap"
 
                 // header of two words, alignment to 64, the allocator's least block, the rest of a page
-                Expect.isLessThanOrEqual b.Rounding (int64 (b.Blocks - b.SmallBlocks) * (4096L + 128L)) $"%s{name}: rounding"
+                Expect.isLessThanOrEqual
+                    b.Rounding
+                    (int64 (b.Blocks - b.SmallBlocks) * (4096L + 128L))
+                    $"%s{name}: rounding"
 
             Expect.isGreaterThan top.Predicted 5_000_000L "something is live"
     ]

@@ -13,14 +13,7 @@ let private graph sigmoid =
     let d = Declaration()
     let m = ModelScope d
 
-    let x =
-        m.Weight(
-            "affinity",
-            Init.Ones,
-            struct ("batch", batch),
-            struct ("seq", seq),
-            struct ("experts", experts)
-        )
+    let x = m.Weight("affinity", Init.Ones, struct ("batch", batch), struct ("seq", seq), struct ("experts", experts))
 
     let affinity = if sigmoid then x.Sigmoid() else x
     let mask = m.Input("mask", DType.Float32, struct ("batch", batch), struct ("seq", seq))
@@ -48,15 +41,23 @@ let private definition (lengths: int[]) (affinity: int -> int -> int -> float) =
         let rows = [ for s in 0 .. t - 1 -> [ for e in 0 .. experts - 1 -> affinity b s e ] ]
 
         let chosen (row: float list) e =
-            row |> List.indexed |> List.sortByDescending snd |> List.truncate topK |> List.exists (fun (i, _) -> i = e)
+            row
+            |> List.indexed
+            |> List.sortByDescending snd
+            |> List.truncate topK
+            |> List.exists (fun (i, _) -> i = e)
 
         let f e =
-            float experts / float (topK * t) * float (rows |> List.filter (fun row -> chosen row e) |> List.length)
+            float experts / float (topK * t)
+            * float (rows |> List.filter (fun row -> chosen row e) |> List.length)
 
         let p e = (rows |> List.sumBy (fun row -> row[e] / List.sum row)) / float t
         List.sum [ for e in 0 .. experts - 1 -> alpha * f e * p e ]
 
-    let weighted = [ for b in 0 .. batch - 1 -> if lengths[b] = 0 then 0.0 else float lengths[b] * sequence b ]
+    let weighted = [
+        for b in 0 .. batch - 1 -> if lengths[b] = 0 then 0.0 else float lengths[b] * sequence b
+    ]
+
     List.sum weighted / float (Array.sum lengths)
 
 let private metrics config =

@@ -81,15 +81,17 @@ let private losses (recipe: Recipe) =
     let tokens = plan.Inputs |> Seq.find (fun i -> i.Name = "tokens")
     let rows, columns = plan.Microbatches * plan.MicroBatch, tokens.Extents[1]
 
-    let batches =
-        { new IBatchSource with
+    let batches = {
+        new IBatchSource with
             member _.Get step =
                 let random = Random(int step % 2 + 5)
                 TrainingBatch(rows, columns, Array.init (rows * columns) (fun _ -> int64 (random.Next 40)))
-        }
+    }
 
     task {
-        let! trainer = Trainer.StartAsync(plan, TrainerOptions(Batches = batches, LearningRate = LearningRate(3e-3, 3e-3, 0L, 0L)))
+        let! trainer =
+            Trainer.StartAsync(plan, TrainerOptions(Batches = batches, LearningRate = LearningRate(3e-3, 3e-3, 0L, 0L)))
+
         let run = trainer.RunAsync(12L).GetAsyncEnumerator()
         let found = Collections.Generic.List<float>()
         let mutable more = true
@@ -119,7 +121,10 @@ let tests =
             let recipe = Recipe.Default.WithParallelism(1, 1, 1, 1).WithBatch(2, 1, 32).WithDType(DType.BFloat16)
             let wide, narrow = losses recipe, losses (recipe.WithFp8())
             let distance = List.map2 (fun a b -> abs (a - b) / b) narrow wide |> List.max
-            printfn $"fp8 against bf16, 12 steps: largest relative difference of the loss %.4f{distance}; loss %.3f{narrow.Head} to %.3f{List.last narrow}"
+
+            printfn
+                $"fp8 against bf16, 12 steps: largest relative difference of the loss %.4f{distance}; loss %.3f{narrow.Head} to %.3f{List.last narrow}"
+
             Expect.isLessThan distance 0.1 "band"
             Expect.isGreaterThan distance 0.0 "it is another type"
             Expect.isLessThan (List.last narrow) (0.95 * narrow.Head) "it learns"

@@ -96,9 +96,7 @@ let private units =
                     for l in 1..4 -> $"count:model.layers.%i{l}.mlp.gate.e_score_correction_bias"
                 ]
                 "loss"
-                yield! [
-                    for _ in 1..4 -> "metric:balance_loss"
-                ]
+                yield! [ for _ in 1..4 -> "metric:balance_loss" ]
                 "metric:loss"
                 "metric:mtp_loss"
             ]

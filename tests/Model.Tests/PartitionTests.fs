@@ -183,14 +183,14 @@ let private table =
                 [ hidden "all_gather", 3; hidden "reduce_scatter", 1 ]
                 "backward: dy of attention; dy and saved input of the MLP"
 
-        testCase "context parallel: the key's latent and its rope part are gathered, never keys and values; cotangents scattered"
+        testCase
+            "context parallel: the key's latent and its rope part are gathered, never keys and values; cotangents scattered"
         <| fun () ->
             let c = compiled Presets.Tiny (tiny.WithParallelism(1, 1, 1, 1).WithContextParallel 2)
 
             for layer in 0..3 do
                 // without what the balance loss sums
-                let attention =
-                    List.filter (fun (s: string) -> not (s.Contains "experts" || s.StartsWith "all_reduce"))
+                let attention = List.filter (fun (s: string) -> not (s.Contains "experts" || s.StartsWith "all_reduce"))
 
                 Expect.equal
                     (attention (traffic c (ModelUnit.Layer layer) true))
@@ -250,6 +250,7 @@ let private table =
         testCase "expert tensor parallel: rows exchanged over ep, then gathered over etp, and back the other way round"
         <| fun () ->
             let c = compiled Presets.Tiny (tiny.WithParallelism(2, 1, 2, 2).WithExpertTensorParallel 2)
+
             let routed =
                 List.filter (fun (s: string) ->
                     not (s.StartsWith "all_reduce")
@@ -288,9 +289,18 @@ let private table =
             let usual forward = (traffic without (ModelUnit.Layer 1) forward |> List.filter wide |> List.countBy id)
 
             Expect.equal (usual true) [ "all_gather tp hidden", 1; "reduce_scatter tp hidden", 2 ] "without, forward"
-            Expect.equal (extra true) [ "all_gather tp hidden", 2; "reduce_scatter tp hidden", 3 ] "rows gathered, sums scattered"
+
+            Expect.equal
+                (extra true)
+                [ "all_gather tp hidden", 2; "reduce_scatter tp hidden", 3 ]
+                "rows gathered, sums scattered"
+
             Expect.equal (usual false) [ "all_gather tp hidden", 3; "reduce_scatter tp hidden", 1 ] "without, backward"
-            Expect.equal (extra false) [ "all_gather tp hidden", 5; "reduce_scatter tp hidden", 2 ] "dy rows and saved rows gathered"
+
+            Expect.equal
+                (extra false)
+                [ "all_gather tp hidden", 5; "reduce_scatter tp hidden", 2 ]
+                "dy rows and saved rows gathered"
 
         testCase "the all-gather dispatcher gathers tokens and scatters sums; of rows nothing moves"
         <| fun () ->
@@ -327,16 +337,26 @@ let private table =
                 [ "combine dp hidden"; "dispatch dp hidden" ]
                 "backward: probabilities come back with the rows"
 
-        testCase "without sequence parallelism the residual stream is whole over tp, and dispatch over tp is a free slice"
+        testCase
+            "without sequence parallelism the residual stream is whole over tp, and dispatch over tp is a free slice"
         <| fun () ->
             let c = compiled Presets.Tiny (tiny.WithParallelism(2, 1, 2, 1).WithSequenceParallel false)
             let dense = traffic c (ModelUnit.Layer 0) true
 
-            Expect.equal dense [ "all_reduce tp hidden"; "all_reduce tp hidden" ] "attention and MLP: Megatron's two all-reduces"
+            Expect.equal
+                dense
+                [ "all_reduce tp hidden"; "all_reduce tp hidden" ]
+                "attention and MLP: Megatron's two all-reduces"
 
             Expect.equal
-                (traffic c (ModelUnit.Layer 1) true |> List.filter (fun s -> s.Contains "rows" || s.Contains "gather"))
-                [ "all_gather tp hidden"; "rows_to_experts tp experts"; "rows_to_experts tp hidden"; "rows_to_tokens tp hidden" ]
+                (traffic c (ModelUnit.Layer 1) true
+                 |> List.filter (fun s -> s.Contains "rows" || s.Contains "gather"))
+                [
+                    "all_gather tp hidden"
+                    "rows_to_experts tp experts"
+                    "rows_to_experts tp hidden"
+                    "rows_to_tokens tp hidden"
+                ]
                 "rows; tokens come together again after the experts"
 
         testCase "embedding, head and loss: scatter; gather, maximum and two sums; gathers for the weight gradients"
@@ -430,10 +450,15 @@ let private cover (job: Job) (c: Compiled) =
     count "recomputed" (not job.Recompute.IsEmpty)
     count "not fused" (not job.Fuse)
     count "bf16" job.Bf16
-    count "fused dispatch" (c.Local.Graph.Nodes |> Array.exists (fun n ->
-        match n.Op with
-        | Op.Collective(Collective.Dispatch _, _, _) -> true
-        | _other -> false))
+
+    count
+        "fused dispatch"
+        (c.Local.Graph.Nodes
+         |> Array.exists (fun n ->
+             match n.Op with
+             | Op.Collective(Collective.Dispatch _, _, _) -> true
+             | _other -> false))
+
     count "rows by all-gather" (job.Dispatcher.IsAllGather && job.Expert > 1)
     count "two or more base axes" (c.Plan.Mesh.Axes.Count >= 2)
 

@@ -27,7 +27,7 @@ type private Tokens(rows: int, columns: int, vocab: int) =
 
 /// Bits of all numbers of a tensor.
 let private bits (tensor: torch.Tensor) =
-    use flat = tensor.to_type(torch.ScalarType.Float32).contiguous().reshape (-1L)
+    use flat = tensor.to_type(torch.ScalarType.Float32).contiguous().reshape(-1L)
     flat.data<float32>().ToArray() |> Array.map BitConverter.SingleToUInt32Bits
 
 /// Losses and norms of two steps, and every gradient and parameter behind them, as bits.
@@ -60,9 +60,7 @@ let private train (config: DeepSeekV3Config) (recipe: Recipe) =
                 prefix + name, bits tensor
         ]
 
-        return
-            List.ofSeq results,
-            Map(all "grad:" (trainer.GatherGradients()) @ all "" (trainer.GatherParameters()))
+        return List.ofSeq results, Map(all "grad:" (trainer.GatherGradients()) @ all "" (trainer.GatherParameters()))
     }
     |> _.GetAwaiter().GetResult()
 
@@ -79,8 +77,7 @@ let private unchanged (job: Job) =
 
 /// One job for each name and for mixes of names, over random layouts, by a fixed seed.
 let private drawn =
-    let jobs =
-        FsCheck.FSharp.Gen.sampleWithSeed (FsCheck.Rnd(77UL, 1UL)) 10 24 (AnyStages.Job().Generator)
+    let jobs = FsCheck.FSharp.Gen.sampleWithSeed (FsCheck.Rnd(77UL, 1UL)) 10 24 (AnyStages.Job().Generator)
 
     let wanted = [
         for name in Recompute.names do
@@ -91,7 +88,12 @@ let private drawn =
         List.except [ "full" ] Recompute.names
     ]
 
-    List.zip wanted (jobs |> Array.filter (fun j -> j.Mtp = 1 || j.Pipeline > 1) |> Array.truncate wanted.Length |> List.ofArray)
+    List.zip
+        wanted
+        (jobs
+         |> Array.filter (fun j -> j.Mtp = 1 || j.Pipeline > 1)
+         |> Array.truncate wanted.Length
+         |> List.ofArray)
     |> List.map (fun (names, job) -> { job with Recompute = names })
 
 let private tiny = Recipe.Default.WithBatch(8, 1, 32)
@@ -125,7 +127,13 @@ let private golden = [
     "moe_act", [], 0
     "shared_experts", [ "all_gather tp hidden" ], 0
     "mlp", [], 0
-    "moe", [ "all_gather tp hidden"; "rows_to_experts tp experts"; "rows_to_experts tp hidden" ], 2 * 4
+    "moe",
+    [
+        "all_gather tp hidden"
+        "rows_to_experts tp experts"
+        "rows_to_experts tp hidden"
+    ],
+    2 * 4
     "full",
     [
         "all_gather tp hidden"
@@ -171,7 +179,9 @@ let private budgets =
     testList "budget" [
         let plain = lazy peaks (planOf staged)
         let full = lazy peaks (planOf (staged.WithRecompute "full"))
-        let between share = full.Value |> List.map2 (fun p f -> f + int64 (share * float (p - f))) plain.Value |> List.max
+
+        let between share =
+            full.Value |> List.map2 (fun p f -> f + int64 (share * float (p - f))) plain.Value |> List.max
 
         for share in [ 0.9; 0.6; 0.3; 0.1 ] do
             testCase $"what is chosen fits a budget at %.1f{share} of the way from full to none"
@@ -183,7 +193,9 @@ let private budgets =
                     Expect.isLessThanOrEqual peak budget "peak"
 
                 // what is expected of a choice is about what it does
-                let saved = chosen c |> List.filter (fun x -> x.Stage = 0) |> List.sumBy (fun x -> x.Saved * int64 x.InFlight)
+                let saved =
+                    chosen c |> List.filter (fun x -> x.Stage = 0) |> List.sumBy (fun x -> x.Saved * int64 x.InFlight)
+
                 Expect.isGreaterThanOrEqual (float saved) (0.5 * float (plain.Value[0] - budget)) "stage 0"
 
         testCase "a budget that suffices chooses nothing"
@@ -198,7 +210,9 @@ let private budgets =
             Expect.isNonEmpty (chosen c) "choices"
             Expect.equal (chosen c |> List.map _.Stage |> List.distinct) [ 0 ] "stages"
 
-            let work share = chosen (compiled Presets.Tiny (staged.WithRecomputeBudget(between share))) |> List.sumBy _.Work
+            let work share =
+                chosen (compiled Presets.Tiny (staged.WithRecomputeBudget(between share))) |> List.sumBy _.Work
+
             Expect.isLessThanOrEqual (work 0.9) (work 0.2) "work"
 
         testCase "the recipe's names hold beside the budget, and the plan records both with the reason"
@@ -263,8 +277,7 @@ let tests =
             let what = String.concat "," job.Recompute
             let degrees = $"tp %i{job.Tensor} pp %i{job.Pipeline} ep %i{job.Expert} dp %i{job.Data} mtp %i{job.Mtp}"
 
-            testCase $"%s{what} changes no bit of losses and gradients (%s{degrees})"
-            <| fun () -> unchanged job
+            testCase $"%s{what} changes no bit of losses and gradients (%s{degrees})" <| fun () -> unchanged job
 
         for name, moved, more in golden do
             testCase $"%s{name} sends what is listed and no more"

@@ -36,8 +36,7 @@ module Evaluator =
                         | Op.Permute _
                         | Op.RouteProbs
                         | Op.PermuteWithProbs
-                        | Op.GroupedMatMul _ ->
-                            Array.last node.Inputs
+                        | Op.GroupedMatMul _ -> Array.last node.Inputs
                         | _elementwise ->
                             node.Inputs
                             |> Array.tryFind (fun x -> graph.Types[x].Routed)

@@ -8,7 +8,11 @@ open DeepSeekGraph
 let private magnitudes =
     Array.init 127 (fun code ->
         let exponent, mantissa = code / 8, float (code % 8) / 8.0
-        if exponent = 0 then mantissa * 2.0 ** -6.0 else (1.0 + mantissa) * 2.0 ** float (exponent - 7))
+
+        if exponent = 0 then
+            mantissa * 2.0 ** -6.0
+        else
+            (1.0 + mantissa) * 2.0 ** float (exponent - 7))
 
 /// The nearest code, of two the even one.
 let private round (x: float) =

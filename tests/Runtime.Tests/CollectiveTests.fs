@@ -260,71 +260,91 @@ let private routing =
                 Expect.equal rows expected "expert, then member, then token"
                 Expect.equal (Array.sum counts * h) rows.Length "counts")
 
-        testCase "a fused dispatch and combine move what permute, exchange and unpermute do, and a token once to a node" (fun () ->
-            let b, s, e, h, peers, perNode = 1, 6, 8, 4, 4, 2
-            let maskOf r = if r = 3 then Array.zeroCreate (s * e) else randomMask (r + 40) s e 4
-            let tokensOf r = random (100 + r) (s * h)
-            let probsOf r = random (200 + r) (s * e)
+        testCase
+            "a fused dispatch and combine move what permute, exchange and unpermute do, and a token once to a node"
+            (fun () ->
+                let b, s, e, h, peers, perNode = 1, 6, 8, 4, 4, 2
+                let maskOf r = if r = 3 then Array.zeroCreate (s * e) else randomMask (r + 40) s e 4
+                let tokensOf r = random (100 + r) (s * h)
+                let probsOf r = random (200 + r) (s * e)
 
-            let plain, fused = Traffic perNode, Traffic perNode
+                let plain, fused = Traffic perNode, Traffic perNode
 
-            let moved (traffic: Traffic) isFused =
-                togetherCounted traffic [ peers ] 1 (fun rank collectives ->
-                    let r, group = rank.Rank, axesGroup 0 [ 0 ]
-                    let route = routeOf b s e (maskOf r)
-                    let x, p = filled f32 [ b; s; h ] (tokensOf r), filled f32 [ b; s; e ] (probsOf r)
-                    let there = rowSlot DType.Bool [ b; s * peers; e / peers ]
-                    perform collectives Collective.RouteToExperts group [ route ] [ there ]
-                    let rows, probs = rowSlot f32 [ b; s * peers; e / peers; h ], rowSlot f32 [ b; s * peers; e / peers ]
-                    let y, back = slot f32 [ b; s; h ], slot f32 [ b; s; e ]
+                let moved (traffic: Traffic) isFused =
+                    togetherCounted traffic [ peers ] 1 (fun rank collectives ->
+                        let r, group = rank.Rank, axesGroup 0 [ 0 ]
+                        let route = routeOf b s e (maskOf r)
+                        let x, p = filled f32 [ b; s; h ] (tokensOf r), filled f32 [ b; s; e ] (probsOf r)
+                        let there = rowSlot DType.Bool [ b; s * peers; e / peers ]
+                        perform collectives Collective.RouteToExperts group [ route ] [ there ]
 
-                    if isFused then
-                        perform collectives (Collective.Dispatch perNode) group [ x; p; route; there ] [ rows; probs ]
-                        let received = read rows, read probs
-                        perform collectives (Collective.Combine perNode) group [ rows; probs; there; route ] [ y; back ]
-                        received, read y, read back
-                    else
-                        let own, ownProbs = rowSlot f32 [ b; s; e; h ], rowSlot f32 [ b; s; e ]
-                        run KernelId.PermuteWithProbs [] [ x; p; route ] [ own; ownProbs ]
-                        perform collectives Collective.RowsToExperts group [ own; route; there ] [ rows ]
-                        perform collectives Collective.RowsToExperts group [ ownProbs; route; there ] [ probs ]
-                        let received = read rows, read probs
-                        let home, homeProbs = rowSlot f32 [ b; s; e; h ], rowSlot f32 [ b; s; e ]
-                        perform collectives Collective.RowsToTokens group [ rows; there; route ] [ home ]
-                        perform collectives Collective.RowsToTokens group [ probs; there; route ] [ homeProbs ]
-                        run KernelId.UnpermuteWithProbs [] [ home; homeProbs; route ] [ y; back ]
-                        received, read y, read back)
-                |> values
+                        let rows, probs =
+                            rowSlot f32 [ b; s * peers; e / peers; h ], rowSlot f32 [ b; s * peers; e / peers ]
 
-            for (rows, y, back), (rows', y', back') in Array.zip (moved fused true) (moved plain false) do
-                Expect.equal rows rows' "rows and probabilities arrive as permuted and exchanged"
-                Expect.equal back back' "probabilities come back"
-                Array.iter2 (fun a b -> Expect.floatClose Accuracy.medium a b "sums in another order") y y'
+                        let y, back = slot f32 [ b; s; h ], slot f32 [ b; s; e ]
 
-            // counted from the routing alone: 2 experts a rank, 4 a node; payload h floats each way, and one float each way
-            let pairs between once =
-                Seq.sum [
-                    for r in 0 .. peers - 1 do
-                        for t in 0 .. s - 1 do
-                            let targets = [
-                                for expert in 0 .. e - 1 do
-                                    if (maskOf r)[t * e + expert] <> 0.0 then
-                                        expert / (e / peers)
+                        if isFused then
+                            perform collectives (Collective.Dispatch perNode) group [ x; p; route; there ] [
+                                rows
+                                probs
                             ]
 
-                            let away = targets |> List.filter (fun m -> (m / perNode <> r / perNode) = between && m <> r)
-                            if once then (if away.IsEmpty then 0 else 1) else away.Length
-                ]
+                            let received = read rows, read probs
 
-            let rowBytes, probBytes = int64 (4 * h), 4L
-            Expect.equal plain.Between (2L * int64 (pairs true false) * (rowBytes + probBytes)) "all-to-all: once an expert"
+                            perform collectives (Collective.Combine perNode) group [ rows; probs; there; route ] [
+                                y
+                                back
+                            ]
 
-            Expect.equal
-                fused.Between
-                (2L * (int64 (pairs true true) * rowBytes + int64 (pairs true false) * probBytes))
-                "flex: once a node (there is one other node)"
+                            received, read y, read back
+                        else
+                            let own, ownProbs = rowSlot f32 [ b; s; e; h ], rowSlot f32 [ b; s; e ]
+                            run KernelId.PermuteWithProbs [] [ x; p; route ] [ own; ownProbs ]
+                            perform collectives Collective.RowsToExperts group [ own; route; there ] [ rows ]
+                            perform collectives Collective.RowsToExperts group [ ownProbs; route; there ] [ probs ]
+                            let received = read rows, read probs
+                            let home, homeProbs = rowSlot f32 [ b; s; e; h ], rowSlot f32 [ b; s; e ]
+                            perform collectives Collective.RowsToTokens group [ rows; there; route ] [ home ]
+                            perform collectives Collective.RowsToTokens group [ probs; there; route ] [ homeProbs ]
+                            run KernelId.UnpermuteWithProbs [] [ home; homeProbs; route ] [ y; back ]
+                            received, read y, read back)
+                    |> values
 
-            Expect.isLessThan fused.Between plain.Between "fewer bytes between nodes")
+                for (rows, y, back), (rows', y', back') in Array.zip (moved fused true) (moved plain false) do
+                    Expect.equal rows rows' "rows and probabilities arrive as permuted and exchanged"
+                    Expect.equal back back' "probabilities come back"
+                    Array.iter2 (fun a b -> Expect.floatClose Accuracy.medium a b "sums in another order") y y'
+
+                // counted from the routing alone: 2 experts a rank, 4 a node; payload h floats each way, and one float each way
+                let pairs between once =
+                    Seq.sum [
+                        for r in 0 .. peers - 1 do
+                            for t in 0 .. s - 1 do
+                                let targets = [
+                                    for expert in 0 .. e - 1 do
+                                        if (maskOf r)[t * e + expert] <> 0.0 then
+                                            expert / (e / peers)
+                                ]
+
+                                let away =
+                                    targets |> List.filter (fun m -> (m / perNode <> r / perNode) = between && m <> r)
+
+                                if once then (if away.IsEmpty then 0 else 1) else away.Length
+                    ]
+
+                let rowBytes, probBytes = int64 (4 * h), 4L
+
+                Expect.equal
+                    plain.Between
+                    (2L * int64 (pairs true false) * (rowBytes + probBytes))
+                    "all-to-all: once an expert"
+
+                Expect.equal
+                    fused.Between
+                    (2L * (int64 (pairs true true) * rowBytes + int64 (pairs true false) * probBytes))
+                    "flex: once a node (there is one other node)"
+
+                Expect.isLessThan fused.Between plain.Between "fewer bytes between nodes")
 
         testCase "a bundle of rows is one meeting with the results of many" (fun () ->
             let b, s, e, h = 1, 6, 4, 3
@@ -339,8 +359,7 @@ let private routing =
                     let rows = filledRows f32 [ b; s; e; h ] n (random rank.Rank (n * h))
                     let probabilities = filledRows f32 [ b; s; e ] n (random (rank.Rank + 50) n)
 
-                    let results () =
-                        rowSlot f32 [ b; 2 * s; e / 2; h ], rowSlot f32 [ b; 2 * s; e / 2 ]
+                    let results () = rowSlot f32 [ b; 2 * s; e / 2; h ], rowSlot f32 [ b; 2 * s; e / 2 ]
 
                     let (x, p), (x', p') = results (), results ()
 
@@ -356,7 +375,12 @@ let private routing =
                     perform collectives Collective.RowsToExperts group [ rows; route; there ] [ x' ]
                     perform collectives Collective.RowsToExperts group [ probabilities; route; there ] [ p' ]
                     let back, back' = rowSlot f32 [ b; s; e; h ], rowSlot f32 [ b; s; e ]
-                    perform collectives Collective.RowsToTokens group [ x; there; route; p; there; route ] [ back; back' ]
+
+                    perform collectives Collective.RowsToTokens group [ x; there; route; p; there; route ] [
+                        back
+                        back'
+                    ]
+
                     (read x, read p), (read x', read p'), (read back, read back'), (read rows, read probabilities))
                 |> values
 

@@ -24,8 +24,7 @@ let private nearest (x: float) =
     if Double.IsNaN x then
         nan
     else
-        let code =
-            [ 0..126 ] |> List.minBy (fun c -> abs (magnitudes[c] - min (abs x) 448.0), c % 2)
+        let code = [ 0..126 ] |> List.minBy (fun c -> abs (magnitudes[c] - min (abs x) 448.0), c % 2)
 
         float (sign x) * magnitudes[code]
 
@@ -37,13 +36,19 @@ let private oracle (extents: int list) (blocks: int list) (x: float[]) =
     let y = Array.zeroCreate x.Length
 
     for _, flats in members do
-        let largest = flats |> Array.map (fun i -> abs x[i]) |> Array.fold (fun a b -> if Double.IsNaN b then b else max a b) 0.0
+        let largest =
+            flats
+            |> Array.map (fun i -> abs x[i])
+            |> Array.fold (fun a b -> if Double.IsNaN b then b else max a b) 0.0
+
         let scale = if Double.IsFinite largest then float32 largest / 448.0f else Single.NaN
 
         for i in flats do
             y[i] <-
-                if scale = 0.0f then 0.0
-                else float (float32 (nearest (float (float32 x[i] / scale))) * scale)
+                if scale = 0.0f then
+                    0.0
+                else
+                    float (float32 (nearest (float (float32 x[i] / scale))) * scale)
 
     y
 
@@ -115,7 +120,14 @@ let private kernel = [
         Expect.equal (read out) (oracle [ rows; k ] [ 1; 4 ] x) "bits")
 
     testCase "zeros stay, NaN and infinity take their block and no other" (fun () ->
-        let x = Array.concat [ Array.zeroCreate 4; [| 1.0; nan; 2.0; 3.0 |]; [| 1.0; infinity; 0.0; -2.0 |]; [| 1.0; 2.0; 3.0; 4.0 |] ]
+        let x =
+            Array.concat [
+                Array.zeroCreate 4
+                [| 1.0; nan; 2.0; 3.0 |]
+                [| 1.0; infinity; 0.0; -2.0 |]
+                [| 1.0; 2.0; 3.0; 4.0 |]
+            ]
+
         let y = quantized DType.Float32 [ 16 ] [ 4 ] x
         Expect.equal y[0..3] (Array.zeroCreate 4) "zeros"
         Expect.all y[4..11] Double.IsNaN "blocks with what is no number"

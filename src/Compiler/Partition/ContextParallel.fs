@@ -167,7 +167,12 @@ let private rewrite (mesh: MeshInfo) (graph: Graph) : Graph =
         | Op.Attention _ when node.Inputs.Length = 3 ->
             let q = rebuild[node.Inputs[0]]
             let t = builder.Type q
-            let origin = { node.Origin with Unit = ModelUnit.Shared }
+
+            let origin = {
+                node.Origin with
+                    Unit = ModelUnit.Shared
+            }
+
             let positions = builder.Add(Op.Iota t.Axes[t.IndexOf axis], [], origin)[0]
 
             rebuild.Put(

@@ -46,16 +46,10 @@ let private dispatch ranks (graph: Graph) (consumers: int[][]) (n: int) : Found 
             make [ node.Inputs[0] ] [ exchange.Outputs[0] ] [ reader ] axes t exchange)
     | Op.PermuteWithProbs ->
         match sent node.Outputs[0], sent node.Outputs[1] with
-        | Some(x, (axes, t, rows)), Some(p, (others, _, probs)) when axes = others && rows.Inputs[1..] = probs.Inputs[1..] ->
-            Some(
-                make
-                    [ node.Inputs[0]; node.Inputs[1] ]
-                    [ rows.Outputs[0]; probs.Outputs[0] ]
-                    [ x; p ]
-                    axes
-                    t
-                    rows
-            )
+        | Some(x, (axes, t, rows)), Some(p, (others, _, probs)) when
+            axes = others && rows.Inputs[1..] = probs.Inputs[1..]
+            ->
+            Some(make [ node.Inputs[0]; node.Inputs[1] ] [ rows.Outputs[0]; probs.Outputs[0] ] [ x; p ] axes t rows)
         | _ -> None
     | _other -> None
 

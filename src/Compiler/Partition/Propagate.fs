@@ -129,7 +129,6 @@ let private choose
             | Some f -> Place.Block f
             | None -> place (tokens |> List.tryFind fits)
 
-
     let weight = operands |> List.tryFind (fun i -> parameterOf graph node.Inputs[i] && (splitOf i).IsSome)
     let gradientOf = forced[node.Outputs[0]]
 
@@ -169,8 +168,7 @@ let private choose
                 match def.Linear with
                 | Linearity.No -> false
                 | Linearity.InEach able ->
-                    (carried shards node able m).IsSome
-                    && operands |> List.forall (fun i -> not (state i).IsPartialMax)
+                    (carried shards node able m).IsSome && operands |> List.forall (fun i -> not (state i).IsPartialMax)
                 | Linearity.Jointly -> partial.Length = operands.Length
                 | Linearity.JointlyInFirst n -> partial = [ 0 .. n - 1 ]
 
@@ -292,8 +290,7 @@ let private compute (shards: Shards) (forced: int[]) (node: Node) =
         for m in 0 .. places.Length - 1 do
             if
                 places[m].IsWhole
-                && node.Inputs
-                   |> Array.exists (fun v -> (shards.Home v).Layout[m].IsSplit || shards.IsGathered(v, m))
+                && node.Inputs |> Array.exists (fun v -> (shards.Home v).Layout[m].IsSplit || shards.IsGathered(v, m))
             then
                 for v in node.Outputs do
                     shards.SetGathered(v, m)

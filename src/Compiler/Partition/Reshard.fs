@@ -148,8 +148,7 @@ let rec toLayout (shards: Shards) (value: int) (want: Layout) (origin: Origin) :
                 let isSet = shards.RouteOf value = value
 
                 let reachable =
-                    candidates
-                    |> List.choose (fun c -> Rows.distance isSet c.Layout want |> Option.map (fun d -> c, d))
+                    candidates |> List.choose (fun c -> Rows.distance isSet c.Layout want |> Option.map (fun d -> c, d))
 
                 match reachable with
                 | [] -> refuseRows shards (shards.Home value).Layout want origin

@@ -8,8 +8,7 @@ open DeepSeekGraph
 /// Offsets are multiples of this; what accelerators and vector units ask for.
 let alignment = 256L
 
-let private align (bytes: int64) =
-    (bytes + alignment - 1L) / alignment * alignment
+let private align (bytes: int64) = (bytes + alignment - 1L) / alignment * alignment
 
 /// How long a slot holds a value.
 [<RequireQualifiedAccess; Struct>]

@@ -153,7 +153,12 @@ let rec private checkTuple
 
     /// Rows that are gathered or scattered along a token dim come with both row sets; a row set and dense values come alone.
     let rowsArity () =
-        if inputs.Count > 0 && slots[inputs[0]].Routed && slots[inputs[0]].Extents.Count >= 3 && inputs.Count <> 1 then
+        if
+            inputs.Count > 0
+            && slots[inputs[0]].Routed
+            && slots[inputs[0]].Extents.Count >= 3
+            && inputs.Count <> 1
+        then
             let fits = arity 3 1
 
             if fits then

@@ -229,9 +229,7 @@ type private StepCheck(mesh: MeshInfo, slots: IReadOnlyList<SlotInfo>, report: s
                     elif slots[into].Kind.IsGradient then slots[into].DType.IsFloat
                     else slots[into].DType = DType.Float32
 
-                require
-                    (fits && sameShape from into)
-                    $"%s{name from} does not fit into %s{name into}"
+                require (fits && sameShape from into) $"%s{name from} does not fit into %s{name into}"
 
                 require
                     (sameLayout from into)
@@ -279,9 +277,7 @@ type private StepCheck(mesh: MeshInfo, slots: IReadOnlyList<SlotInfo>, report: s
 
                 require (isWhole gradient) $"%s{name gradient} is still a partial sum"
 
-                require
-                    (slots[outputs[0]].DType = DType.Float32)
-                    $"the master %s{name outputs[0]} is not of fp32"
+                require (slots[outputs[0]].DType = DType.Float32) $"the master %s{name outputs[0]} is not of fp32"
 
                 for id in Seq.append [ gradient ] outputs do
                     require

@@ -43,11 +43,9 @@ let private offsets (f: Findings) (mesh: MeshInfo) (stage: StagePlan) (row: Memo
     let wrong message = f.Add(Codes.PlanShape, at, message)
     let name id = named stage.Slots id
 
-    let region id =
-        row.Regions |> Seq.tryFind (fun r -> Arena.holds stage r stage.Slots[id] lifetimes[id])
+    let region id = row.Regions |> Seq.tryFind (fun r -> Arena.holds stage r stage.Slots[id] lifetimes[id])
 
-    let clash id other =
-        wrong $"%s{name id} and %s{name other} live at the same time and share bytes"
+    let clash id other = wrong $"%s{name id} and %s{name other} live at the same time and share bytes"
 
     let take (occupied: Occupied) id =
         match occupied.Take(row.Offsets[id], size[id], id) with

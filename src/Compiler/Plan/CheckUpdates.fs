@@ -78,7 +78,9 @@ type private Epilogue(f: Findings, plan: PlanSet, stage: StagePlan) =
         let name =
             match prefixed "grad:" gradient.Name with
             | ValueSome name when not target.Kind.IsParameter ->
-                if not (shards.TryAdd(outputs[3], name)) || shards.Values |> Seq.filter ((=) name) |> Seq.length > 1 then
+                if
+                    not (shards.TryAdd(outputs[3], name)) || shards.Values |> Seq.filter ((=) name) |> Seq.length > 1
+                then
                     wrong $"%s{named slots outputs[3]}, a shard of %s{name}, is updated twice"
 
                 name

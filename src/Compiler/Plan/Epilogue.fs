@@ -253,11 +253,7 @@ let private clip (input: Input) (writer: Writer) (reduced: Reduced list) : int =
         reduced
         |> List.filter (fun g -> g.Parameter.Stages[0] = input.Stage)
         |> List.groupBy (fun g ->
-            g.Shard.Layout
-            |> Seq.indexed
-            |> Seq.filter (fun (_, s) -> s.IsSplit)
-            |> Seq.map fst
-            |> List.ofSeq)
+            g.Shard.Layout |> Seq.indexed |> Seq.filter (fun (_, s) -> s.IsSplit) |> Seq.map fst |> List.ofSeq)
 
     let sums =
         classes

@@ -17,8 +17,7 @@ type Rows =
 /// Routed rows that memory is kept for, in multiples of the balanced ones.
 let headroom = 2.0
 
-let private product (extents: int seq) =
-    extents |> Seq.fold (fun n e -> n * int64 e) 1L
+let private product (extents: int seq) = extents |> Seq.fold (fun n e -> n * int64 e) 1L
 
 let private stored (slot: SlotInfo) (share: float) =
     int64 (ceil (float (product slot.Extents) * share)) * int64 slot.DType.Bytes
@@ -62,15 +61,24 @@ let private plus a b = {
     Flying = a.Flying + b.Flying
 }
 
-let private course (transient: int -> bool) (size: int64[]) (tokens: Dictionary<_, _>) key (steps: IReadOnlyList<Step>) =
+let private course
+    (transient: int -> bool)
+    (size: int64[])
+    (tokens: Dictionary<_, _>)
+    key
+    (steps: IReadOnlyList<Step>)
+    =
     let mutable now, peak = zero, zero
 
-    let sum (slots: IReadOnlyList<int>) =
-        slots |> Seq.sumBy (fun s -> if transient s then size[s] else 0L)
+    let sum (slots: IReadOnlyList<int>) = slots |> Seq.sumBy (fun s -> if transient s then size[s] else 0L)
 
     for step in steps do
         match step with
-        | Step.Launch(_, _, _, outputs, _) -> now <- { now with Live = now.Live + sum outputs }
+        | Step.Launch(_, _, _, outputs, _) ->
+            now <- {
+                now with
+                    Live = now.Live + sum outputs
+            }
         | Step.Start(token, _, _, _, outputs, _) ->
             let filled = sum outputs
             tokens[struct (key, token)] <- filled
@@ -81,9 +89,17 @@ let private course (transient: int -> bool) (size: int64[]) (tokens: Dictionary<
             }
         | Step.Wait token ->
             match tokens.TryGetValue(struct (key, token)) with
-            | true, filled -> now <- { now with Flying = now.Flying - filled }
+            | true, filled ->
+                now <- {
+                    now with
+                        Flying = now.Flying - filled
+                }
             | false, _ -> ()
-        | Step.Free slot -> now <- { now with Live = now.Live - size[slot] }
+        | Step.Free slot ->
+            now <- {
+                now with
+                    Live = now.Live - size[slot]
+            }
 
         if now.Live > peak.Live then
             peak <- now
@@ -141,8 +157,7 @@ let row (mesh: MeshInfo) (stage: StagePlan) : MemoryRow =
     let sizes rows = stage.Slots |> Seq.map (bytesOf mesh rows) |> Array.ofSeq
     let balanced, kept = sizes Rows.Balanced, sizes Rows.Headroom
 
-    let sum (keep: SlotKind -> bool) =
-        stage.Slots |> Seq.sumBy (fun s -> if keep s.Kind then balanced[s.Id] else 0L)
+    let sum (keep: SlotKind -> bool) = stage.Slots |> Seq.sumBy (fun s -> if keep s.Kind then balanced[s.Id] else 0L)
 
     let held = sum Arena.persistent
 

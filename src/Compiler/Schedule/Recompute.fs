@@ -47,8 +47,7 @@ let private common (a: string) (b: string) =
     |> String.concat "."
 
 let private under (scope: string) (path: string) =
-    scope <> ""
-    && (path = scope || path.StartsWith(scope + ".", StringComparison.Ordinal))
+    scope <> "" && (path = scope || path.StartsWith(scope + ".", StringComparison.Ordinal))
 
 /// What nodes belong to is read off module paths, units, axes and row sets, never off a list of ops.
 [<Sealed>]
@@ -56,8 +55,7 @@ type private Provenance(graph: Graph) =
     let routed v = graph.Types[v].Routed
 
     /// A choice of experts is made once: another one would be another model. Row sets follow it.
-    let decides (node: Node) =
-        node.Outputs |> Array.exists (fun v -> graph.Types[v].DType = DType.Bool)
+    let decides (node: Node) = node.Outputs |> Array.exists (fun v -> graph.Types[v].DType = DType.Bool)
 
     let source (node: Node) = node.Inputs.Length = 0
 
@@ -66,10 +64,7 @@ type private Provenance(graph: Graph) =
         let found = Dictionary<ModelUnit, string>()
 
         for node in graph.Nodes do
-            if
-                node.Origin.Pass.IsForward
-                && (decides node || node.Outputs |> Array.exists routed)
-            then
+            if node.Origin.Pass.IsForward && (decides node || node.Outputs |> Array.exists routed) then
                 found[node.Origin.Unit] <-
                     match found.TryGetValue node.Origin.Unit with
                     | true, scope -> common scope node.Origin.Path

@@ -55,8 +55,7 @@ type private Ledger(graph: Graph) =
     let work (node: Node) =
         let types (vs: int[]) = vs |> Array.map (fun v -> graph.Types[v])
 
-        let moved =
-            Array.append node.Inputs node.Outputs |> Array.sumBy (fun v -> float (bytes v))
+        let moved = Array.append node.Inputs node.Outputs |> Array.sumBy (fun v -> float (bytes v))
 
         if node.Op.IsCollective then
             flopsPerSentByte * (node.Outputs |> Array.sumBy (fun v -> float (bytes v)))
@@ -198,7 +197,8 @@ let choose
                                 Work = work
                             }
                     ])
-                    |> List.sortBy (fun c -> -(float c.Saved / c.Work), c.Unit, List.findIndex ((=) c.Name) Recompute.names)
+                    |> List.sortBy (fun c ->
+                        -(float c.Saved / c.Work), c.Unit, List.findIndex ((=) c.Name) Recompute.names)
                     |> List.tryHead
 
                 match best with
@@ -222,10 +222,19 @@ let choose
             else
                 false)
 
-    let rec fit (attempt: Attempt) (best: int64[]) (chosen: Choice list) : Result<Choice list * Attempt, Diagnostic list> =
+    let rec fit
+        (attempt: Attempt)
+        (best: int64[])
+        (chosen: Choice list)
+        : Result<Choice list * Attempt, Diagnostic list> =
         let now = peaks attempt
         let best = Array.map2 min best now
-        let over = [ for s in 0 .. now.Length - 1 do if now[s] > budget then s ]
+
+        let over = [
+            for s in 0 .. now.Length - 1 do
+                if now[s] > budget then
+                    s
+        ]
 
         let grown =
             over

@@ -38,8 +38,7 @@ let attention scale = {
         (Vjp.Rule(fun a ->
             match a.Cotangents with
             | [| ValueSome dout; ValueNone |] ->
-                let saved =
-                    List.ofArray a.Inputs[..2] @ List.ofArray a.Outputs @ List.ofArray a.Inputs[3..]
+                let saved = List.ofArray a.Inputs[..2] @ List.ofArray a.Outputs @ List.ofArray a.Inputs[3..]
 
                 Array.append
                     (a.Emit (Op.AttentionGrad scale) (dout :: saved) |> Array.map ValueSome)

@@ -93,4 +93,5 @@ let collective (kind: Collective) (t: TensorType) =
                 Axes = Array.append (Array.truncate 2 t.Axes) (Array.skip 2 (Array.truncate 3 types[3].Axes))
         })
     | _other -> moved (name kind) t
+
 let localSlice (t: TensorType) = moved "local_slice" t

@@ -14,11 +14,7 @@ let private infer (blocks: int list) (types: TensorType[]) : Result<Rule, string
         // which rows meet on a rank depends on the routing: a block of several would change with the layout
         Error $"blocks [%s{shown}] hold several rows of %O{t}"
     else
-        let mark (a: Axis) =
-            if a.Extent % blocks[t.IndexOf a.Name] = 0 then
-                Mark.Plain
-            else
-                Mark.Whole
+        let mark (a: Axis) = if a.Extent % blocks[t.IndexOf a.Name] = 0 then Mark.Plain else Mark.Whole
 
         Ok(Axes.carry t mark id)
 

@@ -25,69 +25,59 @@ let private shown (steps: Step list) = [
 ]
 
 let private becomes name (before: Step list) (after: Step list) =
-    testCase name
-    <| fun () -> Expect.equal (shown (Bundle.run before)) (shown after) "steps"
+    testCase name <| fun () -> Expect.equal (shown (Bundle.run before)) (shown after) "steps"
 
 let private staysAsItIs name (steps: Step list) = becomes name steps steps
 
 let tests =
     testList "Bundle" [
-        becomes
-            "the second begins with the first, behind the launches that make its operand"
-            [
-                gather 0 [ 1 ] [ 2 ]
-                Step.Wait 0
-                launch [ 2 ] [ 3 ]
-                launch [ 1 ] [ 4 ]
-                launch [ 4 ] [ 5 ]
-                gather 1 [ 5 ] [ 6 ]
-                Step.Wait 1
-                launch [ 6 ] [ 7 ]
-            ]
-            [
-                launch [ 1 ] [ 4 ]
-                launch [ 4 ] [ 5 ]
-                gather 0 [ 1; 5 ] [ 2; 6 ]
-                Step.Wait 0
-                launch [ 2 ] [ 3 ]
-                launch [ 6 ] [ 7 ]
-            ]
+        becomes "the second begins with the first, behind the launches that make its operand" [
+            gather 0 [ 1 ] [ 2 ]
+            Step.Wait 0
+            launch [ 2 ] [ 3 ]
+            launch [ 1 ] [ 4 ]
+            launch [ 4 ] [ 5 ]
+            gather 1 [ 5 ] [ 6 ]
+            Step.Wait 1
+            launch [ 6 ] [ 7 ]
+        ] [
+            launch [ 1 ] [ 4 ]
+            launch [ 4 ] [ 5 ]
+            gather 0 [ 1; 5 ] [ 2; 6 ]
+            Step.Wait 0
+            launch [ 2 ] [ 3 ]
+            launch [ 6 ] [ 7 ]
+        ]
 
-        becomes
-            "the first begins with the second, when its result is not read before"
-            [
-                gather 0 [ 1 ] [ 2 ]
-                start 9 Collective.AllReduceSum 1 [ 1 ] [ 3 ] "other"
-                Step.Wait 9
-                launch [ 3 ] [ 4 ]
-                gather 1 [ 4 ] [ 5 ]
-                Step.Wait 1
-                Step.Wait 0
-                launch [ 2; 5 ] [ 6 ]
-            ]
-            [
-                start 9 Collective.AllReduceSum 1 [ 1 ] [ 3 ] "other"
-                Step.Wait 9
-                launch [ 3 ] [ 4 ]
-                gather 0 [ 1; 4 ] [ 2; 5 ]
-                Step.Wait 0
-                launch [ 2; 5 ] [ 6 ]
-            ]
+        becomes "the first begins with the second, when its result is not read before" [
+            gather 0 [ 1 ] [ 2 ]
+            start 9 Collective.AllReduceSum 1 [ 1 ] [ 3 ] "other"
+            Step.Wait 9
+            launch [ 3 ] [ 4 ]
+            gather 1 [ 4 ] [ 5 ]
+            Step.Wait 1
+            Step.Wait 0
+            launch [ 2; 5 ] [ 6 ]
+        ] [
+            start 9 Collective.AllReduceSum 1 [ 1 ] [ 3 ] "other"
+            Step.Wait 9
+            launch [ 3 ] [ 4 ]
+            gather 0 [ 1; 4 ] [ 2; 5 ]
+            Step.Wait 0
+            launch [ 2; 5 ] [ 6 ]
+        ]
 
-        becomes
-            "three become one, and each operand tuple keeps its place"
-            [
-                start 0 Collective.RowsToExperts 0 [ 1; 8; 9 ] [ 2 ] "m"
-                start 1 Collective.RowsToExperts 0 [ 3; 8; 9 ] [ 4 ] "m"
-                start 2 Collective.RowsToExperts 0 [ 5; 8; 9 ] [ 6 ] "m"
-                Step.Wait 2
-                Step.Wait 0
-                Step.Wait 1
-            ]
-            [
-                start 0 Collective.RowsToExperts 0 [ 1; 8; 9; 3; 8; 9; 5; 8; 9 ] [ 2; 4; 6 ] "m"
-                Step.Wait 0
-            ]
+        becomes "three become one, and each operand tuple keeps its place" [
+            start 0 Collective.RowsToExperts 0 [ 1; 8; 9 ] [ 2 ] "m"
+            start 1 Collective.RowsToExperts 0 [ 3; 8; 9 ] [ 4 ] "m"
+            start 2 Collective.RowsToExperts 0 [ 5; 8; 9 ] [ 6 ] "m"
+            Step.Wait 2
+            Step.Wait 0
+            Step.Wait 1
+        ] [
+            start 0 Collective.RowsToExperts 0 [ 1; 8; 9; 3; 8; 9; 5; 8; 9 ] [ 2; 4; 6 ] "m"
+            Step.Wait 0
+        ]
 
         staysAsItIs "what needs the first's result begins behind it" [
             gather 0 [ 1 ] [ 2 ]

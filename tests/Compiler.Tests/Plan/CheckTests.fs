@@ -9,14 +9,35 @@ open DeepSeekGraph.Testing
 
 /// The row with one number changed by one byte (offsets by one line), for every number it has.
 let private tampered (row: MemoryRow) : MemoryRow list = [
-    { row with Parameters = row.Parameters + 1L }
-    { row with Optimizer = row.Optimizer - 1L }
-    { row with Gradients = row.Gradients + 1L }
-    { row with Counters = row.Counters - 1L }
-    { row with Activations = row.Activations + 1L }
-    { row with Collectives = row.Collectives + 1L }
+    {
+        row with
+            Parameters = row.Parameters + 1L
+    }
+    {
+        row with
+            Optimizer = row.Optimizer - 1L
+    }
+    {
+        row with
+            Gradients = row.Gradients + 1L
+    }
+    {
+        row with
+            Counters = row.Counters - 1L
+    }
+    {
+        row with
+            Activations = row.Activations + 1L
+    }
+    {
+        row with
+            Collectives = row.Collectives + 1L
+    }
     { row with Peak = row.Peak - 1L }
-    { row with Headroom = row.Headroom + 1L }
+    {
+        row with
+            Headroom = row.Headroom + 1L
+    }
     { row with Worst = row.Worst - 1L }
     { row with Arena = row.Arena + 1L }
     { row with Arena = row.Arena - 1L }
@@ -32,12 +53,23 @@ let private tampered (row: MemoryRow) : MemoryRow list = [
         region (fun r -> { r with Count = r.Count - 1 })
         region (fun r -> { r with Routed = not r.Routed })
         region (fun r -> { r with Until = "never" })
-        { row with Regions = row.Regions |> Seq.removeAt i |> Array.ofSeq }
+
+        {
+            row with
+                Regions = row.Regions |> Seq.removeAt i |> Array.ofSeq
+        }
     for i in 0 .. row.Offsets.Count - 1 do
-        let offset change = { row with Offsets = row.Offsets |> Seq.mapi (fun k at -> if k = i then change at else at) |> Array.ofSeq }
+        let offset change = {
+            row with
+                Offsets = row.Offsets |> Seq.mapi (fun k at -> if k = i then change at else at) |> Array.ofSeq
+        }
+
         offset (fun at -> at + 1L)
         offset (fun at -> at + Lowering.Arena.alignment)
-    { row with Offsets = row.Offsets |> Seq.skip 1 |> Array.ofSeq }
+    {
+        row with
+            Offsets = row.Offsets |> Seq.skip 1 |> Array.ofSeq
+    }
 ]
 
 let private shown (wrong: Diagnostic list) = wrong |> List.truncate 5 |> List.map string |> String.concat "\n"

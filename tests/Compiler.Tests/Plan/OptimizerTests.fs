@@ -22,10 +22,7 @@ let private layouts = [
 let private plan (recipe: Recipe) = Subjects.compile 2 recipe
 
 /// Steps of the epilogue of a stage.
-let private epilogue (plan: PlanSet) stage =
-    plan.Stages[stage].Programs
-    |> Seq.find _.Phase.IsEpilogue
-    |> _.Steps
+let private epilogue (plan: PlanSet) stage = plan.Stages[stage].Programs |> Seq.find _.Phase.IsEpilogue |> _.Steps
 
 let private equalBits name (recipe: Recipe) =
     testCase $"%s{name}: sharded states change no bit of loss, gradients and parameters"
@@ -65,24 +62,23 @@ let private states name (recipe: Recipe) =
                     Expect.equal (elements slot) expected slot.Name
 
 /// Values that the data axes reduce, by the phase in which they are: parameters in the epilogue, nothing else.
-let private dataReductions (plan: PlanSet) =
-    [
-        for stage in plan.Stages do
-            for program in stage.Programs do
-                for step in program.Steps do
-                    match step with
-                    | Step.Start(_, kind, group, inputs, _, path) when
-                        kind.IsReduceScatter || kind.IsAllReduceSum || kind.IsAllGather
-                        ->
-                        let names = [ for m in plan.Groups[group].MeshAxes -> plan.Mesh.Axes[m].Name ]
+let private dataReductions (plan: PlanSet) = [
+    for stage in plan.Stages do
+        for program in stage.Programs do
+            for step in program.Steps do
+                match step with
+                | Step.Start(_, kind, group, inputs, _, path) when
+                    kind.IsReduceScatter || kind.IsAllReduceSum || kind.IsAllGather
+                    ->
+                    let names = [ for m in plan.Groups[group].MeshAxes -> plan.Mesh.Axes[m].Name ]
 
-                        if List.contains "dp" names then
-                            for slot in inputs -> program.Phase.Name, string kind, stage.Slots[slot].Name, path
-                    | Step.Start _
-                    | Step.Launch _
-                    | Step.Wait _
-                    | Step.Free _ -> ()
-    ]
+                    if List.contains "dp" names then
+                        for slot in inputs -> program.Phase.Name, string kind, stage.Slots[slot].Name, path
+                | Step.Start _
+                | Step.Launch _
+                | Step.Wait _
+                | Step.Free _ -> ()
+]
 
 let private counts =
     testList "counts" [
@@ -149,11 +145,7 @@ let private stateTypes =
         <| fun () ->
             let b16 = DType.BFloat16
 
-            let recipe =
-                base'
-                    .WithParallelism(2, 1, 2, 2)
-                    .WithDType(b16)
-                    .WithStateTypes(DType.Float32, b16, b16, b16)
+            let recipe = base'.WithParallelism(2, 1, 2, 2).WithDType(b16).WithStateTypes(DType.Float32, b16, b16, b16)
 
             let plan = plan recipe
 
@@ -166,7 +158,10 @@ let private stateTypes =
                 | _other -> ()
 
             Expect.isSome (Subjects.run plan) "it runs"
-            let wide = Subjects.compile 2 (recipe.WithStateTypes(DType.Float32, DType.Float32, DType.Float32, DType.Float32))
+
+            let wide =
+                Subjects.compile 2 (recipe.WithStateTypes(DType.Float32, DType.Float32, DType.Float32, DType.Float32))
+
             let bytes (p: PlanSet) = p.Memory[0].Gradients, p.Memory[0].Optimizer
             let g, o = bytes wide
             // gradients 4 -> 2 bytes; states 4 + 4 + 4 -> 4 + 2 + 2

@@ -189,7 +189,10 @@ let tests =
                 ] do
                 Expect.stringStarts (refused text).Code "DSG060" text
 
-            Expect.stringContains (refused ($"dsg-plan %i{PlanSchema.Version}\nrecipe \"" + String('x', 2_000_000))).Message "characters" ""
+            Expect.stringContains
+                (refused ($"dsg-plan %i{PlanSchema.Version}\nrecipe \"" + String('x', 2_000_000))).Message
+                "characters"
+                ""
 
         testCase "comments and blank lines mean nothing"
         <| fun () ->
