@@ -19,5 +19,6 @@ let main argv =
             ParallelTests.tests
             ExecutorTests.tests
             RecomputeTests.tests
+            MemoryTests.tests
             AllocatorTests.tests
         ])
