@@ -66,7 +66,7 @@ let tests =
                     [
                         "TP 2 x CP 1 x DP 2 x PP 2; experts ETP 1 x EP 2 x EDP 2"
                         plan.Layout
-                        "predicted  measured"
+                        "headroom  measured"
                         "show the plan, not speed"
                         "./dsg pretrain deepseek_v3_tiny --tp 1 --pp 1 --ep 1 --dp 1"
                         "loss first"
