@@ -2,6 +2,8 @@
 namespace DeepSeekGraph.Compiler
 
 open System.Collections.Generic
+open System.Runtime.ExceptionServices
+open System.Threading.Tasks
 open DeepSeekGraph
 open DeepSeekGraph.Compiler.Partition
 open DeepSeekGraph.Compiler.Lowering
@@ -32,7 +34,7 @@ type Progress = {
     Recomputed: RecomputeBudget.Outcome option
 }
 
-/// One step of a compilation. What it leaves is verified before the next one starts.
+/// One step of a compilation. What it leaves is verified while the next one runs, whose result then counts only if that held.
 type Pass = {
     Name: string
     /// Why it stands where it does.
@@ -272,22 +274,14 @@ module Pipeline =
             | wrong -> wrong
         | Form.Plan plan -> Check.run plan
 
-    /// A pass, then the invariants of what it left; what did not change was verified before.
-    let private verified (progress: Progress) (pass: Pass) : Result<Progress, Diagnostic list> =
-        match pass.Run progress with
-        | Error wrong -> Error wrong
-        | Ok after when obj.ReferenceEquals(after.Form, progress.Form) -> Ok after
-        | Ok after ->
-            match verify after.Mesh after.Form with
-            | [] -> Ok after
-            | wrong ->
-                Error [
-                    for d in wrong ->
-                        {
-                            d with
-                                At = $"after pass %s{pass.Name}, %s{d.At}"
-                        }
-                ]
+    /// The invariants of what a pass left, as diagnostics that name it.
+    let private verified (pass: string) (progress: Progress) : Diagnostic list = [
+        for d in verify progress.Mesh progress.Form ->
+            {
+                d with
+                    At = $"after pass %s{pass}, %s{d.At}"
+            }
+    ]
 
     let private start (recipe: Recipe) (declared: Graph) : Result<Progress, Diagnostic list> =
         Mesh.create recipe.Degrees
@@ -318,26 +312,60 @@ module Pipeline =
             | [], Error wrong
             | wrong, _ -> Error wrong)
 
+    /// A job between two passes, and the proof of its form, which is under way while the next pass runs.
+    type private Underway = {
+        Progress: Progress
+        Proof: Task<Diagnostic list>
+    }
+
+    /// The next pass. What is wrong with its operand comes first, whatever the pass made of it.
+    let private next (observe: string -> Progress -> unit) (before: Underway) (pass: Pass) =
+        let outcome =
+            try
+                Choice1Of2(pass.Run before.Progress)
+            with fault ->
+                Choice2Of2(ExceptionDispatchInfo.Capture fault)
+
+        match before.Proof.GetAwaiter().GetResult(), outcome with
+        | [], Choice1Of2(Ok after) ->
+            // what did not change was verified before
+            let proof =
+                if obj.ReferenceEquals(after.Form, before.Progress.Form) then
+                    before.Proof
+                else
+                    Task.Run(fun () -> verified pass.Name after)
+
+            observe pass.Name after
+            Ok { Progress = after; Proof = proof }
+        | [], Choice1Of2(Error wrong) -> Error wrong
+        | [], Choice2Of2 fault ->
+            fault.Throw()
+            Error []
+        | wrong, _ -> Error wrong
+
     /// Runs all passes; `observe` sees the form that each leaves, numbered from 1, and the declared graph as number 0.
     let observed
         (observe: int -> string -> Progress -> unit)
         (recipe: Recipe)
         (declared: Graph)
         : Result<Progress, Diagnostic list> =
-        let step (state: Result<Progress, Diagnostic list>) (number: int, pass: Pass) =
-            state
-            |> Result.bind (fun progress -> verified progress pass)
-            |> Result.map (fun after ->
-                observe number pass.Name after
-                after)
-
         let begun =
             start recipe declared
             |> Result.map (fun progress ->
                 observe 0 "declared" progress
-                progress)
 
-        passes |> List.mapi (fun i pass -> i + 1, pass) |> List.fold step begun
+                {
+                    Progress = progress
+                    Proof = Task.FromResult []
+                })
+
+        passes
+        |> List.indexed
+        |> List.fold (fun state (i, pass) -> state |> Result.bind (fun before -> next (observe (i + 1)) before pass)) begun
+        |> Result.bind (fun last ->
+            match last.Proof.GetAwaiter().GetResult() with
+            | [] -> Ok last.Progress
+            | wrong -> Error wrong)
 
     /// The plan of a declared graph and what came before it.
     let run (recipe: Recipe) (declared: Graph) : Result<Compiled, Diagnostic list> =

@@ -1,6 +1,8 @@
 /// The axis language "b s k+, n k+ -> b s n": parse, print, infer shapes, read off which axes may be split.
 namespace DeepSeekGraph
 
+open System.Collections.Concurrent
+
 /// What splitting a letter's axis means.
 [<RequireQualifiedAccess>]
 type Mark =
@@ -54,14 +56,19 @@ module Axes =
     let private parseTerm (text: string) =
         text.Split(' ', System.StringSplitOptions.RemoveEmptyEntries) |> Array.map parseLetter
 
-    /// Reads "b s k+, n k+ -> b s n". Raises ArgumentException for text that is no signature.
-    let parse (text: string) : Signature =
+    let private read (text: string) : Signature =
         match text.Split "->" with
         | [| operands; results |] -> {
             Operands = operands.Split ',' |> Array.map parseTerm
             Results = results.Split ',' |> Array.map parseTerm
           }
         | _ -> invalidArg "text" $"'%s{text}' is no axis signature: one '->' is needed"
+
+    // ops share a few dozen signatures, and every pass asks for them again
+    let private signatures = ConcurrentDictionary<string, Signature>()
+
+    /// Reads "b s k+, n k+ -> b s n". Raises ArgumentException for text that is no signature.
+    let parse (text: string) : Signature = signatures.GetOrAdd(text, read)
 
     let private markOf (signature: Signature) name =
         Array.append signature.Operands signature.Results
