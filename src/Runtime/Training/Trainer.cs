@@ -60,6 +60,8 @@ public sealed class Trainer : IAsyncDisposable
     public static async Task<Trainer> StartAsync(PlanSet plan, TrainerOptions options, CancellationToken cancellationToken = default)
     {
         LibTorch.Load();
+        if (options.KeepFreedMemory)
+            FreedMemory.Keep();
         var trainer = new Trainer(plan, options);
         try
         {
