@@ -20,5 +20,6 @@ let main argv =
             ExecutorTests.tests
             RecomputeTests.tests
             MemoryTests.tests
+            TrafficTests.tests
             AllocatorTests.tests
         ])
