@@ -21,5 +21,6 @@ let main argv =
             RecomputeTests.tests
             MemoryTests.tests
             TrafficTests.tests
+            CollectiveTests.tests
             AllocatorTests.tests
         ])
