@@ -20,5 +20,7 @@ let main argv =
             ExecutorTests.tests
             RecomputeTests.tests
             MemoryTests.tests
+            TrafficTests.tests
+            CollectiveTests.tests
             AllocatorTests.tests
         ])

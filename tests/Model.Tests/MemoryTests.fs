@@ -2,12 +2,12 @@
 module DeepSeekGraph.Models.Tests.MemoryTests
 
 open System
-open System.IO
 open Expecto
 open DeepSeekGraph
 open DeepSeekGraph.Compiler
 open DeepSeekGraph.Compiler.Lowering
 open DeepSeekGraph.Models
+open DeepSeekGraph.Testing
 
 /// Three layers of the published width, one dense: the second is the layer looked at. Tokens as in the published estimate.
 let private plan =
@@ -151,22 +151,6 @@ let private tables =
              "pretrain", head + "\n" + lines (stateTable (Recipes.Pretrain.Compile()))
          ])
 
-let private page =
-    let rec up (folder: string) =
-        if File.Exists(Path.Combine(folder, "DeepSeekGraph.sln")) then
-            folder
-        else
-            match Path.GetDirectoryName folder with
-            | null -> failtest "the tests do not lie in the repository"
-            | parent -> up parent
-
-    lazy Path.Combine(up AppContext.BaseDirectory, "docs", "memory.md")
-
-let private between (text: string) (name: string) =
-    let first, last = $"<!-- %s{name} -->\n", $"\n<!-- /%s{name} -->"
-    let from = text.IndexOf(first, StringComparison.Ordinal) + first.Length
-    from, text.IndexOf(last, StringComparison.Ordinal)
-
 let tests =
     testList "memory of a MoE layer" [
         testCase "every tensor kept stands for exactly one of the published list"
@@ -196,19 +180,5 @@ let tests =
             Expect.isGreaterThan rest 0.0 "routers and norms"
             Expect.isLessThan rest (4.0 * 256.0 * 7168.0 * 12.0) "routers and norms"
 
-        testCase "docs/memory.md has the tables that the plans come to (DSG_UPDATE_DOCS=1 writes them)"
-        <| fun () ->
-            let mutable text = File.ReadAllText page.Value
-            let update = Environment.GetEnvironmentVariable "DSG_UPDATE_DOCS" = "1"
-
-            for name, table in tables.Value do
-                let from, until = between text name
-
-                if update then
-                    text <- text.Substring(0, from) + table + text.Substring until
-                else
-                    Expect.equal (text.Substring(from, until - from)) table $"table %s{name}"
-
-            if update then
-                File.WriteAllText(page.Value, text)
+        Documents.agrees "memory.md" tables
     ]

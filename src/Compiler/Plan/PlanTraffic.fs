@@ -20,12 +20,15 @@ type CollectiveLine = {
     Members: int
     /// Times it runs in a step.
     Runs: int
-    /// Bytes of the operands on one rank, routed rows at their balanced number.
+    /// Bytes of the operands on one rank, routed rows at their balanced number; of the exchange of row sets, its counts.
     Bytes: int64
-    /// Bytes one rank sends to others in one run, each block straight to whoever needs it.
+    /// Bytes one rank sends to others in one run, each block straight to whoever needs it: the most that any rank of the stage sends.
     Sent: int64
     /// Of these, the bytes that leave the rank's node; the most that any rank of the stage sends.
     InterNode: int64
+    /// Bytes that all ranks of the stage send in a step, and of these to other nodes.
+    StepSent: int64
+    StepInterNode: int64
 } with
 
     /// intra-node, inter-node, or both.
@@ -51,31 +54,6 @@ module PlanTraffic =
         | Collective.Send _ -> "send"
         | Collective.Recv _ -> "recv"
 
-    /// Ranks of each group of a stage, by coordinates along the group's axes; the stage's first rank is `first`.
-    let private instances (mesh: MeshInfo) (first: int) (axes: int list) : int list list =
-        let strides = mesh.Axes |> Seq.scan (fun n a -> n * a.Size) 1 |> Array.ofSeq
-
-        let along (chosen: int list) =
-            chosen
-            |> List.fold
-                (fun ranks m -> [
-                    for rank in ranks do
-                        for c in 0 .. mesh.Axes[m].Size - 1 -> rank + c * strides[m]
-                ])
-                [ 0 ]
-
-        let others = [ 0 .. mesh.Axes.Count - 1 ] |> List.except axes
-        let members = along axes
-        [ for origin in along others -> [ for m in members -> first + origin + m ] ]
-
-    /// Most peers on other nodes that any member has.
-    let private peersAway (perNode: int) (groups: int list list) =
-        groups
-        |> List.collect (fun ranks ->
-            let onNode = ranks |> List.countBy (fun r -> r / perNode) |> dict
-            [ for r in ranks -> ranks.Length - onNode[r / perNode] ])
-        |> List.fold max 0
-
     /// Bytes that one rank sends, and of these to other nodes, of `bytes` operand bytes in groups of `n` with `away` peers elsewhere.
     let private sent (kind: Collective) (bytes: int64) (n: int) (away: int) : struct (int64 * int64) =
         let peers = int64 (n - 1)
@@ -93,40 +71,10 @@ module PlanTraffic =
         | Collective.AllReduceSum
         | Collective.AllReduceMax -> 2L * bytes * peers / int64 n, 2L * bytes * int64 away / int64 n
         | Collective.Send _ -> bytes, (if away > 0 then bytes else 0L)
-        // counted by `fused`
+        // counted row by row
         | Collective.Dispatch _
         | Collective.Combine _
         | Collective.Recv _ -> 0L, 0L
-
-    /// The share of nodes that have an expert of a token, if its `chosen` of `experts` are any: 1 - C(e - e/n, k) / C(e, k).
-    let private nodesReached (experts: float) (chosen: float) (nodes: float) =
-        let mutable missed = 1.0
-
-        for i in 0 .. int (round chosen) - 1 do
-            missed <- missed * max 0.0 (experts - experts / nodes - float i) / (experts - float i)
-
-        1.0 - missed
-
-    /// A fused dispatch or combine: a token crosses once to each node that has experts for it, and fans out inside.
-    /// `dense` holds the tokens, `route` which experts they chose, `probability` bytes go with each row.
-    let private fused (dense: SlotInfo) (route: SlotInfo) (probability: int) (perNode: int) (n: int) (away: int) =
-        let perNode = max 1 (min n perNode)
-        let experts = float route.Extents[2]
-        let chosen = route.Density * experts
-        let tokens = float route.Extents[0] * float route.Extents[1]
-        let width = float (Lowering.Memory.bytes dense) / tokens
-        let nodes = float n / float perNode
-        let rows = tokens * chosen
-
-        let crossing =
-            if away = 0 then
-                0.0
-            else
-                tokens * (nodes - 1.0) * nodesReached experts chosen nodes * width
-                + rows * (nodes - 1.0) / nodes * float probability
-
-        let inside = rows * float (perNode - 1) / float perNode * (width + float probability)
-        struct (int64 (round (crossing + inside)), int64 (round crossing))
 
     let private tail (path: string) = path.Substring(path.LastIndexOf '.' + 1)
 
@@ -179,6 +127,9 @@ module PlanTraffic =
             match steps.TryGetValue key with
             | true, step -> Some(nameOf step)
             | false, _ -> None
+
+        /// The first step that writes a slot.
+        member _.Writers: IReadOnlyDictionary<int, Step> = made :> IReadOnlyDictionary<int, Step>
 
         member _.Maker(slot: int) = find made slot |> Option.defaultValue "what came before"
 
@@ -244,41 +195,156 @@ module PlanTraffic =
         | Collective.Combine _ when backward -> $"gradient of dispatch: rows summed in each node, over %s{over}"
         | Collective.Combine _ -> $"combine: rows summed in each node, over %s{over}"
 
+    /// The exchange of rows that a collective makes; none for others.
+    let private exchangeOf
+        (stage: StagePlan)
+        (near: Neighbours)
+        (kind: Collective)
+        (inputs: IReadOnlyList<int>)
+        outputs
+        =
+        let slot i = stage.Slots[inputs[i]]
+
+        let rowBytes (s: SlotInfo) = Seq.skip 3 s.Extents |> Seq.fold (*) 1 |> (*) s.DType.Bytes |> float
+
+        let make (byToken: int) (byExpert: int) toExperts ranks rows tokens =
+            Routing.choiceOf near.Writers inputs[byToken]
+            |> Option.map (fun choice ->
+                ({
+                    Choice = choice
+                    ByToken = slot byToken
+                    ByExpert = slot byExpert
+                    RowBytes = rows
+                    TokenBytes = tokens
+                    RanksPerNode = ranks
+                    ToExperts = toExperts
+                }
+                : RoutedTraffic.Exchange))
+
+        let last = inputs.Count - 1
+        let tuples () = seq { for i in 0..3..last -> rowBytes (slot i) } |> Seq.sum
+        // probabilities are the second value, one for each row
+        let probabilities = if inputs.Count > 3 then float (slot 1).DType.Bytes else 0.0
+
+        let perToken (dense: SlotInfo) =
+            float (Lowering.Memory.bytes dense) / (float dense.Extents[0] * float dense.Extents[1])
+
+        match kind with
+        | Collective.RowsToExperts -> make 1 2 true 1 (tuples ()) 0.0
+        | Collective.RowsToTokens -> make 2 1 false 1 (tuples ()) 0.0
+        | Collective.Dispatch ranks -> make (last - 1) last true ranks probabilities (perToken (slot 0))
+        | Collective.Combine ranks ->
+            let y: SlotInfo = stage.Slots[Seq.head outputs]
+            make last (last - 1) false ranks probabilities (perToken y)
+        | Collective.AllReduceSum
+        | Collective.AllReduceMax
+        | Collective.AllGather _
+        | Collective.ReduceScatter _
+        | Collective.AllToAll _
+        | Collective.RouteToExperts
+        | Collective.Send _
+        | Collective.Recv _ -> None
+
+    /// What an exchange sends in a step: at most from a rank in a run, at most from it to other nodes, all of both.
+    let private routed gpusPerNode plan (routing: IRouting | null) groups (exchange: RoutedTraffic.Exchange) runs =
+        let each =
+            match routing with
+            | null -> [ RoutedTraffic.run gpusPerNode plan None groups exchange, runs ]
+            | known -> [
+                for i in 0 .. runs - 1 -> RoutedTraffic.run gpusPerNode plan (Some(known, i)) groups exchange, 1
+              ]
+
+        let whole (x: float) = int64 (round x)
+
+        let most (part: RoutedTraffic.Sent -> Dictionary<int, float>) =
+            each |> Seq.collect (fun (sent, _) -> (part sent).Values) |> Seq.fold max 0.0 |> whole
+
+        let sum (part: RoutedTraffic.Sent -> Dictionary<int, float>) =
+            each |> Seq.sumBy (fun (sent, times) -> Seq.sum (part sent).Values * float times) |> whole
+
+        struct (most _.All, most _.Away, sum _.All, sum _.Away)
+
+    /// What the figures of routed rows rest on; empty for a plan that routes nothing.
+    let assumption (routing: IRouting | null) (plan: PlanSet) : string =
+        let choices =
+            plan.Stages
+            |> Seq.collect (fun stage ->
+                let near = Neighbours stage
+
+                stage.Programs
+                |> Seq.collect _.Steps
+                |> Seq.choose (fun step ->
+                    match step with
+                    | Step.Launch(KernelId.Route, _, _, outputs, _) -> Routing.choiceOf near.Writers outputs[0]
+                    | Step.Launch _
+                    | Step.Start _
+                    | Step.Wait _
+                    | Step.Free _ -> None))
+            |> Seq.map (fun c -> struct (c.Experts, c.TopK, c.Groups, c.KeepGroups))
+            |> Seq.distinct
+            |> List.ofSeq
+
+        match choices, routing with
+        | [], _ -> ""
+        | _, null ->
+            choices
+            |> List.map (fun struct (experts, topK, groups, keep) ->
+                let where = if keep < groups then $" in %i{keep} of %i{groups} groups" else ""
+                $"%i{topK} of %i{experts} experts%s{where}")
+            |> String.concat "; "
+            |> sprintf "any choice is as likely: %s"
+        | _, _ -> "counted from the routing given"
+
     /// Every collective, stage by stage in program order; ranks are numbered from 0 and fill nodes of `gpusPerNode` in order.
-    let lines (gpusPerNode: int) (plan: PlanSet) : IReadOnlyList<CollectiveLine> =
+    /// `routing`: which experts tokens choose, every microbatch of a step; null: what `assumption` says.
+    let lines (gpusPerNode: int) (routing: IRouting | null) (plan: PlanSet) : IReadOnlyList<CollectiveLine> =
         if gpusPerNode < 1 then
             invalidArg (nameof gpusPerNode) "a node has at least one accelerator"
 
-        let perStage = plan.Mesh.Axes |> Seq.fold (fun n a -> n * a.Size) 1
-        let away = Dictionary<struct (int * int), struct (int * int)>()
-
-        /// Members of a group on a stage, and the most peers that one has on other nodes.
-        let reach (stage: int) (group: Group) =
-            match away.TryGetValue(struct (stage, group.Id)) with
-            | true, known -> known
-            | false, _ ->
-                let groups =
-                    if group.Stages.Count > 0 then
-                        [ for c in 0 .. perStage - 1 -> [ for s in group.Stages -> s * perStage + c ] ]
-                    else
-                        instances plan.Mesh (stage * perStage) (List.ofSeq group.MeshAxes)
-
-                let found = struct (groups.Head.Length, peersAway gpusPerNode groups)
-                away[struct (stage, group.Id)] <- found
-                found
+        let perStage = Mesh.size plan.Mesh
 
         [|
             for stage in plan.Stages do
                 let near = Neighbours stage
+                let known = Dictionary<int, struct (int[][] * (int * int) list)>()
+
+                /// A group's instances with ranks of this stage, and peers on other nodes: how many ranks of the stage have so many.
+                let reach (group: Group) =
+                    match known.TryGetValue group.Id with
+                    | true, found -> found
+                    | false, _ ->
+                        let instances =
+                            if group.Stages.Count > 0 then
+                                [|
+                                    for c in 0 .. perStage - 1 -> [| for s in group.Stages -> s * perStage + c |]
+                                |]
+                            else
+                                Mesh.groups plan.Mesh stage.Stage (List.ofSeq group.MeshAxes)
+
+                        let peers = [
+                            for ranks in instances do
+                                let onNode = ranks |> Array.countBy (fun r -> r / gpusPerNode) |> dict
+
+                                for r in ranks do
+                                    if r / perStage = stage.Stage then
+                                        ranks.Length - onNode[r / gpusPerNode]
+                        ]
+
+                        let found = struct (instances, List.countBy id peers)
+                        known[group.Id] <- found
+                        found
 
                 let runs = stage.Timetable |> Seq.countBy (fun a -> struct (a.Phase, a.Chunk)) |> Map.ofSeq
 
                 for program in stage.Programs do
+                    let runs = runs |> Map.tryFind (struct (program.Phase, program.Chunk)) |> Option.defaultValue 0
+
                     for step in program.Steps do
                         match step with
                         | Step.Start(_, kind, id, inputs, outputs, path) ->
                             let group = plan.Groups[id]
-                            let struct (members, elsewhere) = reach stage.Stage group
+                            let struct (instances, peers) = reach group
+                            let members = instances[0].Length
 
                             // the first operand of each tuple travels; the others are row sets that say where
                             let each = if outputs.Count = 0 then inputs.Count else inputs.Count / outputs.Count
@@ -286,23 +352,27 @@ module PlanTraffic =
                             let bytes =
                                 match kind with
                                 | Collective.Recv _ -> Lowering.Memory.bytes stage.Slots[outputs[0]]
+                                // a count of 4 bytes for each expert
+                                | Collective.RouteToExperts ->
+                                    inputs |> Seq.sumBy (fun i -> 4L * int64 stage.Slots[i].Extents[2])
                                 | _other when kind.TakesTuples ->
                                     seq { 0..each .. inputs.Count - 1 }
                                     |> Seq.sumBy (fun i -> Lowering.Memory.bytes stage.Slots[inputs[i]])
                                 | _other -> Lowering.Memory.bytes stage.Slots[inputs[0]]
 
-                            let slot (ids: IReadOnlyList<int>) i = stage.Slots[ids[i]]
-                            let probability = if inputs.Count > 3 then (slot inputs 1).DType.Bytes else 0
+                            let struct (toPeers, toOthers, allToPeers, allToOthers) =
+                                match exchangeOf stage near kind inputs outputs with
+                                | Some exchange -> routed gpusPerNode plan routing instances exchange runs
+                                | None ->
+                                    let each = [
+                                        for away, ranks in peers -> sent kind bytes members away, int64 (ranks * runs)
+                                    ]
 
-                            let struct (toPeers, toOthers) =
-                                match kind with
-                                | Collective.Dispatch ranks ->
-                                    let route = slot inputs (inputs.Count - 2)
-                                    fused (slot inputs 0) route probability ranks members elsewhere
-                                | Collective.Combine ranks ->
-                                    let route = slot inputs (inputs.Count - 1)
-                                    fused (slot outputs 0) route probability ranks members elsewhere
-                                | _other -> sent kind bytes members elsewhere
+                                    let most part = each |> Seq.map (fst >> part) |> Seq.fold max 0L
+                                    let sum part = each |> Seq.sumBy (fun (one, times) -> part one * times)
+                                    let all (struct (x: int64, _: int64)) = x
+                                    let away (struct (_: int64, x: int64)) = x
+                                    struct (most all, most away, sum all, sum away)
 
                             {
                                 Stage = stage.Stage
@@ -317,11 +387,12 @@ module PlanTraffic =
                                 Path = path
                                 Group = group.Name
                                 Members = members
-                                Runs =
-                                    runs |> Map.tryFind (struct (program.Phase, program.Chunk)) |> Option.defaultValue 0
+                                Runs = runs
                                 Bytes = bytes
                                 Sent = toPeers
                                 InterNode = toOthers
+                                StepSent = allToPeers
+                                StepInterNode = allToOthers
                             }
                         | Step.Launch _
                         | Step.Wait _

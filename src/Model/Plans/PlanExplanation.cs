@@ -7,14 +7,18 @@ using DeepSeekGraph.Compiler;
 
 namespace DeepSeekGraph.Models;
 
-/// Everything that `dsg explain` says of a plan, on nodes of `GpusPerNode`.
-public sealed partial record PlanExplanation(PlanSet Plan, int GpusPerNode)
+/// Everything that `dsg explain` says of a plan, on nodes of `GpusPerNode`. `Routing`: what tokens chose in a step; null: any
+/// choice that the routers may make is as likely as any other.
+public sealed partial record PlanExplanation(PlanSet Plan, int GpusPerNode, IRouting? Routing = null)
 {
     /// FLOPs for each token, part by part.
     public IReadOnlyList<FlopsRow> Flops { get; } = FlopsTable.Of(Plan, FlopsTable.ConfigOf(Plan));
 
     /// Every collective of every stage, in program order.
-    public IReadOnlyList<CollectiveLine> Collectives { get; } = PlanTraffic.lines(GpusPerNode, Plan);
+    public IReadOnlyList<CollectiveLine> Collectives { get; } = PlanTraffic.lines(GpusPerNode, Routing, Plan);
+
+    /// What the figures of routed rows rest on; empty where nothing is routed.
+    public string Assumption { get; } = PlanTraffic.assumption(Routing, Plan);
 
     /// Is the model known, so that the formula can be computed?
     public bool KnowsModel { get; } = FlopsTable.ConfigOf(Plan) is not null;
@@ -34,7 +38,8 @@ public sealed partial record PlanExplanation(PlanSet Plan, int GpusPerNode)
 
     /// Collectives of equal rule, layer numbers left out: how often in a step of one rank of all stages, and their bytes.
     public TextTable CollectivesAsTable() => new(
-        $"collectives of a step: times over all stages; bytes of an operand, sent by a rank, and to other nodes of {GpusPerNode}",
+        $"collectives of a step: times over all stages; bytes of an operand, sent by a rank, and to other nodes of {GpusPerNode}"
+            + (Assumption.Length == 0 ? "" : $"\nrouted rows: {Assumption}"),
         ["rule", "at", "program", "kind", "group", "ranks", "times", "bytes", "sent", "inter-node", "link"],
         [.. Collectives
             .GroupBy(c => (
@@ -84,6 +89,7 @@ public sealed partial record PlanExplanation(PlanSet Plan, int GpusPerNode)
             ["worst"] = row.Worst,
             ["arena"] = row.Arena,
         })]),
+        ["routing"] = Assumption,
         ["collectives"] = new JsonArray([.. Collectives.Select(c => (JsonNode)new JsonObject
         {
             ["stage"] = c.Stage,
@@ -97,6 +103,8 @@ public sealed partial record PlanExplanation(PlanSet Plan, int GpusPerNode)
             ["bytes"] = c.Bytes,
             ["sent"] = c.Sent,
             ["inter_node"] = c.InterNode,
+            ["step_sent"] = c.StepSent,
+            ["step_inter_node"] = c.StepInterNode,
             ["link"] = c.Link,
         })]),
     };

@@ -27,7 +27,7 @@ public sealed class Traffic(int ranksPerNode)
 
     /// <summary>
     /// A token, or the sum of its rows, once for each node that holds experts of it; inside that node it goes on from the rank that
-    /// received it (the one with the sender's place in its node) to each other rank with experts of it.
+    /// received it (the member with the sender's place among those of its node) to each other rank with experts of it.
     /// </summary>
     internal void CountTokens(RowSet route, int[] ranks, int me, long width)
     {
@@ -35,6 +35,9 @@ public sealed class Traffic(int ranksPerNode)
         var expertOf = new int[route.Rows];
         for (var e = 0; e < route.Experts; e++)
             Array.Fill(expertOf, e, route.Offsets[e], route.Counts[e]);
+        var members = ranks.ToLookup(rank => rank / ranksPerNode).ToDictionary(node => node.Key, node => node.ToArray());
+        var home = ranks[me] / ranksPerNode;
+        var place = Array.IndexOf(members[home], ranks[me]);
         var nodes = new HashSet<int>();
         var holders = new HashSet<int>();
         for (var t = 0; t < route.Tokens; t++)
@@ -47,7 +50,7 @@ public sealed class Traffic(int ranksPerNode)
             {
                 var node = rank / ranksPerNode;
                 // where the token enters that node; its own node it never leaves
-                var gate = node == ranks[me] / ranksPerNode ? ranks[me] : (node * ranksPerNode) + (ranks[me] % ranksPerNode);
+                var gate = node == home ? ranks[me] : members[node][place % members[node].Length];
                 if (nodes.Add(node))
                     Add(ranks[me], gate, width);
                 Add(gate, rank, width);

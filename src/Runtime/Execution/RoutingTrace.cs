@@ -11,6 +11,7 @@ public sealed class RoutingTrace
 {
     // one byte a position and expert: [sequence length, experts]
     private readonly ConcurrentDictionary<(long Step, string Path, int Row), byte[]> _masks = new();
+    private readonly ConcurrentDictionary<string, int> _experts = new();
     private long _tokens;
     private long _differing;
 
@@ -22,6 +23,32 @@ public sealed class RoutingTrace
 
     /// <summary>Tokens whose set of experts differed from the recorded one.</summary>
     public long Differing => _differing;
+
+    /// <summary>Experts that a token of a sequence of the global batch chose, ascending; `position` in natural order.</summary>
+    public IReadOnlyList<int> Chosen(long step, string path, int row, int position)
+    {
+        if (!_masks.TryGetValue((step, path, row), out var whole))
+            throw new InvalidOperationException($"no routing was recorded for step {step}, {path}, sequence {row}");
+        var experts = _experts.GetValueOrDefault(path);
+        var mask = whole.AsSpan(position * experts, experts);
+        var chosen = new List<int>();
+        for (var e = 0; e < experts; e++)
+        {
+            if (mask[e] != 0)
+                chosen.Add(e);
+        }
+
+        return chosen;
+    }
+
+    /// <summary>Sets what the tokens of a sequence choose when replayed: one byte a position and expert, [sequence length, experts].</summary>
+    public void Set(long step, string path, int row, int experts, ReadOnlySpan<byte> mask)
+    {
+        if (experts < 1 || mask.Length % experts != 0)
+            throw new ArgumentException($"a mask of {mask.Length} bytes is not one of {experts} experts", nameof(mask));
+        _experts[path] = experts;
+        _masks[(step, path, row)] = mask.ToArray();
+    }
 
     /// <summary>Where the token at `place` of a sequence in zigzag order stands in natural order: blocks lie as 0, 2R-1, 1, 2R-2, ...</summary>
     private static int Natural(int place, int length, int ranks)
@@ -39,6 +66,7 @@ public sealed class RoutingTrace
         var global = Shard.GlobalExtents(mask.Info.Extents, mask.Info.Layout, rank.Axes);
         var shard = Shard.Of(global, mask.Info.Layout, rank);
         int rows = shard.Extents[0], positions = shard.Extents[1], experts = shard.Extents[2];
+        _experts[path] = experts;
         var counts = Shard.IsFirstHolder(mask.Info.Layout, rank);
         var mine = new Span<byte>((byte*)mask.Tensor.Pointer(), rows * positions * experts);
         long differing = 0;

@@ -17,7 +17,7 @@ namespace DeepSeekGraph.Runtime.Training;
 /// <summary>Runs a plan. Once a rank failed or a step was cancelled, only Dispose is left to do.</summary>
 public sealed class Trainer : IAsyncDisposable
 {
-    private readonly LoopbackWorld _world = new();
+    private readonly LoopbackWorld _world;
     private readonly RankThread[] _ranks;
     private readonly GeneratedCode? _code;
 
@@ -25,6 +25,7 @@ public sealed class Trainer : IAsyncDisposable
     {
         Plan = plan;
         Options = options;
+        _world = new LoopbackWorld { Traffic = options.Traffic };
         if (options.Executor == Executor.Compiled)
             _code = new GeneratedCode(plan, new CodeCache(options.CodeFolder ?? CodeCache.DefaultFolder));
         var perStage = RankContext.RanksPerStage(plan.Mesh);

@@ -1,4 +1,5 @@
 // What a training run needs besides its plan.
+using DeepSeekGraph.Runtime.Collectives;
 using DeepSeekGraph.Runtime.Execution;
 using static TorchSharp.torch;
 
@@ -49,6 +50,9 @@ public sealed record TrainerOptions
 
     /// <summary>Records or replays expert choices.</summary>
     public RoutingTrace? Trace { get; init; }
+
+    /// <summary>Counts what the exchange of routed rows would send between and inside nodes.</summary>
+    public Traffic? Traffic { get; init; }
 }
 
 /// <summary>Linear warm-up to Peak, then a cosine down to Minimum at TotalSteps, constant after; 0 total steps: constant.</summary>

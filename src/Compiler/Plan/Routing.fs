@@ -1,0 +1,104 @@
+/// Which experts tokens choose: any, within the groups that a router keeps, or as somebody recorded it.
+namespace DeepSeekGraph.Compiler
+
+open System.Collections.Generic
+open DeepSeekGraph
+
+/// What a router chooses from: `TopK` of `Experts` that lie in `KeepGroups` of `Groups`.
+type RouterChoice = {
+    /// Module path of the router; of the row set where no router made it.
+    Path: string
+    Experts: int
+    TopK: int
+    Groups: int
+    KeepGroups: int
+}
+
+/// A known routing of one step.
+type IRouting =
+    /// Experts of a token: of a router's path, a microbatch, a sequence of it and a position in natural order.
+    abstract Chosen: path: string * microbatch: int * sequence: int * position: int -> IReadOnlyList<int>
+
+[<RequireQualifiedAccess>]
+module Routing =
+    /// The share of tokens that choose at least one of some experts, `owned` of each group; every choice that the router may make
+    /// is as likely as any other: groups first (hypergeometric), then experts among those of the groups kept.
+    let reached (choice: RouterChoice) (owned: int[]) : float =
+        let total, keep = Array.sum owned, choice.KeepGroups
+        // ways[j, n]: choices of j groups that hold n of the owned experts
+        let ways = Array2D.zeroCreate<float> (keep + 1) (total + 1)
+        ways[0, 0] <- 1.0
+
+        for count in owned do
+            for j in keep - 1 .. -1 .. 0 do
+                for n in total - count .. -1 .. 0 do
+                    ways[j + 1, n + count] <- ways[j + 1, n + count] + ways[j, n]
+
+        let candidates = keep * (choice.Experts / choice.Groups)
+
+        let missed n =
+            Seq.init choice.TopK float
+            |> Seq.fold (fun p i -> p * max 0.0 (float (candidates - n) - i) / (float candidates - i)) 1.0
+
+        let all = Seq.init (total + 1) (fun n -> ways[keep, n]) |> Seq.sum
+        let none = Seq.init (total + 1) (fun n -> ways[keep, n] * missed n) |> Seq.sum
+        1.0 - none / all
+
+    /// What chose the rows of a row set of a stage, by the step that wrote each slot.
+    let choiceOf (writers: IReadOnlyDictionary<int, Step>) (route: int) : RouterChoice option =
+        let seen = HashSet<int>()
+
+        let rec find (slot: int) (set: RouterChoice option) =
+            if not (seen.Add slot) then
+                None
+            else
+                match writers.TryGetValue slot with
+                | true, Step.Launch(KernelId.Route, attributes, inputs, _, path) ->
+                    match List.ofSeq attributes with
+                    | [ Attribute.Int topK; Attribute.Int experts ] ->
+                        let any = {
+                            Path = path
+                            Experts = int experts
+                            TopK = int topK
+                            Groups = 1
+                            KeepGroups = 1
+                        }
+
+                        find inputs[0] (Some any) |> Option.orElse (Some any)
+                    | _other -> None
+                | true, Step.Launch((KernelId.Router | KernelId.GroupTopK), attributes, _, _, path) ->
+                    match set, List.ofSeq attributes with
+                    | Some any, Attribute.Int _ :: Attribute.Int groups :: Attribute.Int keep :: _ ->
+                        Some {
+                            any with
+                                Path = path
+                                Groups = int groups
+                                KeepGroups = int keep
+                        }
+                    | _other -> None
+                | true, Step.Launch(_, _, inputs, _, _)
+                | true, Step.Start(_, _, _, inputs, _, _) -> inputs |> Seq.tryPick (fun input -> find input set)
+                | true, Step.Wait _
+                | true, Step.Free _
+                | false, _ -> None
+
+        find route None
+
+    /// Where the token at `place` of a sequence in zigzag order stands in natural order: blocks lie as 0, 2R-1, 1, 2R-2, ...
+    let natural (ranks: int) (length: int) (place: int) : int =
+        if ranks = 1 then
+            place
+        else
+            let size = length / (2 * ranks)
+            let block = place / size
+            (if block % 2 = 0 then block / 2 else 2 * ranks - 1 - block / 2) * size + place % size
+
+    /// The first index and the number of them that a rank holds of a dim, by its coordinates.
+    let block (mesh: MeshInfo) (slot: SlotInfo) (dim: int) (coordinates: int[]) : struct (int * int) =
+        let mutable at = 0
+
+        for m in slot.Layout.Count - 1 .. -1 .. 0 do
+            if slot.Layout[m] = AxisState.Split dim then
+                at <- at * mesh.Axes[m].Size + coordinates[m]
+
+        struct (at * slot.Extents[dim], slot.Extents[dim])
