@@ -234,10 +234,9 @@ internal static class Cases
     /// Forward and backward of head and cross-entropy; g is the cotangent of each token's loss.
     private static Case Head(int hidden, int tokens)
     {
-        const int V = 32_768, Blocks = 64;
+        const int V = 32_768;
         int h = hidden, t = tokens;
         SlotValue x = Normal(1, 1, t, h), w = Normal(0.02, V, h), labels = Ids(V, 1, t), vocab = Iota(V), g = Ones(1, t);
-        var minus = Normal(1, 1, t);
         return new(
             "linear_cross_entropy, forward and backward",
             $"{t} x {h}, {V} ids",
@@ -266,21 +265,7 @@ internal static class Cases
                 run.One(KernelId.Contract, run.Floats(V, h), [Text("b+ s+ v, b+ s+ k -> v k")], dz, x);
                 run.One(KernelId.Contract, run.Floats(1, t, h), [Text("b s v+, v+ k -> b s k")], dz, w);
             },
-            run =>
-            {
-                Attribute[] block = [Int(V / Blocks)];
-                SlotValue lse = run.Floats(1, t, Blocks), at = run.Floats(1, t);
-                run.All(KernelId.LinearLogSumExp, [lse, at], block, x, w, labels, vocab);
-                var top = run.One(KernelId.Max, run.Floats(1, t), [Ints(2)], lse);
-                var parts = run.One(KernelId.Exp, run.Floats(1, t, Blocks), [], run.One(KernelId.Sub, run.Floats(1, t, Blocks), [Ints(0, 1)], lse, top));
-                var sum = run.One(KernelId.Sum, run.Floats(1, t), [Ints(2)], parts);
-                var all = run.One(KernelId.Add, run.Floats(1, t), [], run.One(KernelId.Log, run.Floats(1, t), [], sum), top);
-                run.One(KernelId.Sub, run.Floats(1, t), [Ints(0, 1)], all, at);
-
-                var dSum = run.One(KernelId.Div, run.Floats(1, t), [Ints(0, 1)], g, sum);
-                var wide = run.One(KernelId.Broadcast, run.Floats(1, t, Blocks), [Int(2), Int(Blocks)], dSum);
-                var dLse = run.One(KernelId.Mul, run.Floats(1, t, Blocks), [Ints(0, 1, 2)], wide, parts);
-                run.All(KernelId.LinearLogSumExpGrad, [run.Floats(1, t, h), run.Floats(V, h)], block, x, w, labels, vocab, lse, dLse, minus);
-            });
+            run => run.All(
+                KernelId.LinearCrossEntropyGrad, [run.Floats(1, t), run.Floats(1, t, h), run.Floats(V, h)], [], x, w, labels, vocab, g));
     }
 }

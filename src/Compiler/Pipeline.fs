@@ -88,6 +88,12 @@ module Pipeline =
             }
             local
 
+    /// Will mesh axes split parameters along this axis? (No dispatcher changes that.)
+    let private isSplit (progress: Progress) (axis: string) =
+        (AxisMap.ofMesh progress.Mesh).Parameters
+        |> Map.tryFind axis
+        |> Option.exists (fun axes -> Layout.size progress.Mesh axes > 1)
+
     let private partition (progress: Progress) (joint: Graph) =
         let recipe = progress.Recipe
         let dispatcher = Dispatching.choose recipe progress.Mesh joint
@@ -159,7 +165,10 @@ module Pipeline =
             Why = "before gradients: a fused op brings its own gradient rule"
             Run =
                 fun progress ->
-                    let rules = Fusion.Rules.all |> List.filter (fun rule -> progress.Recipe.Fusions.Takes rule.Name)
+                    let rules =
+                        Fusion.Rules.under (isSplit progress)
+                        |> List.filter (fun rule -> progress.Recipe.Fusions.Takes rule.Name)
+
                     let fused, counts = Fusion.Fuse.by rules (logical progress)
 
                     Ok {
@@ -207,6 +216,10 @@ module Pipeline =
                             Form = Form.Logical joint
                     })
         }
+        onGraph
+            "losses"
+            "once a loss has its cotangent: where that does not depend on the loss, one op gives both loss and gradient, of one set of logits"
+            (fun _ -> Fusion.Losses.run)
         onGraph
             "fp8"
             "once the backward pass has products of its own to round; before recomputation, which then makes rounded operands again"

@@ -46,6 +46,8 @@ let private want (op: Op) =
     | Op.RopeKvGrad _ -> Want.Common
     | Op.LinearLogSumExp _
     | Op.LinearLogSumExpGrad _
+    | Op.LinearCrossEntropy
+    | Op.LinearCrossEntropyGrad
     | Op.GroupedMatMul _
     | Op.GroupedWeightGrad
     | Op.RopeKv _

@@ -73,5 +73,7 @@ let define (op: Op) : OpDef =
     | Op.PickGrad -> Vocabulary.pickGrad
     | Op.LinearLogSumExp block -> Head.linearLogSumExp block
     | Op.LinearLogSumExpGrad block -> Head.linearLogSumExpGrad block
+    | Op.LinearCrossEntropy -> Head.linearCrossEntropy
+    | Op.LinearCrossEntropyGrad -> Head.linearCrossEntropyGrad
     | Op.Collective(kind, _, t) -> Collective.collective kind t
     | Op.LocalSlice(_, _, t) -> Collective.localSlice t

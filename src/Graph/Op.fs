@@ -137,6 +137,10 @@ type Op =
     /// Logits of a linear head as log-sum-exps of blocks of the vocabulary, and at the label: no logits leave the op.
     | LinearLogSumExp of Block: int
     | LinearLogSumExpGrad of Block: int
+    /// Cross-entropy of a linear head whose vocabulary is whole: the loss of each token, and no logits.
+    | LinearCrossEntropy
+    /// Its gradient, and the loss once more: both come from the same logits.
+    | LinearCrossEntropyGrad
     // after partition; Axes are mesh axes, Type is the local result
     | Collective of Collective: Collective * Axes: int list * Type: TensorType
     /// This rank's block of a dim.

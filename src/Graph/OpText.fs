@@ -207,7 +207,9 @@ module internal OpText =
         | Op.Embedding
         | Op.EmbeddingGrad
         | Op.Pick
-        | Op.PickGrad -> []
+        | Op.PickGrad
+        | Op.LinearCrossEntropy
+        | Op.LinearCrossEntropyGrad -> []
 
     /// Ops that are their name alone.
     let private plain =
@@ -236,6 +238,8 @@ module internal OpText =
             Op.EmbeddingGrad
             Op.Pick
             Op.PickGrad
+            Op.LinearCrossEntropy
+            Op.LinearCrossEntropyGrad
         ]
         |> List.map (fun op -> (Catalog.define op).Name, op)
         |> Map.ofList

@@ -36,7 +36,8 @@ type Rebuild(source: Graph) =
         for v in 0 .. source.Types.Length - 1 do
             let primal = source.Primals[v]
 
-            if primal >= 0 && map[v] >= 0 && map[primal] >= 0 then
+            // a primal that is made later has no layout yet that its cotangent could take
+            if primal >= 0 && map[v] >= 0 && map[primal] >= 0 && map[primal] < map[v] then
                 builder.SetPrimal(map[v], map[primal])
 
         builder.ToGraph()

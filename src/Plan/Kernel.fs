@@ -145,6 +145,10 @@ type KernelId =
     | LinearLogSumExp = 124
     /// fused: h, w, labels, vocab, lse, dlse[b s c], dat[b s] -> dh[b s k], dw[v k]; Int block. Logits are computed again, a block at a time
     | LinearLogSumExpGrad = 125
+    /// fused: h[b s k], w[v k], labels[b s] i64, vocab[v] i64 -> loss[b s] fp32: log-sum-exp of the logits h w^T less the label's, which counts as zero when absent; a chunk of tokens at a time
+    | LinearCrossEntropy = 126
+    /// fused: h, w, labels, vocab, dloss[b s] fp32 -> loss[b s] fp32, dh[b s k], dw[v k] fp32; a chunk of tokens at a time, dw summed over them
+    | LinearCrossEntropyGrad = 127
     // step
     /// -> out: zeros
     | Zero = 130

@@ -143,6 +143,75 @@ let private crossEntropy observe vocab (s: Sketch) =
         s.On(Op.Sub, [ sum; s.On(Op.Pick, [ shifted; labels; s.Iota("vocab", vocab) ]) ])
     ]
 
+let private splitVocabulary (graph: Graph) =
+    fst (Fusion.Fuse.by (Fusion.Rules.under (fun axis -> axis = "vocab")) graph)
+
+let private counts (isKind: Op -> bool) (graph: Graph) =
+    graph.Nodes |> Array.filter (fun n -> isKind n.Op) |> Array.length
+
+/// Losses [batch seq] of the states named by `heads` over one head; `build` makes the loss of them.
+let private heads (names: string list) (build: Sketch -> int list -> int) =
+    let s = Sketch()
+    let w = s.Param("w", [ "vocab", 7; "hidden", 4 ])
+    let tokens = [ "batch", 2; "seq", 3 ]
+
+    let losses = [
+        for name in names do
+            let h, labels = s.Param(name, tokens @ [ "hidden", 4 ]), s.In($"%s{name}.labels", DType.Int64, tokens)
+            s.On(Op.LinearCrossEntropy, [ h; w; labels; s.Iota("vocab", 7) ])
+    ]
+
+    joint (s.Loss [ build s losses ])
+
+/// Losses that come from the op of their gradient, of the graph's `LinearCrossEntropy`s.
+let private joined (graph: Graph) =
+    let after = Fusion.Losses.run graph
+    same graph after
+    counts _.IsLinearCrossEntropy graph - counts _.IsLinearCrossEntropy after
+
+let private losses =
+    testList "losses" [
+        testCase "a weighed loss comes from the op of its gradient, in the backward pass"
+        <| fun () ->
+            let graph =
+                heads [ "h" ] (fun s l -> s.On(Op.Mul, [ l[0]; s.In("mask", DType.Float32, [ "batch", 2; "seq", 3 ]) ]))
+
+            Expect.equal (joined graph) 1 "joined"
+            let after = Fusion.Losses.run graph
+            Expect.isFalse (after.NodeOf(after.Output "loss").Origin.Pass.IsForward) "the loss is made late"
+            Expect.equal (Text.print (Fusion.Losses.run after)) (Text.print after) "twice changes nothing"
+        testCase "so do two losses of one head"
+        <| fun () -> Expect.equal (joined (heads [ "g"; "h" ] (fun s l -> s.On(Op.Add, l)))) 2 ""
+        testCase "a cotangent that depends on the loss keeps them apart"
+        <| fun () -> Expect.equal (joined (heads [ "h" ] (fun s l -> s.On(Op.Mul, [ l[0]; l[0] ])))) 0 ""
+        testCase "so do two losses that weigh each other"
+        <| fun () -> Expect.equal (joined (heads [ "g"; "h" ] (fun s l -> s.On(Op.Mul, l)))) 0 ""
+        testCase "one of two is joined where only the other's cotangent depends on losses"
+        <| fun () ->
+            let graph = heads [ "g"; "h" ] (fun s l -> s.On(Op.Add, [ l[0]; s.On(Op.Mul, [ l[1]; l[1] ]) ]))
+            Expect.equal (joined graph) 1 ""
+        testCase "a loss that another unit reads stays in the forward pass"
+        <| fun () ->
+            let graph =
+                heads [ "h" ] (fun s l ->
+                    s.Origin <- {
+                        s.Origin with
+                            Unit = ModelUnit.Layer 3
+                    }
+
+                    s.On(Op.Scale 2.0, l))
+
+            Expect.equal (joined graph) 0 ""
+        testCase "bf16: the head's gradient is summed in fp32 and rounded once"
+        <| fun () ->
+            let graph = joint (fuse (bf16 (crossEntropy false 6 (Sketch()))))
+            Expect.equal (joined graph) 1 "joined"
+            let after = Fusion.Losses.run graph
+            let gradient = after.NodeOf(after.Output "grad:w")
+            Expect.equal gradient.Op (Op.Cast DType.BFloat16) "rounded"
+            Expect.isTrue (after.NodeOf(gradient.Inputs[0]).Op.IsLinearCrossEntropyGrad) "once"
+    ]
+
 let private generators = [ typeof<Generators> ]
 
 let tests =
@@ -204,6 +273,14 @@ let tests =
                 Expect.equal (fusedTimes "linear_cross_entropy" (crossEntropy false vocab)) 1 $"%i{vocab} ids"
 
             Expect.equal (fusedTimes "linear_cross_entropy" (crossEntropy true 6)) 0 "observed"
+        testCase "a split vocabulary fuses by blocks, a whole one by tokens"
+        <| fun () ->
+            for vocab in [ 1; 6; 7; 193; 384 ] do
+                let graph = crossEntropy false vocab (Sketch())
+                preserves splitVocabulary graph
+                Expect.equal (counts _.IsLinearLogSumExp (splitVocabulary graph)) 1 $"split, %i{vocab} ids"
+                Expect.equal (counts _.IsLinearCrossEntropy (fuse graph)) 1 $"whole, %i{vocab} ids"
+        losses
         testCase "a result read before the fused op stands keeps its own op"
         <| fun () ->
             let times =

@@ -23,6 +23,7 @@ let private withoutGradient =
         "SwiGluProbsGrad"
         "EmbeddingGrad"
         "LinearLogSumExpGrad"
+        "LinearCrossEntropyGrad"
         "Collective"
         "LocalSlice"
     ]

@@ -450,6 +450,9 @@ let private cover (job: Job) (c: Compiled) =
     count "recomputed" (not job.Recompute.IsEmpty)
     count "not fused" (not job.Fuse)
     count "bf16" job.Bf16
+    let uses (isKind: Op -> bool) = c.Local.Graph.Nodes |> Array.exists (fun n -> isKind n.Op)
+    count "loss and gradient in one op" (uses _.IsLinearCrossEntropyGrad && not (uses _.IsLinearCrossEntropy))
+    count "loss over a split vocabulary" (uses _.IsLinearLogSumExp)
 
     count
         "fused dispatch"
@@ -537,6 +540,8 @@ let private covered () =
             "recomputed", 0.2
             "not fused", 0.1
             "bf16", 0.1
+            "loss and gradient in one op", 0.1
+            "loss over a split vocabulary", 0.1
         ] do
         let share = total name / total "cases"
         printfn $"coverage: %s{name} %.0f{100.0 * share} %%"

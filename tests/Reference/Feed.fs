@@ -25,6 +25,8 @@ let private vocabulary (graph: Graph) =
             | Op.EmbeddingGrad
             | Op.Pick
             | Op.PickGrad -> Some graph.Types[Array.last n.Inputs].Axes[0].Extent
+            | Op.LinearCrossEntropy
+            | Op.LinearCrossEntropyGrad
             | Op.LinearLogSumExp _
             | Op.LinearLogSumExpGrad _ -> Some graph.Types[n.Inputs[3]].Axes[0].Extent
             | _other -> None)

@@ -54,6 +54,11 @@ let private linearLogSumExp block (h: DenseTensor) (w: DenseTensor) labels vocab
         pick z labels vocab
     |]
 
+/// Log-sum-exp of all logits of a token less the label's.
+let private linearCrossEntropy (h: DenseTensor) (w: DenseTensor) labels vocab =
+    let parts = linearLogSumExp w.Extents[0] h w labels vocab
+    Dense.init labels.Extents (fun i -> Dense.at parts[0] [| i[0]; i[1]; 0 |] - Dense.at parts[1] i)
+
 /// dz = exp(z - lse) dlse, and dat at the label.
 let private linearLogSumExpGrad block (x: DenseTensor[]) =
     let h, w, labels, vocab, lse, dlse, dat = x[0], x[1], x[2], x[3], x[4], x[5], x[6]
@@ -73,6 +78,18 @@ let private linearLogSumExpGrad block (x: DenseTensor[]) =
             Dense.accumulate dw [| i[2]; k |] (Dense.at dz i * Dense.at h [| i[0]; i[1]; k |]))
 
     [| dh; dw |]
+
+/// The loss; and dz = (softmax z - 1 at the label) dloss through the head.
+let private linearCrossEntropyGrad (x: DenseTensor[]) =
+    let h, w, labels, vocab, dloss = x[0], x[1], x[2], x[3], x[4]
+    let parts = linearLogSumExp w.Extents[0] h w labels vocab
+    let perBlock = Dense.init parts[0].Extents (fun i -> Dense.at dloss i[..1])
+    let atLabel = Dense.init dloss.Extents (fun i -> -(Dense.at dloss i))
+
+    [|
+        linearCrossEntropy h w labels vocab
+        yield! linearLogSumExpGrad w.Extents[0] [| h; w; labels; vocab; parts[0]; perBlock; atLabel |]
+    |]
 
 let private sum (rule: Rule) extents x = Dense.product rule 0 extents [| x |]
 
@@ -213,4 +230,6 @@ let apply (op: Op) (types: TensorType[]) (rule: Rule) (results: TensorType[]) (x
     | Op.Pick -> [| pick x[0] x[1] x[2] |]
     | Op.LinearLogSumExp block -> linearLogSumExp block x[0] x[1] x[2] x[3]
     | Op.LinearLogSumExpGrad block -> linearLogSumExpGrad block x
+    | Op.LinearCrossEntropy -> [| linearCrossEntropy x[0] x[1] x[2] x[3] |]
+    | Op.LinearCrossEntropyGrad -> linearCrossEntropyGrad x
     | Op.PickGrad -> [| pickGrad x[0] x[1] x[2] |]

@@ -243,4 +243,60 @@ let private head =
             close "hidden states" dtype (read dh) expectedH
             close "head" dtype (read dw) expectedW)
 
-let tests = testList "Fused kernels" [ norm; choices; router; balance; head ]
+/// Of each token: log-sum-exp less the label's logit, and the gradient of its logits for a cotangent.
+let private crossEntropy v (z: float[]) (label: int -> int) (dloss: float[]) =
+    let rows = z |> Array.chunkBySize v
+    let lse = rows |> Array.map (Array.sumBy exp >> log)
+    let at t = if label t < 0 then 0.0 else rows[t][label t]
+
+    let dz =
+        rows
+        |> Array.mapi (fun t ->
+            Array.mapi (fun i x -> dloss[t] * (exp (x - lse[t]) - (if i = label t then 1.0 else 0.0))))
+
+    lse |> Array.mapi (fun t l -> l - at t), Array.concat dz
+
+let private wholeHead =
+    both "head and cross-entropy" (fun dtype ->
+        // one token and one id; a chunk and a part of one; a head that is bf16 by blocks
+        for tokens, k, v in [ 2, 1, 1; 6, 5, 12; 10, 19, 33; 300, 3, 20000; 2, 300, 20000 ] do
+            let first = 100
+            let h, w = rounded dtype (random 1 (tokens * k)), rounded dtype (random 2 (v * k))
+            let label t = if t = 1 then -1 else (t * 7919) % v
+
+            let operands = [
+                filled dtype [ 2; tokens / 2; k ] h
+                filled dtype [ v; k ] w
+                ids [ 2; tokens / 2 ] [| for t in 0 .. tokens - 1 -> int64 (first + label t) |]
+                ids [ v ] [| for i in 0 .. v - 1 -> int64 (first + i) |]
+            ]
+
+            // some tokens are masked
+            let dloss = random 3 tokens |> Array.mapi (fun t x -> if t % 5 = 4 then 0.0 else x) |> rounded f32
+
+            let loss, dh, dw = slot f32 [ 2; tokens / 2 ], slot dtype [ 2; tokens / 2; k ], slot f32 [ v; k ]
+            let weights = filled f32 [ 2; tokens / 2 ] dloss
+            run KernelId.LinearCrossEntropyGrad [] (operands @ [ weights ]) [ loss; dh; dw ]
+
+            let expected, dz = crossEntropy v (logits tokens k v h w) label dloss
+            let size = $"%i{tokens} x %i{k}, %i{v} ids"
+            close $"loss, %s{size}" f32 (read loss) expected
+            let alone = apply KernelId.LinearCrossEntropy [] operands (slot f32 [ 2; tokens / 2 ])
+            Expect.equal alone (read loss) "the loss alone, bitwise"
+
+            let expectedH, expectedW = Array.zeroCreate (tokens * k), Array.zeroCreate (v * k)
+
+            for i in 0 .. dz.Length - 1 do
+                for f in 0 .. k - 1 do
+                    let a, b = i / v * k + f, i % v * k + f
+                    expectedH[a] <- expectedH[a] + dz[i] * w[b]
+                    expectedW[b] <- expectedW[b] + dz[i] * h[a]
+
+            close $"hidden states, %s{size}" dtype (read dh) expectedH
+            // fp32 for bf16 operands as well: summed over chunks
+            close $"head, %s{size}" f32 (read dw) expectedW
+            let again = slot f32 [ v; k ]
+            run KernelId.LinearCrossEntropyGrad [] (operands @ [ weights ]) [ loss; dh; again ]
+            Expect.equal (read again) (read dw) "the same bits again")
+
+let tests = testList "Fused kernels" [ norm; choices; router; balance; head; wholeHead ]

@@ -340,6 +340,24 @@ let samples (op: Op) : Sample list =
             s.Param("dat", bs)
         ])
       ]
+    | Op.LinearCrossEntropy -> [
+        sample "all ids" (fun s ->
+            let h, w = s.Param("h", hidden), s.Param("w", [ "vocab", 6; "hidden", 4 ])
+            let loss = s.On(Op.LinearCrossEntropy, [ h; w; ids s "labels"; s.Iota("vocab", 6) ])
+            s.Loss [ s.On(Op.Mul, [ loss; s.Param("mask", bs) ]) ])
+        sample "one id" (fun s ->
+            let h, w = s.Param("h", hidden), s.Param("w", [ "vocab", 1; "hidden", 4 ])
+            s.Loss [ s.On(Op.LinearCrossEntropy, [ h; w; ids s "labels"; s.Iota("vocab", 1) ]) ])
+      ]
+    | Op.LinearCrossEntropyGrad -> [
+        through Op.LinearCrossEntropyGrad (fun s -> [
+            s.Param("h", hidden)
+            s.Param("w", [ "vocab", 6; "hidden", 4 ])
+            ids s "labels"
+            s.Iota("vocab", 6)
+            s.Param("dloss", bs)
+        ])
+      ]
     | Op.Collective _ -> [
         moved Collective.AllReduceSum
         moved Collective.AllReduceMax

@@ -345,14 +345,26 @@ let private blockOf (vocab: int) =
     let rec gcd a b = if b = 0 then a else gcd b (a % b)
     vocab / gcd vocab 192
 
-/// log-sum-exp(h w^T) - (h w^T at the label), logits by blocks of the vocabulary in forward and again in backward: all
-/// logits never exist. Log-sum-exps of blocks combine by ordinary ops, so that a split vocabulary needs what it needed
-/// before: a maximum and two sums. Logits that anything else reads, or that are an output, are left alone.
-let linearCrossEntropy = {
+/// Statistics of the logits by block of the vocabulary, in forward and again in backward. Log-sum-exps of blocks combine by
+/// ordinary ops, so that a split vocabulary needs what it needed before: a maximum and two sums.
+let private byBlocks vocab emit inputs =
+    match emit (Op.LinearLogSumExp(blockOf vocab)) inputs with
+    | [ lse; at ] ->
+        let first op inputs = emit op inputs |> List.head
+        let largest = first (Op.Max [ Head.blocks ]) [ first Op.Detach [ lse ] ]
+        let parts = first Op.Exp [ first Op.Sub [ lse; largest ] ]
+        let total = first (Op.Sum [ Head.blocks ]) [ parts ]
+        emit Op.Sub [ first Op.Add [ first Op.Log [ total ]; largest ]; at ]
+    | _other -> []
+
+/// log-sum-exp(h w^T) - (h w^T at the label): all logits never exist. One op where the vocabulary is whole; where `isSplit` says
+/// that mesh axes split it, collectives lie between its statistics and the loss. Logits that anything else reads, or that are
+/// an output, are left alone.
+let linearCrossEntropy (isSplit: string -> bool) = {
     Name = "linear_cross_entropy"
     Before = "contract, cast, max, sub, exp, sum, log; pick; sub"
-    After = "linear_log_sum_exp, max, sub, exp, sum, log, add, sub"
-    Kernel = KernelId.LinearLogSumExp
+    After = "linear_cross_entropy; of a split vocabulary linear_log_sum_exp, max, sub, exp, sum, log, add, sub"
+    Kernel = KernelId.LinearCrossEntropy
     Match =
         fun graph consumers node ->
             let made v = graph.NodeOf v
@@ -398,21 +410,14 @@ let linearCrossEntropy = {
                             && (names w)[0] = vocab
                             && (names w).Length = 2
                         then
-                            let block = blockOf t.Axes[2].Extent
-
                             Some {
                                 Operands = [ h; w; pick.Inputs[1]; pick.Inputs[2] ]
                                 Results = [ node.Outputs[0] ]
                                 Emit =
-                                    fun emit inputs ->
-                                        match emit (Op.LinearLogSumExp block) inputs with
-                                        | [ lse; at ] ->
-                                            let first op inputs = emit op inputs |> List.head
-                                            let largest = first (Op.Max [ Head.blocks ]) [ first Op.Detach [ lse ] ]
-                                            let parts = first Op.Exp [ first Op.Sub [ lse; largest ] ]
-                                            let total = first (Op.Sum [ Head.blocks ]) [ parts ]
-                                            emit Op.Sub [ first Op.Add [ first Op.Log [ total ]; largest ]; at ]
-                                        | _other -> []
+                                    if isSplit vocab then
+                                        byBlocks t.Axes[2].Extent
+                                    else
+                                        fun emit inputs -> emit Op.LinearCrossEntropy inputs
                             }
                         else
                             None
@@ -422,8 +427,8 @@ let linearCrossEntropy = {
             | _other -> None
 }
 
-/// In the order they are tried on a node.
-let all = [
+/// In the order they are tried on a node; `isSplit`: do mesh axes split the axis of that name?
+let under (isSplit: string -> bool) = [
     ropeQ
     ropeKv
     permuteWithProbs
@@ -432,5 +437,8 @@ let all = [
     addRmsNorm
     router
     balance
-    linearCrossEntropy
+    linearCrossEntropy isSplit
 ]
+
+/// For one rank.
+let all = under (fun _ -> false)

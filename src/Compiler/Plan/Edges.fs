@@ -84,6 +84,7 @@ let assign (graph: Graph) (stages: int) (homes: int[]) (outputStage: int) : Stag
     }
 
 /// The program of each node of a stage: forward work is F; backward work that a cotangent leaving the stage needs is I; the rest is W.
+/// A cast of what I makes to a narrower type is I as well: the narrow value is what waits for W.
 let phases (graph: Graph) (work: StageWork) (stage: int) : IReadOnlyDictionary<int, Phase> =
     let mine = HashSet work.Nodes[stage]
     let needed = HashSet<int>()
@@ -101,6 +102,21 @@ let phases (graph: Graph) (work: StageWork) (stage: int) : IReadOnlyDictionary<i
                 stack.Push graph.Producer[root graph v]
 
     let phases = Dictionary<int, Phase>()
+
+    let narrows (node: Node) =
+        match node.Op with
+        | Op.Cast dtype -> dtype.Bytes < graph.Types[node.Inputs[0]].DType.Bytes
+        | _other -> false
+
+    for n in work.Nodes[stage] do
+        let node = graph.Nodes[n]
+
+        if
+            narrows node
+            && not node.Origin.Pass.IsForward
+            && needed.Contains graph.Producer[root graph node.Inputs[0]]
+        then
+            needed.Add n |> ignore
 
     for n in work.Nodes[stage] do
         phases[n] <-

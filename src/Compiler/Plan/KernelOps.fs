@@ -113,6 +113,8 @@ let ofOp (op: Op) (inputs: TensorType[]) (_outputs: TensorType[]) : (KernelId * 
     | Op.PickGrad -> plain KernelId.PickGrad
     | Op.LinearLogSumExp block -> Some(KernelId.LinearLogSumExp, [ int block ])
     | Op.LinearLogSumExpGrad block -> Some(KernelId.LinearLogSumExpGrad, [ int block ])
+    | Op.LinearCrossEntropy -> plain KernelId.LinearCrossEntropy
+    | Op.LinearCrossEntropyGrad -> plain KernelId.LinearCrossEntropyGrad
     | Op.LocalSlice(d, axes, _) -> Some(KernelId.LocalSlice, [ int d; ints axes ])
 
 /// The kernels that have no op: they work on the state of a step.
@@ -306,4 +308,6 @@ let toOp
     | KernelId.PickGrad, _ -> plain Op.PickGrad
     | KernelId.LinearLogSumExp, [ Attribute.Int block ] when small block -> Ok(Op.LinearLogSumExp(int32 block))
     | KernelId.LinearLogSumExpGrad, [ Attribute.Int block ] when small block -> Ok(Op.LinearLogSumExpGrad(int32 block))
+    | KernelId.LinearCrossEntropy, _ -> plain Op.LinearCrossEntropy
+    | KernelId.LinearCrossEntropyGrad, _ -> plain Op.LinearCrossEntropyGrad
     | _ -> wrong ()

@@ -54,16 +54,20 @@ let private silent (op: Op) =
     | Op.Detach -> true
     | _other -> false
 
-/// The earliest of F, I, W in which the stage reads a received value.
-let private firstRead (c: StageContext) (value: int) =
+/// When a value arrives: what the forward pass made in F, in the order in which it was sent, even where only the backward pass reads
+/// it; a cotangent in the first of I and W that reads it.
+let private arrival (c: StageContext) (value: int) =
     let graph = c.Partitioned.Graph
 
-    c.Work.Nodes[c.Stage]
-    |> Array.filter (fun n ->
+    let reads n =
         not (silent graph.Nodes[n].Op)
-        && graph.Nodes[n].Inputs |> Array.exists (fun v -> root graph v = value))
-    |> Array.map (fun n -> c.Phases[n])
-    |> fun phases -> [ Phase.F; Phase.I; Phase.W ] |> List.find (fun p -> Array.contains p phases)
+        && graph.Nodes[n].Inputs |> Array.exists (fun v -> root graph v = value)
+
+    if (graph.NodeOf value).Origin.Pass.IsForward then
+        Phase.F
+    else
+        let phases = c.Work.Nodes[c.Stage] |> Array.filter reads |> Array.map (fun n -> c.Phases[n])
+        [ Phase.I; Phase.W ] |> List.find (fun p -> Array.contains p phases)
 
 /// Steps of one program under construction: starts remember which slots they fill, so that the first reader waits.
 [<Sealed>]
@@ -150,7 +154,7 @@ let build (c: StageContext) : Step list[] =
                 writer.Wait t
 
         for t in received do
-            if firstRead c t.Value = phase then
+            if arrival c t.Value = phase then
                 let path = graph.NodeOf(t.Value).Origin.Path
 
                 writer.Start(

@@ -1,4 +1,4 @@
-/// The linear head under cross-entropy: statistics of its logits by block of the vocabulary, without the logits.
+/// The linear head under cross-entropy, without the logits: by chunks of tokens, or, of a split vocabulary, statistics by block.
 module DeepSeekGraph.Ops.Head
 
 open DeepSeekGraph
@@ -111,5 +111,36 @@ let linearLogSumExpGrad block = {
                         Ok rule))
         Rows = OpDef.dense 2
         // the logits again, and two products with their gradient
+        Flops = products 3.0
+}
+
+// a softmax needs all logits of its token: the vocabulary stays whole
+let linearCrossEntropy = {
+    OpDef.opaque
+        "linear_cross_entropy"
+        "b s k^, v^ k^, b s, v^ -> b s"
+        (fun t -> typed t (fun _ -> [| DType.Float32 |]))
+        (Vjp.Rule(fun a ->
+            let grads = a.Emit Op.LinearCrossEntropyGrad (List.ofArray a.Inputs @ [ a.Dy ])
+            let head = (a.Type a.Inputs[1]).DType
+
+            let dw = if head = DType.Float32 then grads[2] else a.One (Op.Cast head) [ grads[2] ]
+            [| ValueSome grads[1]; ValueSome dw; ValueNone; ValueNone |])) with
+        Flops = products 1.0
+}
+
+/// h, w, labels, vocab, dloss -> loss, dh, dw. The head's gradient is summed over chunks of tokens, in fp32 whatever the
+/// head's type: so that sum is a value of the graph, whose bytes are known, and not hidden in the kernel.
+let linearCrossEntropyGrad = {
+    OpDef.opaque
+        "linear_cross_entropy_grad"
+        "b+ s+ k^, v^ k^, b+ s+, v^, b+ s+ -> b s, b s k, v k"
+        (fun t ->
+            if t[4].DType <> DType.Float32 then
+                Error $"input 4 is %O{t[4]}; the cotangent of a loss is fp32"
+            else
+                typed t (fun d -> [| DType.Float32; d; DType.Float32 |]))
+        (Vjp.Missing "second derivatives are not needed") with
+        Rows = OpDef.dense 3
         Flops = products 3.0
 }

@@ -69,7 +69,7 @@ public static class FlopsTable
             return FlopsParts.Balance;
         if (path.Contains("gate"))
             return FlopsParts.Router;
-        if (kernel.StartsWith("linear_log_sum_exp", StringComparison.Ordinal))
+        if (kernel.StartsWith("linear_", StringComparison.Ordinal))
             return FlopsParts.Logits;
         if (path.Contains("loss"))
             return FlopsParts.Loss;
@@ -97,7 +97,7 @@ public static class FlopsTable
                     + "and recompute runs the forward kernel twice",
             FlopsParts.Core => "flash attention's backward makes the scores again: 2.5 x forward, not 2 x",
             FlopsParts.Logits when difference > 0 =>
-                "linear and cross-entropy in blocks makes the logits again in the backward pass",
+                "cross-entropy over a split vocabulary makes the logits again in the backward pass",
             FlopsParts.Norms => "the formula counts one product for each latent feature; a norm is 8 operations an element",
             FlopsParts.Router => "the formula leaves the router out: its product, sigmoid, top-k and probabilities",
             FlopsParts.Balance => "the formula leaves the balance loss out",

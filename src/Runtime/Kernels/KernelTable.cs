@@ -75,6 +75,8 @@ public static class KernelTable
         [KernelId.PickGrad] = Fills(VocabularyKernels.PickGrad),
         [KernelId.LinearLogSumExp] = Fills(HeadKernels.LinearLogSumExp),
         [KernelId.LinearLogSumExpGrad] = Fills(HeadKernels.LinearLogSumExpGrad),
+        [KernelId.LinearCrossEntropy] = Fills(CrossEntropyKernels.Loss),
+        [KernelId.LinearCrossEntropyGrad] = Fills(CrossEntropyKernels.LossAndGradient),
         [KernelId.Zero] = Fills(StepKernels.Zero),
         [KernelId.Accumulate] = Fills(StepKernels.Accumulate),
         [KernelId.SumSquares] = Fills(StepKernels.SumSquares),

@@ -66,6 +66,14 @@ let private samples = [
         TensorType.create DType.Int64 [ "batch", 2; "seq", 4 ]
         TensorType.create DType.Int64 [ "vocab", 8 ]
     ]
+    Op.LinearCrossEntropyGrad,
+    [
+        x
+        float32 [ "vocab", 8; "hidden", 6 ]
+        TensorType.create DType.Int64 [ "batch", 2; "seq", 4 ]
+        TensorType.create DType.Int64 [ "vocab", 8 ]
+        float32 [ "batch", 2; "seq", 4 ]
+    ]
     Op.RotaryTable yarn, [ TensorType.create DType.Int64 [ "seq", 4 ] ]
     Op.Rope true, [ x; float32 [ "seq", 4; "rope_table", 6 ] ]
     Op.GroupTopK {
