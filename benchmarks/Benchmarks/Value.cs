@@ -37,7 +37,7 @@ internal sealed class Value
     /// <summary>An empty cell.</summary>
     public static SlotValue Cell(DType type, bool routed, params int[] extents)
         => new(new SlotInfo(
-            0, "direct", SlotKind.Temporary, type, [.. extents.Select((_, i) => $"d{i}")], extents, routed, 1, []));
+            0, "direct", SlotKind.Temporary, type, [.. extents.Select((_, i) => $"d{i}")], extents, routed, 1, 1, []));
 
     private static Value Of(DType type, bool routed, int[] extents, long rows, int stored)
     {

@@ -100,6 +100,7 @@ type Recipe = private {
     sequenceParallel: bool
     dispatcher: Dispatcher
     ranksPerNode: int
+    permutePadding: int
     virtualPipeline: int
     microbatchGroup: int
     layout: string
@@ -130,6 +131,7 @@ type Recipe = private {
         sequenceParallel = true
         dispatcher = Dispatcher.AllToAll
         ranksPerNode = 8
+        permutePadding = 1
         virtualPipeline = 1
         microbatchGroup = 0
         layout = ""
@@ -175,6 +177,8 @@ type Recipe = private {
     member this.Dispatcher = this.dispatcher
     /// Consecutive ranks that share fast links (NVLink).
     member this.RanksPerNode = this.ranksPerNode
+    /// Rows of each local expert are filled up with zeros to a multiple of so many, where grouped products read them; 1: not.
+    member this.PermutePadding = this.permutePadding
     /// Chunks of the model on each pipeline rank; 1: no interleaving.
     member this.VirtualPipeline = this.virtualPipeline
     /// Microbatches that a chunk runs in a row before the rank's next chunk; 0: as many as there are pipeline ranks.
@@ -219,6 +223,10 @@ type Recipe = private {
     member this.WithSequenceParallel(on: bool) = { this with sequenceParallel = on }
     member this.WithDispatcher(dispatcher: Dispatcher) = { this with dispatcher = dispatcher }
     member this.WithRanksPerNode(ranks: int) = { this with ranksPerNode = ranks }
+
+    /// Blocks of rows that grouped products take whole: 16 or 32 for fp8 (Megatron's moe_router_padding_for_fp8), 128 for DeepGEMM;
+    /// 1: none. Padding is never sent, and no result or gradient has it.
+    member this.WithPermutePadding(multiple: int) = { this with permutePadding = multiple }
 
     /// Cuts the model into pipeline x chunks stages; stage i is chunk i / pipeline of rank i % pipeline. More than one chunk implies
     /// the schedule Interleaved1F1B, with groups of `microbatchGroup` microbatches (0: the pipeline degree).

@@ -87,6 +87,15 @@ let unsupported (recipe: Recipe) : Diagnostic list = [
             Help = "give the GPUs of a node, usually 8"
         }
 
+    if recipe.PermutePadding < 1 || recipe.PermutePadding > Lowering.Padding.most then
+        {
+            Code = Codes.PermutePadding
+            At = "recipe.permute_padding"
+            Message =
+                $"blocks of a multiple of %i{recipe.PermutePadding} rows; it is at least 1 and at most %i{Lowering.Padding.most}"
+            Help = "choose 1 for none, 16 or 32 for fp8 products, or 128 for DeepGEMM's blocks"
+        }
+
     // small updates vanish in 8 bits of mantissa: a bf16 master would need stochastic rounding
     if recipe.StateTypes.MainParams <> DType.Float32 then
         notCompiled

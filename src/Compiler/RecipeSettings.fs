@@ -129,6 +129,7 @@ module RecipeSettings =
         flag "sequence_parallel" _.SequenceParallel _.WithSequenceParallel
         choice "dispatcher" Dispatcher.All _.Name _.Dispatcher _.WithDispatcher
         number "ranks_per_node" _.RanksPerNode _.WithRanksPerNode
+        number "permute_padding" _.PermutePadding _.WithPermutePadding
         text "layout" "a layout such as Et|tmL" _.Layout _.WithLayout
         choice "schedule" Schedule.All _.Name _.Schedule _.WithSchedule
         number "global_batch_size" _.GlobalBatch (fun r n -> r.WithBatch(n, r.MicroBatch, r.SeqLength))

@@ -32,6 +32,10 @@ module Codes =
     [<Literal>]
     let MeshNesting = "DSG0302"
 
+    /// Rows of experts cannot be filled up to such a multiple.
+    [<Literal>]
+    let PermutePadding = "DSG0396"
+
     /// A recipe names a fusion rule that does not exist.
     [<Literal>]
     let UnknownFusion = "DSG0401"

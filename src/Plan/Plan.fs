@@ -9,8 +9,9 @@ module PlanSchema =
     /// Raised whenever a field is added, changed or dropped. 2: chunks of a virtual pipeline, groups with a direction.
     /// 3: S.
     /// 4: memory by more kinds and for uneven routing, with the place of every slot.
+    /// 5: padding of rows.
     [<Literal>]
-    let Version = 4
+    let Version = 5
 
 /// How a value lies along one mesh axis.
 [<RequireQualifiedAccess; Struct>]
@@ -56,6 +57,9 @@ type SlotInfo = {
     Routed: bool
     /// Expected share of rows present; 1 when not routed.
     Density: float
+    /// Rows of each local expert stand in a block of a multiple of so many; 1 when not routed. Rows that fill up are no rows:
+    /// they are zero where rows are made, are never sent, and nothing is summed over them.
+    Padding: int
     /// One state per mesh axis of the plan.
     Layout: IReadOnlyList<AxisState>
 }

@@ -180,15 +180,23 @@ let private slot (r: Reader) : SlotInfo =
     let name = r.Text()
     let kind = r.OneOf("slot kind", kindOf)
     let struct (dtype, axes, extents) = readShape r
-    let flags = r.OneOf("set of slot flags", [| 0..3 |])
+    let flags = r.OneOf("set of slot flags", [| 0..7 |])
 
     let density =
-        if flags < 2 then
+        if flags &&& 2 = 0 then
             1.0
         else
             match r.Float() with
             | 1.0 -> raise (r.Fail "a density of 1 is not written")
             | density -> density
+
+    let padding =
+        if flags &&& 4 = 0 then
+            1
+        else
+            match r.Int() with
+            | 1 -> raise (r.Fail "a padding of 1 is not written")
+            | padding -> padding
 
     {
         Id = id
@@ -199,6 +207,7 @@ let private slot (r: Reader) : SlotInfo =
         Extents = extents
         Routed = flags % 2 = 1
         Density = density
+        Padding = padding
         Layout = readLayout r
     }
 

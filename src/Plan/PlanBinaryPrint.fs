@@ -173,11 +173,18 @@ let private writeSlot (w: Writer) (s: SlotInfo) =
     w.Text s.Name
     w.Count(indexOf kindOf s.Kind)
     writeShape w s.DType s.Axes s.Extents
-    // 1: routed; 2: a density other than 1 follows
-    w.Count((if s.Routed then 1 else 0) + (if s.Density <> 1.0 then 2 else 0))
+    // 1: routed; 2: a density other than 1 follows; 4: a padding other than 1 follows
+    w.Count(
+        (if s.Routed then 1 else 0)
+        + (if s.Density <> 1.0 then 2 else 0)
+        + (if s.Padding <> 1 then 4 else 0)
+    )
 
     if s.Density <> 1.0 then
         w.Float s.Density
+
+    if s.Padding <> 1 then
+        w.Int s.Padding
 
     writeLayout w s.Layout
 

@@ -212,6 +212,7 @@ let slot (s: Scanner) : SlotInfo =
     let layout = layout s
     let routed = s.Try "routed"
     let density = if s.Try "density=" then s.Float "a density" else 1.0
+    let padding = if s.Try "padding=" then s.Int "rows" else 1
     s.Close()
 
     {
@@ -223,6 +224,7 @@ let slot (s: Scanner) : SlotInfo =
         Extents = extents
         Routed = routed
         Density = density
+        Padding = padding
         Layout = layout
     }
 

@@ -139,6 +139,10 @@ let private slot (out: StringBuilder) (s: SlotInfo) =
     if s.Density <> 1.0 then
         text out (" density=" + PlanWords.float s.Density)
 
+    if s.Padding <> 1 then
+        text out " padding="
+        number out (int64 s.Padding)
+
     text out "\n"
 
 let private stage (out: StringBuilder) (s: StagePlan) =

@@ -19,6 +19,7 @@ let main argv =
             ParallelTests.tests
             ExecutorTests.tests
             RecomputeTests.tests
+            PaddingTests.tests
             MemoryTests.tests
             TrafficTests.tests
             CollectiveTests.tests

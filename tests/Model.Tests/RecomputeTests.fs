@@ -31,7 +31,7 @@ let private bits (tensor: torch.Tensor) =
     flat.data<float32>().ToArray() |> Array.map BitConverter.SingleToUInt32Bits
 
 /// Losses and norms of two steps, and every gradient and parameter behind them, as bits.
-let private train (config: DeepSeekV3Config) (recipe: Recipe) =
+let train (config: DeepSeekV3Config) (recipe: Recipe) =
     let plan = DeepSeekV3(config).Compile recipe
     let tokens = plan.Inputs |> Seq.find (fun i -> i.Name = "tokens")
 

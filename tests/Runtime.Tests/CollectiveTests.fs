@@ -70,7 +70,7 @@ let together sizes stages (work: RankContext -> ICollectives -> 'a) : Result<'a,
 let private togetherCounted (traffic: Traffic) sizes stages work =
     inWorld (new LoopbackWorld(Traffic = traffic)) sizes stages work
 
-let private values (results: Result<'a, exn>[] * (exn | null)) =
+let values (results: Result<'a, exn>[] * (exn | null)) =
     fst results
     |> Array.map (function
         | Ok v -> v

@@ -18,6 +18,7 @@ let main argv =
             Fp8KernelTests.tests
             FusedKernelTests.tests
             CollectiveTests.tests
+            PaddingTests.tests
             RunnerTests.tests
             CodeTests.tests
             CodeCacheTests.tests

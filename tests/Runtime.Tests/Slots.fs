@@ -19,6 +19,7 @@ let info name kind dtype routed (extents: int seq) : SlotInfo = {
     Extents = Array.ofSeq extents
     Routed = routed
     Density = 1.0
+    Padding = 1
     Layout = [||]
 }
 
@@ -31,6 +32,17 @@ let slot dtype (extents: int seq) =
 let rowSlot dtype (extents: int seq) =
     LibTorch.Load()
     new SlotValue(info "rows" SlotKind.Temporary dtype true extents)
+
+/// An empty slot of routed rows in blocks of multiples of `padding`.
+let blockSlot padding dtype (extents: int seq) =
+    LibTorch.Load()
+
+    new SlotValue(
+        {
+            info "blocks" SlotKind.Temporary dtype true extents with
+                Padding = padding
+        }
+    )
 
 let private put (values: float[]) (value: SlotValue) (tensor: torch.Tensor) =
     use source = torch.tensor (values |> Array.map float32)

@@ -24,6 +24,7 @@ type private Slots(data: int) =
             Extents = Array.ofList extents
             Routed = false
             Density = 1.0
+            Padding = 1
             Layout = if data > 1 then [| layout |] else [||]
         }
 

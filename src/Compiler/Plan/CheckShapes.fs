@@ -4,6 +4,7 @@ module DeepSeekGraph.Compiler.Checking.Shapes
 open System.Collections.Generic
 open DeepSeekGraph
 open DeepSeekGraph.Compiler
+open DeepSeekGraph.Compiler.Lowering
 
 /// Collects what is wrong.
 [<Sealed>]
@@ -166,6 +167,9 @@ let private checkSlots (f: Findings) (plan: PlanSet) (stage: StagePlan) =
 
         if not (slot.Density > 0.0 && slot.Density <= 1.0) || slot.Routed && slot.Extents.Count < 3 then
             wrong "rows have three axes or more, and a density in (0, 1]"
+
+        if slot.Padding < 1 || slot.Padding > Padding.most || slot.Padding > 1 && not slot.Routed then
+            wrong $"a padding of %i{slot.Padding}; rows have one from 1 to %i{Padding.most}, other values 1"
 
         let before = f.Count
         checkTensor f plan at false slot.Axes slot.Extents slot.Layout

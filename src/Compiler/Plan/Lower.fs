@@ -265,6 +265,16 @@ let private rank (job: Job) (p: Partitioned) work parameters groups home (r: int
     let zeros = observed |> List.map (fun slot -> Step.Launch(KernelId.Zero, [||], [||], [| slot |], "step"))
     let once = Lifetimes.insert slots [| Epilogue.prologue input @ zeros; Epilogue.epilogue input |]
 
+    let programs = [|
+        program Phase.Prologue 0 once[0]
+
+        for chunk in 0 .. chunks - 1 do
+            for phase in Phase.EachMicrobatch do
+                program phase chunk (find phase chunk)
+
+        program Phase.Epilogue 0 once[1]
+    |]
+
     {
         Stage = r
         Units =
@@ -272,16 +282,8 @@ let private rank (job: Job) (p: Partitioned) work parameters groups home (r: int
                 for chunk in 0 .. chunks - 1 -> LayoutString.letters job.Stages[chunk * ranks + r]
             ]
             |> String.concat "|"
-        Slots = slots.ToArray()
-        Programs = [|
-            program Phase.Prologue 0 once[0]
-
-            for chunk in 0 .. chunks - 1 do
-                for phase in Phase.EachMicrobatch do
-                    program phase chunk (find phase chunk)
-
-            program Phase.Epilogue 0 once[1]
-        |]
+        Slots = Padding.assign job.Recipe.PermutePadding (slots.ToArray()) (programs |> Seq.collect _.Steps)
+        Programs = programs
         Timetable = Array.ofList timetable
     }
 

@@ -22,30 +22,50 @@ let private product (extents: int seq) = extents |> Seq.fold (fun n e -> n * int
 let private stored (slot: SlotInfo) (share: float) =
     int64 (ceil (float (product slot.Extents) * share)) * int64 slot.DType.Bytes
 
-/// Bytes of one instance of a slot when routing is balanced.
+/// Bytes of one instance of a slot when routing is balanced, without what fills up blocks: what collectives move.
 let bytes (slot: SlotInfo) : int64 = stored slot slot.Density
+
+/// Rows that `rows` come to in blocks of a multiple of `n` for each of `experts`, however they fall: at most n - 1 more for each
+/// expert that has any.
+let private filled (n: int) (experts: int64) (rows: int64) =
+    let n = int64 n
+    (rows + (n - 1L) * min experts rows) / n * n
 
 /// Bytes of one instance of a slot.
 let bytesOf (mesh: MeshInfo) (rows: Rows) (slot: SlotInfo) : int64 =
     if not slot.Routed then
         bytes slot
     else
-        let worst () =
-            let experts = slot.Extents[2]
+        let experts = slot.Extents[2]
 
+        // rows that there can be
+        let most () =
             let split =
                 slot.Layout
                 |> Seq.indexed
                 |> Seq.fold (fun n (m, state) -> if state = AxisState.Split 2 then n * mesh.Axes[m].Size else n) 1
 
             let topK = int (System.Math.Round(slot.Density * float (experts * split)))
-            let perToken = product slot.Extents / int64 experts
-            perToken * int64 (min topK experts) * int64 slot.DType.Bytes
+            int64 slot.Extents[0] * int64 slot.Extents[1] * int64 (min topK experts)
 
-        match rows with
-        | Rows.Balanced -> bytes slot
-        | Rows.Headroom -> min (worst ()) (stored slot (headroom * slot.Density))
-        | Rows.Worst -> worst ()
+        let width = product (Seq.skip 3 slot.Extents) * int64 slot.DType.Bytes
+
+        if slot.Padding = 1 then
+            match rows with
+            | Rows.Balanced -> bytes slot
+            | Rows.Headroom -> min (most () * width) (stored slot (headroom * slot.Density))
+            | Rows.Worst -> most () * width
+        else
+            let share times = int64 (ceil (float (product (Seq.truncate 3 slot.Extents)) * times * slot.Density))
+            let filled = filled slot.Padding (int64 experts)
+
+            match rows with
+            | Rows.Balanced ->
+                let each = (share 1.0 + int64 experts - 1L) / int64 experts
+                // with less than a row an expert, not every expert has one
+                min (int64 experts * Padding.up slot.Padding each) (filled (share 1.0)) * width
+            | Rows.Headroom -> filled (min (most ()) (share headroom)) * width
+            | Rows.Worst -> filled (most ()) * width
 
 /// Bytes at the moment of a peak: all that come and go, and those of them that a collective in flight fills.
 [<Struct>]

@@ -28,6 +28,7 @@ type SlotTable() =
                 Extents = t.Extents
                 Routed = t.Routed
                 Density = t.Density
+                Padding = 1
                 Layout = layout
             }
 

@@ -34,19 +34,25 @@ internal static unsafe class FusedExchange
         Func<RowSet, int, long> places,
         Func<int, int, RowSet, long> place)
     {
-        var to = (byte*)result.Fill(mine.Rows).Pointer();
+        var target = result.Fill(mine.Rows);
+        var start = (byte*)target.Pointer();
+        var row = mine.Rows == 0 ? 0 : target.ByteCount() / mine.Rows;
         for (var e = 0; e < mine.Experts; e++)
         {
+            var to = start + (mine.Offsets[e] * row);
             for (var member = 0; member < values.Count; member++)
             {
                 var route = ByToken(routes[member]);
                 var count = places(route, member);
                 var width = count == 0 ? 0 : values[member].numel() / count * TensorMemory.Width(values[member].dtype);
                 var from = (byte*)values[member].Pointer();
-                for (var row = route.Offsets[firstExpert + e]; row < route.Offsets[firstExpert + e + 1]; row++, to += width)
-                    Buffer.MemoryCopy(from + (place(route.TokenIndex[row], firstExpert + e, route) * width), to, width, width);
+                var first = route.Offsets[firstExpert + e];
+                for (var i = first; i < first + route.Counts[firstExpert + e]; i++, to += width)
+                    Buffer.MemoryCopy(from + (place(route.TokenIndex[i], firstExpert + e, route) * width), to, width, width);
             }
         }
+
+        mine.ClearPadding(start, row);
     }
 
     /// <summary>
@@ -113,7 +119,7 @@ internal static unsafe class FusedExchange
         var (members, places) = Places(routes, me, mine);
         for (var e = 0; e < mine.Experts; e++)
         {
-            for (var row = mine.Offsets[e]; row < mine.Offsets[e + 1]; row++)
+            for (var row = mine.Offsets[e]; row < mine.Offsets[e] + mine.Counts[e]; row++)
             {
                 var from = (byte*)rows[members[row]].Pointer() + (places[row] * element);
                 Buffer.MemoryCopy(from, to + ((((long)mine.TokenIndex[row] * mine.Experts) + e) * element), element, element);
@@ -132,7 +138,7 @@ internal static unsafe class FusedExchange
             for (var e = 0; e < routes[member].Experts; e++, expert++)
             {
                 var start = RowExchange.Start(routes[member], me, e);
-                for (var row = mine.Offsets[expert]; row < mine.Offsets[expert + 1]; row++)
+                for (var row = mine.Offsets[expert]; row < mine.Offsets[expert] + mine.Counts[expert]; row++)
                     (members[row], places[row]) = (member, start + row - mine.Offsets[expert]);
             }
         }

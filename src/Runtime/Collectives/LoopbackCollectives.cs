@@ -172,7 +172,7 @@ internal sealed class LoopbackCollectives(LoopbackWorld world, RankContext rank)
             switch (call.Kind)
             {
                 case var kind when kind.IsRouteToExperts:
-                    output.Adopt(RowExchange.ToExperts(Routes(i), me));
+                    output.Adopt(RowExchange.ToExperts(Routes(i), me, output.Info.Padding));
                     break;
                 case var kind when kind.IsRowsToExperts:
                     RowExchange.Collect(Values(i), Routes(i + 1), me * inputs[i + 2].Rows.Experts, inputs[i + 2].Rows, output);
@@ -202,13 +202,13 @@ internal sealed class LoopbackCollectives(LoopbackWorld world, RankContext rank)
                     }
 
                 case Collective.AllGather when exchange[0].Rows[i] is not null:
-                    output.Adopt(RowExchange.Joined(Routes(i)));
+                    output.Adopt(RowExchange.Joined(Routes(i), output.Info.Padding));
                     break;
                 case Collective.AllGather { Dim: < 3 } when output.Info.Routed:
                     RowExchange.Collect(Values(i), Routes(i + 1), 0, inputs[i + 2].Rows, output);
                     break;
                 case Collective.ReduceScatter { Dim: < 3 } when output.Info.Routed:
-                    RowExchange.ReduceScatter(exchange, i, inputs[i + 1].Rows, me, output);
+                    RowExchange.ReduceScatter(exchange, i, inputs[i + 1].Rows, inputs[i + 2].Rows, me, output);
                     break;
                 default:
                     FinishDense(i, output);

@@ -7,17 +7,18 @@ namespace DeepSeekGraph.Runtime.Collectives;
 internal static unsafe class RowExchange
 {
     /// <summary>Everybody's counts of my experts: rows ordered by expert, member, and then as they lay there.</summary>
-    public static RowSet ToExperts(IReadOnlyList<RowSet> routes, int me)
+    public static RowSet ToExperts(IReadOnlyList<RowSet> routes, int me, int padding)
     {
         var experts = routes[me].Experts / routes.Count;
         if (experts * routes.Count != routes[me].Experts)
             throw new InvalidOperationException($"{routes[me].Experts} experts do not split over {routes.Count} ranks");
         var first = me * experts;
-        return RowSet.FromMembers([.. routes.Select(r => r.Counts[first..(first + experts)])]);
+        return RowSet.FromMembers([.. routes.Select(r => r.Counts[first..(first + experts)])], padding);
     }
 
     /// <summary>Everybody's rows of all experts.</summary>
-    public static RowSet Joined(IReadOnlyList<RowSet> routes) => RowSet.FromMembers([.. routes.Select(r => r.Counts)]);
+    public static RowSet Joined(IReadOnlyList<RowSet> routes, int padding)
+        => RowSet.FromMembers([.. routes.Select(r => r.Counts)], padding);
 
     /// <summary>Copies the rows of `mine` out of everybody's; `firstExpert` is my first one in their numbering.</summary>
     public static void Collect(
@@ -25,9 +26,10 @@ internal static unsafe class RowExchange
     {
         var target = result.Fill(mine.Rows);
         var width = Width(rows[0]);
-        var to = (byte*)target.Pointer();
+        var start = (byte*)target.Pointer();
         for (var e = 0; e < mine.Experts; e++)
         {
+            var to = start + (mine.Offsets[e] * width);
             for (var member = 0; member < rows.Count; member++)
             {
                 var bytes = routes[member].Counts[firstExpert + e] * width;
@@ -36,6 +38,8 @@ internal static unsafe class RowExchange
                 to += bytes;
             }
         }
+
+        mine.ClearPadding(start, width);
     }
 
     /// <summary>Copies my rows back from the ranks that hold their experts; `routes` say what those received.</summary>
@@ -43,7 +47,7 @@ internal static unsafe class RowExchange
     {
         var target = result.Fill(mine.Rows);
         var width = Width(rows[0]);
-        var to = (byte*)target.Pointer();
+        var start = (byte*)target.Pointer();
         var expert = 0;
         for (var member = 0; member < rows.Count; member++)
         {
@@ -51,27 +55,29 @@ internal static unsafe class RowExchange
             {
                 var bytes = mine.Counts[expert] * width;
                 var from = (byte*)rows[member].Pointer() + (Start(routes[member], me, e) * width);
-                Buffer.MemoryCopy(from, to, bytes, bytes);
-                to += bytes;
+                Buffer.MemoryCopy(from, start + (mine.Offsets[expert] * width), bytes, bytes);
             }
         }
+
+        mine.ClearPadding(start, width);
     }
 
-    /// <summary>Sums everybody's results i for my rows; all members hold the same joined row set.</summary>
-    public static void ReduceScatter(Exchange exchange, int i, RowSet joined, int me, SlotValue result)
+    /// <summary>Sums everybody's results i for my rows, `own`; all members hold the same joined row set.</summary>
+    public static void ReduceScatter(Exchange exchange, int i, RowSet joined, RowSet own, int me, SlotValue result)
     {
         using var sum = Reduction.Of(exchange, i, false);
         using var typed = sum.to_type(result.ScalarType);
         var mine = joined.MemberCounts[me];
-        var target = result.Fill(mine.Sum());
+        var target = result.Fill(own.Rows);
         var width = Width(typed);
         byte* from = (byte*)typed.Pointer(), to = (byte*)target.Pointer();
         for (var e = 0; e < joined.Experts; e++)
         {
             var bytes = mine[e] * width;
-            Buffer.MemoryCopy(from + (Start(joined, me, e) * width), to, bytes, bytes);
-            to += bytes;
+            Buffer.MemoryCopy(from + (Start(joined, me, e) * width), to + (own.Offsets[e] * width), bytes, bytes);
         }
+
+        own.ClearPadding(to, width);
     }
 
     /// <summary>Where a member's rows of a local expert begin among those received.</summary>

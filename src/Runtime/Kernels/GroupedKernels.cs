@@ -1,10 +1,11 @@
-// Matrix products of routed rows with the weights of their experts, one product per expert that has rows.
+// Matrix products of routed rows with the weights of their experts, one product per expert that has rows. Blocks that are
+// filled up are for products that take whole blocks; those here take the rows that there are, so that zeros cost nothing.
 using DeepSeekGraph.Runtime.Memory;
 using static TorchSharp.torch;
 
 namespace DeepSeekGraph.Runtime.Kernels;
 
-internal static class GroupedKernels
+internal static unsafe class GroupedKernels
 {
     /// <summary>x[rows k], w[E n k], route -> out[rows n]; transposed: w[E k n]. Trailing dims are merged.</summary>
     public static void GroupedMatMul(in KernelCall call)
@@ -37,6 +38,7 @@ internal static class GroupedKernels
 
         if (wideOut is not null)
             target.copy_(wideOut).On(target);
+        route.ClearPadding((byte*)target.Pointer(), target.ByteCount() / route.Rows);
     }
 
     /// <summary>dy[rows n], x[rows k], route -> dw[E n k]; zero for experts without rows.</summary>

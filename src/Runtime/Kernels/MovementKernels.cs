@@ -75,17 +75,14 @@ internal static class MovementKernels
         if (call.Inputs[0].HoldsRows)
         {
             RequireExperts(dim);
-            call.Out().Adopt(call.Route(0).SliceExperts(block * extent, extent));
+            call.Out().Adopt(call.Route(0).SliceExperts(block * extent, extent, call.Out().Info.Padding));
             return;
         }
 
         if (call.Inputs[0].Info.Routed && dim < 3)
         {
             RequireExperts(dim);
-            var offsets = call.Route(1).Offsets;
-            var first = offsets[block * extent];
-            using var rows = call.In(0).narrow(0, first, offsets[(block + 1) * extent] - first);
-            call.Out().AdoptCopy(rows);
+            SliceRows(call, block * extent, extent);
             return;
         }
 
@@ -106,6 +103,23 @@ internal static class MovementKernels
 
         using var view = a.Tensor.permute([.. storage]);
         call.Out().AdoptCopy(view);
+    }
+
+    /// <summary>The rows of some experts, in the blocks of the slice.</summary>
+    private static unsafe void SliceRows(in KernelCall call, int first, int count)
+    {
+        var from = call.Route(1);
+        var into = from.SliceExperts(first, count, call.Out().Info.Padding);
+        var target = call.Out().Fill(into.Rows);
+        var width = into.Rows == 0 ? 0 : target.ByteCount() / into.Rows;
+        byte* source = (byte*)call.In(0).Pointer(), rows = (byte*)target.Pointer();
+        for (var e = 0; e < count; e++)
+        {
+            var bytes = into.Counts[e] * width;
+            Buffer.MemoryCopy(source + (from.Offsets[first + e] * width), rows + (into.Offsets[e] * width), bytes, bytes);
+        }
+
+        into.ClearPadding(rows, width);
     }
 
     private static void RequireExperts(int dim)

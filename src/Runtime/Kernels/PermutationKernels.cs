@@ -1,4 +1,5 @@
-// Tokens to routed rows and back. Unpermute sums a token's rows in expert order, in fp32, and rounds once.
+// Tokens to routed rows and back. Unpermute sums a token's rows in expert order, in fp32, and rounds once. Rows that fill up
+// an expert's block become zero, and nothing is read from them.
 using System.Runtime.InteropServices;
 using System.Runtime.Intrinsics;
 using DeepSeekGraph.Runtime.Memory;
@@ -17,8 +18,18 @@ internal static unsafe class PermutationKernels
         using var index = Index(route);
         using var tokens = x.reshape(route.Tokens, -1);
         using var rows = tokens.index_select(0, index);
-        using var shaped = rows.reshape([route.Rows, .. x.shape.AsSpan(2)]);
-        call.Out().AdoptCopy(shaped);
+        if (route.Padding == 1)
+        {
+            using var shaped = rows.reshape([route.Rows, .. x.shape.AsSpan(2)]);
+            call.Out().AdoptCopy(shaped);
+            return;
+        }
+
+        using var places = Places(route);
+        using var blocks = zeros([route.Rows, rows.shape[1]], dtype: x.dtype);
+        blocks.index_copy_(0, places, rows).On(blocks);
+        using var filled = blocks.reshape([route.Rows, .. x.shape.AsSpan(2)]);
+        call.Out().AdoptCopy(filled);
     }
 
     /// <summary>rows[rows h], route -> y[b s h], by the library's scatter-add.</summary>
@@ -31,9 +42,11 @@ internal static unsafe class PermutationKernels
         var target = call.Out().Fill();
         var width = route.Tokens == 0 ? 0 : target.numel() / route.Tokens;
         using var flat = wide.reshape(route.Rows, width);
+        using var places = Places(route);
+        using var rowsOnly = route.Padding == 1 ? flat.alias() : flat.index_select(0, places);
         using var sum = zeros([route.Tokens, width], dtype: ScalarType.Float32);
         using var one = (Scalar)1f;
-        sum.index_add_(0, index, flat, one).On(sum);
+        sum.index_add_(0, index, rowsOnly, one).On(sum);
         using var shaped = sum.reshape(target.shape);
         call.Out().AdoptCopy(shaped);
     }
@@ -72,13 +85,12 @@ internal static unsafe class PermutationKernels
         return route.ByToken ? route : throw new InvalidOperationException("rows ordered by expert cannot be permuted by token");
     }
 
-    private static Tensor Index(RowSet route)
-    {
-        var index = new long[route.Rows];
-        for (var i = 0; i < index.Length; i++)
-            index[i] = route.TokenIndex[i];
-        return tensor(index);
-    }
+    /// <summary>The token of each row that does not fill up.</summary>
+    private static Tensor Index(RowSet route) => tensor((long[])[.. route.TokenIndex.Where(t => t >= 0).Select(t => (long)t)]);
+
+    /// <summary>Where those rows stand.</summary>
+    private static Tensor Places(RowSet route)
+        => tensor((long[])[.. Enumerable.Range(0, route.Rows).Where(row => route.TokenIndex[row] >= 0).Select(row => (long)row)]);
 
     private static void Gather(in KernelCall call, RowSet route)
     {
@@ -87,7 +99,12 @@ internal static unsafe class PermutationKernels
         var width = route.Tokens == 0 ? 0 : x.numel() / route.Tokens * TensorMemory.Width(x.dtype);
         byte* from = (byte*)x.Pointer(), to = (byte*)rows.P;
         for (var row = 0; row < route.Rows; row++)
-            Buffer.MemoryCopy(from + (route.TokenIndex[row] * width), to + (row * width), width, width);
+        {
+            if (route.TokenIndex[row] >= 0)
+                Buffer.MemoryCopy(from + (route.TokenIndex[row] * width), to + (row * width), width, width);
+        }
+
+        route.ClearPadding(to, width);
     }
 
     private static void Combine(in KernelCall call, RowSet route)
@@ -133,9 +150,11 @@ internal static unsafe class PermutationKernels
         using var rows = new Result(call.Out(output), ScalarType.Float32, route.Rows);
         for (var e = 0; e < route.Experts; e++)
         {
-            for (var row = route.Offsets[e]; row < route.Offsets[e + 1]; row++)
+            for (var row = route.Offsets[e]; row < route.Offsets[e] + route.Counts[e]; row++)
                 rows.Floats[row] = probs.Floats[((long)route.TokenIndex[row] * route.Experts) + e];
         }
+
+        route.ClearPadding((byte*)rows.P, sizeof(float));
     }
 
     private static void ScatterProbs(in KernelCall call, RowSet route, int input, int output)
@@ -145,7 +164,7 @@ internal static unsafe class PermutationKernels
         NativeMemory.Clear(probs.P, (nuint)(probs.Count * 4));
         for (var e = 0; e < route.Experts; e++)
         {
-            for (var row = route.Offsets[e]; row < route.Offsets[e + 1]; row++)
+            for (var row = route.Offsets[e]; row < route.Offsets[e] + route.Counts[e]; row++)
                 probs.Floats[((long)route.TokenIndex[row] * route.Experts) + e] = rows.Floats[row];
         }
     }

@@ -29,7 +29,8 @@ internal static unsafe class RouterKernels
         var mask = call.In(0);
         var experts = (int)mask.shape[^1];
         var tokens = (int)(mask.numel() / experts);
-        call.Out().Adopt(RowSet.FromMask(new ReadOnlySpan<byte>(mask.Pointer(), tokens * experts), tokens, experts));
+        call.Out().Adopt(RowSet.FromMask(
+            new ReadOnlySpan<byte>(mask.Pointer(), tokens * experts), tokens, experts, call.Out().Info.Padding));
     }
 
     /// <summary>logits[b s e], bias[e] -> p[b s e], mask[b s e], counts[e]: one pass over the tokens.</summary>

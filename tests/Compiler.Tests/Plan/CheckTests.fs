@@ -93,6 +93,7 @@ let private runs = max 16 (Properties.cases / 10)
 let private subjects = [
     Subjects.eight
     Subjects.experts
+    Subjects.blocks
     Subjects.four
     Subjects.gpipe
     Subjects.deep

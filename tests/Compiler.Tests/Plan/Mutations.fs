@@ -498,6 +498,27 @@ let private unbundle (plan: PlanSet) = seq {
 }
 
 /// All classes by name.
+/// Rows of one slot in other blocks than those of its row set.
+let private changePadding (plan: PlanSet) = seq {
+    for stage in plan.Stages do
+        for slot in stage.Slots do
+            for padding in [ 1; 2; 3; 4; 8 ] do
+                if slot.Routed && slot.Padding <> padding then
+                    {
+                        Note =
+                            $"stage %i{stage.Stage}, slot %%%i{slot.Id} (%s{slot.Name}): a padding of %i{padding} for %i{slot.Padding}"
+                        Plan =
+                            withStage plan stage.Stage (fun s -> {
+                                s with
+                                    Slots =
+                                        s.Slots
+                                        |> Seq.map (fun o ->
+                                            if o.Id = slot.Id then { o with Padding = padding } else o)
+                                        |> Array.ofSeq
+                            })
+                    }
+}
+
 let classes: (string * (PlanSet -> Mutant seq)) list = [
     "a step deleted", deleteStep
     "a step twice", duplicateStep
@@ -518,6 +539,7 @@ let classes: (string * (PlanSet -> Mutant seq)) list = [
     "a reduction repeated", repeatReduction
     "a bundle taken apart", unbundle
     "a gather changed", changeGather
+    "other blocks of rows", changePadding
 ]
 
 /// `n` of a class, spread over all places.

@@ -79,6 +79,7 @@ let private large =
                     Extents = [| 1; 4096; 7168 |]
                     Routed = false
                     Density = 1.0
+                    Padding = 1
                     Layout = [| AxisState.Replicated; AxisState.Split 0; AxisState.PartialSum |]
                 }
         |]

@@ -138,6 +138,7 @@ let private slot = gen {
         Extents = extents
         Routed = routed
         Density = density
+        Padding = 1
         Layout = layout
     }
 }

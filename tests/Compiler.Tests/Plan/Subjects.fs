@@ -44,6 +44,19 @@ let private base' = Recipe.Default.WithBatch(8, 1, 8)
 let eight = lazy compile 2 (base'.WithParallelism(2, 2, 2, 2).WithLayout "Et|tmL")
 /// Experts over tensor and data ranks, no pipeline.
 let experts = lazy compile 2 (base'.WithParallelism(2, 1, 4, 2))
+
+/// Experts' rows in blocks of four, moved by the fused dispatch and gathered over expert tensor ranks.
+let blocks =
+    lazy
+        compile
+            2
+            (base'
+                .WithParallelism(2, 1, 2, 2)
+                .WithExpertTensorParallel(2)
+                .WithDispatcher(Dispatcher.Flex)
+                .WithPermutePadding
+                4)
+
 /// Four stages, one rank each.
 let four = lazy compile 3 (base'.WithParallelism(1, 4, 1, 1).WithLayout "Et|t|t|mL")
 /// Four stages, all forwards first.
