@@ -176,6 +176,42 @@ module Codes =
     [<Literal>]
     let SafeTensorsType = "DSG0823"
 
+    /// The index of a sharded checkpoint is damaged, or names a file that is not beside it.
+    [<Literal>]
+    let SafeTensorsIndex = "DSG0824"
+
+    /// The index of a sharded checkpoint and its files disagree.
+    [<Literal>]
+    let SafeTensorsShards = "DSG0825"
+
+    /// An fp8 weight and its scales do not fit together, or a value has no fp8 form.
+    [<Literal>]
+    let Fp8Blocks = "DSG0826"
+
+    /// A tokenizer's file is missing or cannot be read.
+    [<Literal>]
+    let TokenizerUnreadable = "DSG0830"
+
+    /// A tokenizer's file is no JSON of the form it must have, or contradicts itself.
+    [<Literal>]
+    let TokenizerMalformed = "DSG0831"
+
+    /// A tokenizer is of a kind that is not supported.
+    [<Literal>]
+    let TokenizerUnsupported = "DSG0832"
+
+    /// A chat template is not one of those that are known.
+    [<Literal>]
+    let ChatTemplateUnknown = "DSG0833"
+
+    /// Messages of a chat lack what the template needs.
+    [<Literal>]
+    let ChatMalformed = "DSG0834"
+
+    /// A tokenizer has ids that the model's vocabulary does not.
+    [<Literal>]
+    let VocabularySmaller = "DSG0835"
+
     /// A recompute policy names something that cannot be recomputed.
     [<Literal>]
     let UnknownRecompute = "DSG0590"

@@ -12,6 +12,9 @@ let main argv =
             Native.LibTorchTests.tests
             DataTests.tests
             SafeTensorsTests.tests
+            SafeTensorsFuzz.tests
+            ShardTests.tests
+            Fp8BlockTests.tests
             MetricsTests.tests
             KernelTests.tests
             RowKernelTests.tests

@@ -67,24 +67,6 @@ let private openFails code path =
     Expect.equal d.Code code (string d)
     d
 
-/// Every tensor of a file, read in every way its type allows.
-let private readAll (path: string) =
-    use file = SafeTensorsFile.Open path
-
-    for name in file.Names do
-        file.Bytes(name).ToArray() |> ignore
-
-        match file.Info(name).DType with
-        | "F32"
-        | "BF16"
-        | "F16"
-        | "F64" -> file.ReadFloat32 name |> ignore
-        | "I64"
-        | "I32"
-        | "U8"
-        | "BOOL" -> file.ReadInt64 name |> ignore
-        | _ -> ()
-
 let private roundTrips =
     testList "SafeTensorsWriter" [
         Properties.propertyOver [ typeof<Entries> ] "what is written comes back"
@@ -208,9 +190,15 @@ let private damage =
             """{"a":{"dtype":"F32","shape":[1]}}""", 4, "needs dtype"
             """{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":1}}""", 4, "unknown or occurs twice"
             """{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}""", 4, "occurs twice"
+            """{"a":{"dtype":"F32","shape":{"b":[[1]]},"data_offsets":[0,4]}}""", 4, "not an array"
+            """{"a":{"dtype":"U8","shape":[1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1],"data_offsets":[0,1]}}""",
+            1,
+            "more than 64"
+            """{"__metadata__":{"a":"b","a":"b"}}""", 0, "twice"
+            """{}{}""", 0, ""
             """{"a":3}""", 0, "not an object"
             """{"__metadata__":{"a":3}}""", 0, "not a string"
-            """{"a":{"dtype":"F32","shape":[[[[1]]]],"data_offsets":[0,4]}}""", 4, "depth"
+            """{"a":{"dtype":"F32","shape":[[[[1]]]],"data_offsets":[0,4]}}""", 4, "from 0 up"
             """{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}""",
             2,
             "twice"
@@ -250,37 +238,6 @@ let private damage =
                 for cut in [ 0; 1; 7; 8; 9; 500; whole.Length - 1 ] @ [ for _ in 1..50 -> random.Next whole.Length ] do
                     File.WriteAllBytes(path, whole[.. cut - 1])
                     openFails Codes.SafeTensorsMalformed path |> ignore)
-        }
-        test "2,000 damaged files give a diagnostic or read" {
-            inFolder (fun folder ->
-                let whole = File.ReadAllBytes sample
-                let header = 8 + int (BitConverter.ToInt64(whole, 0))
-                let path = Path.Combine(folder, "a.safetensors")
-                let random = Random 2
-                let mutable told = 0
-                let interesting = Array.append "{}[]\",:0123456789eE-.\\u"B [| 0uy; 255uy |]
-
-                for _ in 1..2000 do
-                    let bytes = Array.copy whole
-
-                    for _ in 0 .. random.Next 3 do
-                        let value =
-                            if random.Next 2 = 0 then
-                                byte (random.Next 256)
-                            else
-                                interesting[random.Next interesting.Length]
-
-                        bytes[random.Next header] <- value
-
-                    File.WriteAllBytes(path, bytes)
-
-                    try
-                        readAll path
-                    with :? DiagnosticException as e ->
-                        told <- told + 1
-                        Expect.isTrue (e.Diagnostics[0].Code.StartsWith "DSG082") (string e.Diagnostics[0])
-
-                Expect.isGreaterThan told 1000 "most damage is seen")
         }
     ]
 

@@ -1,7 +1,9 @@
 // Reads safetensors files by memory map, and trusts nothing in them.
 
-using System.IO.MemoryMappedFiles;
 using System.Runtime.InteropServices;
+using DeepSeekGraph.Runtime.Memory;
+using DeepSeekGraph.Runtime.Native;
+using static TorchSharp.torch;
 
 namespace DeepSeekGraph.Runtime.Weights;
 
@@ -15,30 +17,16 @@ public sealed record SafeTensorInfo(string Name, string DType, IReadOnlyList<lon
     public long Elements => Bytes / SafeTensorTypes.BytesOf(DType);
 }
 
-/// The format's element types that fill whole bytes.
-public static class SafeTensorTypes
-{
-    /// Bytes of one element; 0 for a type that is not known.
-    public static int BytesOf(string dtype) => dtype switch
-    {
-        "BOOL" or "U8" or "I8" or "F8_E4M3" or "F8_E5M2" or "F8_E8M0" => 1,
-        "F16" or "BF16" or "I16" or "U16" => 2,
-        "F32" or "I32" or "U32" => 4,
-        "F64" or "I64" or "U64" => 8,
-        _ => 0,
-    };
-}
-
-/// An open file. Any defect of it is a diagnostic: DSG0820 to DSG0823, never a crash.
+/// An open file. Any defect of it is a diagnostic: DSG0820 to DSG0823, never a crash. A file that another program
+/// makes shorter while it is open is beyond any check: replace files by renaming, as the writer does.
 public sealed unsafe class SafeTensorsFile : IDisposable
 {
     private readonly Dictionary<string, SafeTensorInfo> _infos;
     private readonly long _dataStart;
-    private readonly MemoryMappedFile _map;
-    private readonly MemoryMappedViewAccessor _view;
+    private readonly Mapping _map;
     private byte* _start;
 
-    private SafeTensorsFile(string path, MemoryMappedFile map, SafeTensorsHeader header)
+    private SafeTensorsFile(string path, Mapping map, SafeTensorsHeader header)
     {
         Path = path;
         Metadata = header.Metadata;
@@ -46,10 +34,14 @@ public sealed unsafe class SafeTensorsFile : IDisposable
         _infos = header.Tensors.ToDictionary(tensor => tensor.Name, StringComparer.Ordinal);
         _dataStart = header.DataStart;
         _map = map;
-        _view = map.CreateViewAccessor(0, 0, MemoryMappedFileAccess.Read);
-        _view.SafeMemoryMappedViewHandle.AcquirePointer(ref _start);
-        _start += _view.PointerOffset;
+        _start = map.Start;
     }
+
+    /// Address of the file's first byte, for tests of bounds.
+    internal nint Start => (nint)_start;
+
+    /// Bytes of the file.
+    public long FileBytes => _map.Length;
 
     /// As given to Open.
     public string Path { get; }
@@ -64,18 +56,17 @@ public sealed unsafe class SafeTensorsFile : IDisposable
     public static SafeTensorsFile Open(string path)
     {
         FileStream? file = null;
-        MemoryMappedFile? map = null;
         try
         {
+            // A pipe would wait for its other end.
+            if (FileCalls.IsSpecial(path))
+                throw new IOException("it is no regular file");
             file = new FileStream(path, FileMode.Open, FileAccess.Read, FileShare.Read);
             var header = SafeTensorsHeader.Read(file, path);
-            map = MemoryMappedFile.CreateFromFile(
-                file, null, 0, MemoryMappedFileAccess.Read, HandleInheritability.None, leaveOpen: false);
-            return new SafeTensorsFile(path, map, header);
+            return new SafeTensorsFile(path, Mapping.Open(file, header.FileBytes, shared: false), header);
         }
         catch (Exception e)
         {
-            map?.Dispose();
             file?.Dispose();
             if (e is IOException or UnauthorizedAccessException or ArgumentException or NotSupportedException)
             {
@@ -120,6 +111,25 @@ public sealed unsafe class SafeTensorsFile : IDisposable
         return (nint)(_start + _dataStart + Info(name).Begin);
     }
 
+    /// The tensor itself on the mapped bytes, nothing copied; it may outlive this object, and what is written to it never
+    /// reaches the file. Copied only where the file does not align it to its element type. DSG0823 for a shape that no
+    /// tensor can have.
+    public Tensor Tensor(string name)
+    {
+        ObjectDisposedException.ThrowIf(_start == null, this);
+        LibTorch.Load();
+        var info = Info(name);
+        var type = SafeTensorTypes.ScalarTypeOf(info.DType);
+        if (info.Bytes == 0)
+            return Empty(info, type);
+        var at = _dataStart + info.Begin;
+        if (at % SafeTensorTypes.BytesOf(info.DType) == 0)
+            return _map.Tensor(at, info.Shape, type);
+        var copy = empty([.. info.Shape], dtype: type);
+        Buffer.MemoryCopy(_start + at, copy.Pointer(), info.Bytes, info.Bytes);
+        return copy;
+    }
+
     /// F32, BF16, F16 or F64 elements as float, row-major; DSG0823 for other types.
     public float[] ReadFloat32(string name)
     {
@@ -154,10 +164,19 @@ public sealed unsafe class SafeTensorsFile : IDisposable
         if (_start != null)
         {
             _start = null;
-            _view.SafeMemoryMappedViewHandle.ReleasePointer();
-            _view.Dispose();
             _map.Dispose();
         }
+    }
+
+    /// A tensor without elements, whose strides must still be numbers.
+    private Tensor Empty(SafeTensorInfo info, ScalarType type)
+    {
+        var spread = 1.0;
+        foreach (var extent in info.Shape)
+            spread *= Math.Max(extent, 1);
+        return spread < long.MaxValue / 8.0
+            ? empty([.. info.Shape], dtype: type)
+            : throw TypeMistake(info, "has a shape that no tensor can have", "write it again with a smaller shape");
     }
 
     private static TTo[] Widen<TFrom, TTo>(ReadOnlySpan<byte> bytes, Func<TFrom, TTo> convert)

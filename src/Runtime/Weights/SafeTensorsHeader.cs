@@ -15,7 +15,14 @@ internal sealed record SafeTensorsHeader(
     /// The name that is no tensor but the file's notes.
     public const string MetadataName = "__metadata__";
 
+    /// As many dims as LibTorch iterates over.
+    public const int MostDims = 64;
+
     private const int MostDepth = 4;
+    private const int MostShown = 200;
+
+    /// The header's end and all data.
+    public long FileBytes => DataStart + (Tensors.Count == 0 ? 0 : Tensors[^1].End);
 
     /// Checks everything before anything is mapped; DSG0821 tells which rule is broken.
     public static SafeTensorsHeader Read(Stream file, string path)
@@ -53,26 +60,24 @@ internal sealed record SafeTensorsHeader(
         var names = new HashSet<string>(StringComparer.Ordinal);
         try
         {
-            using var document = JsonDocument.Parse(json, new JsonDocumentOptions { MaxDepth = MostDepth });
-            foreach (var property in Object(document.RootElement, "the header").EnumerateObject())
+            // Token by token: a document tree would take many times the bytes of a hostile header.
+            var reader = new Utf8JsonReader(json, new JsonReaderOptions { MaxDepth = MostDepth });
+            Next(ref reader);
+            Begin(ref reader, JsonTokenType.StartObject, "the header", "an object");
+            while (Next(ref reader) != JsonTokenType.EndObject)
             {
-                var name = property.Name;
+                var name = reader.GetString()!;
                 if (!names.Add(name))
-                {
-                    throw new JsonException($"the name '{name}' occurs twice");
-                }
-
-                if (name != MetadataName)
-                {
-                    tensors.Add(Tensor(name, Object(property.Value, $"'{name}'")));
-                    continue;
-                }
-
-                foreach (var note in Object(property.Value, MetadataName).EnumerateObject())
-                {
-                    metadata[note.Name] = Text(note.Value, $"{MetadataName} '{note.Name}'");
-                }
+                    throw new JsonException($"the name '{Clip(name)}' occurs twice");
+                Next(ref reader);
+                if (name == MetadataName)
+                    Notes(ref reader, metadata);
+                else
+                    tensors.Add(Tensor(ref reader, name));
             }
+
+            // Anything but blanks behind the object is an error of the reader.
+            reader.Read();
         }
         catch (Exception e) when (e is JsonException or InvalidOperationException or OverflowException)
         {
@@ -84,54 +89,60 @@ internal sealed record SafeTensorsHeader(
         return (tensors, metadata);
     }
 
-    private static SafeTensorInfo Tensor(string name, JsonElement entry)
+    private static void Notes(ref Utf8JsonReader reader, Dictionary<string, string> metadata)
     {
+        Begin(ref reader, JsonTokenType.StartObject, MetadataName, "an object");
+        while (Next(ref reader) != JsonTokenType.EndObject)
+        {
+            var key = reader.GetString()!;
+            Next(ref reader);
+            if (!metadata.TryAdd(key, Text(ref reader, $"{MetadataName} '{Clip(key)}'")))
+                throw new JsonException($"the name '{Clip(key)}' of {MetadataName} occurs twice");
+        }
+    }
+
+    private static SafeTensorInfo Tensor(ref Utf8JsonReader reader, string name)
+    {
+        var shown = Clip(name);
+        Begin(ref reader, JsonTokenType.StartObject, $"'{shown}'", "an object");
         string? dtype = null;
         long[]? shape = null, offsets = null;
-        foreach (var property in entry.EnumerateObject())
+        while (Next(ref reader) != JsonTokenType.EndObject)
         {
-            var what = $"{property.Name} of '{name}'";
-            if (property.NameEquals("dtype") && dtype is null)
+            var property = reader.GetString()!;
+            var what = $"{Clip(property)} of '{shown}'";
+            Next(ref reader);
+            switch (property)
             {
-                dtype = Text(property.Value, what);
-            }
-            else if (property.NameEquals("shape") && shape is null)
-            {
-                shape = Numbers(property.Value, what);
-            }
-            else if (property.NameEquals("data_offsets") && offsets is null)
-            {
-                offsets = Numbers(property.Value, what);
-            }
-            else
-            {
-                throw new JsonException($"{what} is unknown or occurs twice");
+                case "dtype" when dtype is null:
+                    dtype = Text(ref reader, what);
+                    break;
+                case "shape" when shape is null:
+                    shape = Numbers(ref reader, what);
+                    break;
+                case "data_offsets" when offsets is null:
+                    offsets = Numbers(ref reader, what);
+                    break;
+                default:
+                    throw new JsonException($"{what} is unknown or occurs twice");
             }
         }
 
         if (dtype is null || shape is null || offsets is not [var begin, var end])
-        {
-            throw new JsonException($"'{name}' needs dtype, shape and two data_offsets");
-        }
-
+            throw new JsonException($"'{shown}' needs dtype, shape and two data_offsets");
         var width = SafeTensorTypes.BytesOf(dtype);
         if (width == 0)
-        {
-            throw new JsonException($"dtype '{dtype}' of '{name}' is not known");
-        }
+            throw new JsonException($"dtype '{Clip(dtype)}' of '{shown}' is not known");
 
         // A zero extent makes the product 0 even where other extents alone would overflow.
         var bytes = shape.Contains(0)
             ? 0
             : shape.Aggregate((long)width, (product, extent) => checked(product * extent));
-        if (end < begin || end - begin != bytes)
-        {
-            throw new JsonException(
-                $"'{name}' of {dtype} [{string.Join(", ", shape)}] needs {bytes} bytes, "
+        return end >= begin && end - begin == bytes
+            ? new SafeTensorInfo(name, dtype, shape, begin, end)
+            : throw new JsonException(
+                $"'{shown}' of {dtype} [{string.Join(", ", shape)}] needs {bytes} bytes, "
                 + $"its data_offsets [{begin}, {end}] differ");
-        }
-
-        return new SafeTensorInfo(name, dtype, shape, begin, end);
     }
 
     private static void CheckPlaces(List<SafeTensorInfo> tensors, long dataBytes, string path)
@@ -145,11 +156,11 @@ internal sealed record SafeTensorsHeader(
                 var fault = tensor.Begin < filled ? "overlaps" : "leaves a gap after";
                 throw Malformed(
                     path,
-                    $"'{tensor.Name}' at [{tensor.Begin}, {tensor.End}] {fault} {before}, which ends at {filled}");
+                    $"'{Clip(tensor.Name)}' at [{tensor.Begin}, {tensor.End}] {fault} {before}, which ends at {filled}");
             }
 
             filled = tensor.End;
-            before = $"'{tensor.Name}'";
+            before = $"'{Clip(tensor.Name)}'";
         }
 
         if (filled != dataBytes)
@@ -158,28 +169,43 @@ internal sealed record SafeTensorsHeader(
         }
     }
 
-    private static JsonElement Object(JsonElement value, string what)
-        => value.ValueKind == JsonValueKind.Object
-            ? value
-            : throw new JsonException($"{what} is {value.ValueKind}, not an object");
+    /// The next token; a header that ends early is an error of the reader.
+    private static JsonTokenType Next(ref Utf8JsonReader reader)
+        => reader.Read() ? reader.TokenType : throw new JsonException("the header is no JSON: it ends early");
 
-    private static string Text(JsonElement value, string what)
-        => value.ValueKind == JsonValueKind.String
-            ? value.GetString()!
-            : throw new JsonException($"{what} is {value.ValueKind}, not a string");
-
-    private static long[] Numbers(JsonElement value, string what)
+    private static void Begin(ref Utf8JsonReader reader, JsonTokenType token, string what, string form)
     {
-        if (value.ValueKind != JsonValueKind.Array)
+        if (reader.TokenType != token)
+            throw new JsonException($"{what} is {reader.TokenType}, not {form}");
+    }
+
+    private static string Text(ref Utf8JsonReader reader, string what)
+    {
+        Begin(ref reader, JsonTokenType.String, what, "a string");
+        return reader.GetString()!;
+    }
+
+    private static long[] Numbers(ref Utf8JsonReader reader, string what)
+    {
+        Begin(ref reader, JsonTokenType.StartArray, what, "an array");
+        var numbers = new List<long>();
+        while (Next(ref reader) != JsonTokenType.EndArray)
         {
-            throw new JsonException($"{what} is {value.ValueKind}, not an array");
+            if (reader.TokenType != JsonTokenType.Number || !reader.TryGetInt64(out var number) || number < 0)
+                throw new JsonException($"{what} holds a {reader.TokenType} that is not a whole number from 0 up");
+            if (numbers.Count == MostDims)
+                throw new JsonException($"{what} has more than {MostDims} numbers");
+            numbers.Add(number);
         }
 
-        return value.EnumerateArray()
-            .Select(item => item.ValueKind == JsonValueKind.Number && item.TryGetInt64(out var number) && number >= 0
-                ? number
-                : throw new JsonException($"{what} holds {item}, not a whole number from 0 up"))
-            .ToArray();
+        return [.. numbers];
+    }
+
+    /// Names come from the file: neither their length nor their control characters reach a terminal.
+    internal static string Clip(string name)
+    {
+        var plain = name.Any(char.IsControl) ? string.Concat(name.Select(c => char.IsControl(c) ? '?' : c)) : name;
+        return plain.Length <= MostShown ? plain : plain[..MostShown] + "...";
     }
 
     private static DiagnosticException Malformed(string path, string what) => DiagnosticException.Of(
