@@ -1,9 +1,11 @@
 /// Fused kernels against the kernels they replace, and against their definitions in float64.
 module DeepSeekGraph.Runtime.Tests.FusedKernelTests
 
+open System
 open Expecto
 open DeepSeekGraph
 open DeepSeekGraph.Runtime.Tests.Slots
+open DeepSeekGraph.Runtime.Kernels
 
 let private f32 = DType.Float32
 
@@ -102,43 +104,107 @@ let private router =
                 close "gradient" f32 dx (difference dp logits (tokenwise (weights normalize) chosen))
     ]
 
-/// Positions of the k largest, the lower first among equals.
+/// Positions of the k largest, the lower first among equals; NaN is the least.
 let private largest k (values: float[]) =
-    Array.init values.Length id |> Array.sortBy (fun i -> -values[i], i) |> Array.truncate k
+    Array.init values.Length id
+    |> Array.sortBy (fun i -> Double.IsNaN values[i], -values[i], i)
+    |> Array.truncate k
+
+/// The rule of DeepSeek-V3, one expert after the other: ones for the chosen.
+let private chosenOf groups keep topK zeroMasked (row: float[]) =
+    let width = row.Length / groups
+
+    /// The two best of a group, of which there may be one or none.
+    let score (group: float[]) =
+        let best = group |> Array.filter (Double.IsNaN >> not) |> Array.sortDescending
+        let at i = if i < best.Length then best[i] else -infinity
+        if group.Length = 1 then at 0 else at 0 + at 1
+
+    let lost = if zeroMasked then 0.0 else -infinity
+
+    let best =
+        if keep >= groups then
+            largest topK row
+        else
+            let kept = row |> Array.chunkBySize width |> Array.map score |> largest keep
+            row |> Array.mapi (fun i v -> if Array.contains (i / width) kept then v else lost) |> largest topK
+
+    Array.init row.Length (fun i -> if Array.contains i best then 1.0 else 0.0)
 
 let private choices =
-    testCase "many experts, with ties, are chosen as one by one"
+    testCase "experts are chosen as one by one, with ties, zeros of both signs, infinities and NaN"
     <| fun () ->
-        for experts, groups, keep, topK in [ 256, 8, 4, 8; 60, 3, 2, 7; 33, 1, 1, 5; 64, 8, 8, 64; 48, 2, 1, 1 ] do
-            let tokens, width = 7, experts / groups
-            // eighths, so that many are equal
-            let scores = random 5 (tokens * experts) |> Array.map (fun v -> round (8.0 * v) / 8.0)
+        // a few values many times, and what is no number; 9 in 10 tokens have no NaN
+        let odd = [| nan; infinity; -infinity; 0.0; -0.0; 1.0; -1.0 |]
+        let source = Random 11
 
-            let mask =
-                apply
-                    KernelId.GroupTopK
-                    [ int topK; int groups; int keep; int 0 ]
-                    [ filled f32 [ 1; tokens; experts ] scores ]
-                    (slot DType.Bool [ 1; tokens; experts ])
+        let score t _ =
+            match source.Next 24 with
+            | i when i < odd.Length && (t % 10 = 9 || not (Double.IsNaN odd[i])) && t % 3 = 0 -> odd[i]
+            | _often -> round (8.0 * (2.0 * source.NextDouble() - 1.0)) / 8.0
 
-            let expected =
-                scores
-                |> Array.chunkBySize experts
-                |> Array.collect (fun row ->
-                    let kept =
-                        row
-                        |> Array.chunkBySize width
-                        |> Array.map (Array.sortDescending >> Array.truncate 2 >> Array.sum)
-                        |> largest keep
+        let cases = [
+            256, 8, 4, 8
+            60, 3, 2, 7
+            33, 1, 1, 5
+            64, 8, 8, 64
+            48, 2, 1, 1
+            // groups of one, of two and of odd sizes; more wanted than the kept groups have
+            7, 7, 3, 2
+            10, 5, 2, 3
+            27, 9, 4, 6
+            104, 8, 3, 13
+            24, 4, 1, 9
+            1, 1, 1, 1
+            5, 1, 1, 9
+        ]
 
-                    let best =
-                        row
-                        |> Array.mapi (fun i v -> if Array.contains (i / width) kept then v else -infinity)
-                        |> largest topK
+        for experts, groups, keep, topK in cases do
+            for zeroMasked in [ false; true ] do
+                let tokens = 60
+                let rows = Array.init tokens (fun t -> Array.init experts (score t))
 
-                    Array.init experts (fun i -> if Array.contains i best then 1.0 else 0.0))
+                let mask =
+                    apply
+                        KernelId.GroupTopK
+                        [ int topK; int groups; int keep; int (if zeroMasked then 1 else 0) ]
+                        [ filled f32 [ 1; tokens; experts ] (Array.concat rows) ]
+                        (slot DType.Bool [ 1; tokens; experts ])
+                    |> Array.chunkBySize experts
 
-            Expect.equal mask expected $"top %i{topK} of %i{experts}"
+                for t in 0 .. tokens - 1 do
+                    if mask[t] <> chosenOf groups keep topK zeroMasked rows[t] then
+                        failtest
+                            $"top %i{topK} of %i{keep} of %i{groups} groups of %i{experts}, zero %b{zeroMasked}: %A{rows[t]}"
+
+let private weighs =
+    testCase "weights made with the choice and from a mask have the same bits"
+    <| fun () ->
+        for experts, groups, keep, topK in [ 256, 8, 4, 8; 30, 3, 2, 5 ] do
+            let tokens = 40
+            let axes = [ 1; tokens; experts ]
+            let x = filled f32 axes (random 7 (tokens * experts) |> Array.map ((*) 3.0))
+            let bias = filled f32 [ experts ] (random 8 experts)
+            let p, mask, counts = slot f32 axes, slot DType.Bool axes, slot DType.Int64 [ experts ]
+
+            let attributes = [
+                int topK
+                int groups
+                int keep
+                int 0
+                int 1
+                Attribute.Float 1e-20
+                Attribute.Float 2.5
+            ]
+
+            run KernelId.Router attributes [ x; bias ] [ p; mask; counts ]
+            let again, recounted = slot f32 axes, slot DType.Int64 [ experts ]
+            let inputs, outputs = [| x; bias |], [| again; mask; recounted |]
+            let call = KernelCall(Array.ofList attributes, ReadOnlySpan inputs, ReadOnlySpan outputs, alone)
+            RouterKernels.Weigh &call
+            Expect.equal (read again) (read p) "weights"
+            Expect.equal (read recounted) (read counts) "counts"
+            Expect.equal (Array.sum (read counts)) (float (tokens * topK)) "as many as wanted"
 
 /// Shares of affinity, by sequence.
 let private shares (w: float[]) (logits: float[]) =
@@ -299,4 +365,4 @@ let private wholeHead =
             run KernelId.LinearCrossEntropyGrad [] (operands @ [ weights ]) [ loss; dh; again ]
             Expect.equal (read again) (read dw) "the same bits again")
 
-let tests = testList "Fused kernels" [ norm; choices; router; balance; head; wholeHead ]
+let tests = testList "Fused kernels" [ norm; choices; weighs; router; balance; head; wholeHead ]

@@ -1,17 +1,22 @@
 // One token's choice of experts, over buffers that serve all tokens of a launch.
+using System.Numerics;
 using System.Runtime.InteropServices;
 using System.Runtime.Intrinsics;
 
 namespace DeepSeekGraph.Runtime.Kernels;
 
-/// <summary>Group-limited top-k (arXiv 2412.19437, 2.1.2); ties: lowest index.</summary>
+/// <summary>Group-limited top-k (arXiv 2412.19437, 2.1.2); ties: lowest index, and a NaN is the least.</summary>
 internal readonly unsafe ref struct Chooser
 {
     private readonly int _experts;
-    private readonly bool _zeroMasked;
-    private readonly float[] _groupScores;
-    private readonly int[] _keptGroups;
+    private readonly int _size;
+    private readonly int _lost;
+    private readonly int[] _groups;
     private readonly int[] _best;
+    private readonly int* _keys;
+    private readonly int* _keptKeys;
+    private readonly int* _groupKeys;
+    private readonly int _groupCount;
 
     /// <summary>Attributes 0 to 3 of the launch: topK, groups, keepGroups, zeroMasked.</summary>
     public Chooser(in KernelCall call, int experts)
@@ -22,47 +27,72 @@ internal readonly unsafe ref struct Chooser
     public Chooser(int experts, int topK, int groups, int keep, bool zeroMasked)
     {
         _experts = experts;
-        _zeroMasked = zeroMasked;
-        _groupScores = new float[groups];
-        _keptGroups = new int[Math.Min(keep, groups)];
+        _size = experts / groups;
+        _groupCount = groups;
+        _lost = Selection.Key(zeroMasked ? 0 : float.NegativeInfinity);
+        _groups = new int[Math.Min(keep, groups)];
         _best = new int[Math.Min(topK, experts)];
-        Row = (float*)NativeMemory.Alloc((nuint)Math.Max(1, experts), sizeof(float));
+
+        // in whole vectors: what is beyond the experts is NaN, and never chosen
+        var (width, groupWidth) = (Selection.Padded(experts), Selection.Padded(groups));
+        Row = (float*)NativeMemory.Alloc((nuint)((4 * width) + groupWidth), sizeof(float));
+        Scores = Row + width;
+        _keys = (int*)(Scores + width);
+        _keptKeys = _keys + width;
+        _groupKeys = _keptKeys + width;
+        new Span<float>(Row, width).Fill(float.NaN);
+        new Span<int>(_groupKeys, groupWidth).Fill(int.MinValue);
     }
 
-    /// <summary>Scores of the token, to be filled before each choice; the choice overwrites groups that it loses.</summary>
+    /// <summary>What is chosen by, to be filled before each choice.</summary>
     public float* Row { get; }
+
+    /// <summary>Scores without bias, where Score filled the row.</summary>
+    public float* Scores { get; }
+
+    /// <summary>The chosen experts, in ascending order.</summary>
+    public ReadOnlySpan<int> Best => _best;
 
     /// <summary>Fills the row with the sigmoid of logits, plus a bias where there is one.</summary>
     public void Score(float* logits, float* bias)
     {
-        Simd.Sigmoid(logits, Row, _experts);
-        if (bias is null)
-            return;
+        Simd.Sigmoid(logits, Scores, _experts);
         var i = 0;
-        for (; i <= _experts - 8; i += 8)
-            (Vector256.Load(Row + i) + Vector256.Load(bias + i)).Store(Row + i);
-        for (; i < _experts; i++)
-            Row[i] += bias[i];
+        if (bias is null)
+            new ReadOnlySpan<float>(Scores, _experts).CopyTo(new Span<float>(Row, _experts));
+        else
+        {
+            for (; i <= _experts - 8; i += 8)
+                (Vector256.Load(Scores + i) + Vector256.Load(bias + i)).Store(Row + i);
+            for (; i < _experts; i++)
+                Row[i] = Scores[i] + bias[i];
+        }
     }
 
     /// <summary>Ones for the chosen, zeros for the others.</summary>
     public void Choose(Span<byte> mask)
     {
-        var row = new Span<float>(Row, _experts);
-        var size = _experts / _groupScores.Length;
-        if (_keptGroups.Length < _groupScores.Length)
+        var width = Selection.Padded(_experts);
+        Selection.Keys(Row, _keys, width);
+        if (_groups.Length == _groupCount)
+            Selection.Top(_keys, width, _best);
+        else
         {
-            for (var g = 0; g < _groupScores.Length; g++)
-                _groupScores[g] = BestTwo(row.Slice(g * size, size));
-            Top(_groupScores, _keptGroups);
-            for (var g = 0; g < _groupScores.Length; g++)
+            for (var g = 0; g < _groupCount; g++)
+                _groupKeys[g] = Selection.Key(Selection.BestTwo(Row + (g * _size), _size));
+            Selection.Top(_groupKeys, Selection.Padded(_groupCount), _groups);
+            if (!ChooseAmongKept())
             {
-                if (!_keptGroups.AsSpan().Contains(g))
-                    row.Slice(g * size, size).Fill(_zeroMasked ? 0 : float.NegativeInfinity);
+                for (var g = 0; g < _groupCount; g++)
+                {
+                    if (!_groups.AsSpan().Contains(g))
+                        new Span<int>(_keys + (g * _size), _size).Fill(_lost);
+                }
+
+                Selection.Top(_keys, width, _best);
             }
         }
 
-        Top(row, _best);
         mask.Clear();
         foreach (var e in _best)
             mask[e] = 1;
@@ -70,84 +100,160 @@ internal readonly unsafe ref struct Chooser
 
     public void Dispose() => NativeMemory.Free(Row);
 
-    /// <summary>The indices of the largest values, best first; the lower index wins a tie, and a NaN is the least.</summary>
-    private static void Top(ReadOnlySpan<float> values, Span<int> best)
+    /// <summary>The choice where all chosen score above what lost groups score, so that only kept groups need be looked at.</summary>
+    private bool ChooseAmongKept()
     {
-        var found = 0;
-        for (var i = 0; i < values.Length; i++)
+        var count = _groups.Length * _size;
+        if (count < _best.Length || _groupCount * _size != _experts)
+            return false;
+        for (var i = 0; i < _groups.Length; i++)
+            new ReadOnlySpan<int>(_keys + (_groups[i] * _size), _size).CopyTo(new Span<int>(_keptKeys + (i * _size), _size));
+        var width = Selection.Padded(count);
+        new Span<int>(_keptKeys + count, width - count).Fill(int.MinValue);
+        if (Selection.Top(_keptKeys, width, _best) <= _lost)
+            return false;
+
+        // positions among the kept become experts; both ascend
+        foreach (ref var at in _best.AsSpan())
         {
-            if (found == best.Length)
-            {
-                i = NextAbove(values, i, values[best[^1]]);
-                if (i == values.Length)
-                    return;
-            }
-
-            var value = values[i];
-            var at = found < best.Length ? found++ : found - 1;
-            while (at > 0 && Above(value, values[best[at - 1]]))
-            {
-                best[at] = best[at - 1];
-                at--;
-            }
-
-            best[at] = i;
-        }
-    }
-
-    /// <summary>The first index from `from` on whose value is above the threshold; eight at a time, since few are.</summary>
-    private static int NextAbove(ReadOnlySpan<float> values, int from, float threshold)
-    {
-        var i = from;
-        if (!float.IsNaN(threshold))
-        {
-            var limit = Vector256.Create(threshold);
-            while (i <= values.Length - 8 && !Vector256.GreaterThanAny(Vector256.Create(values.Slice(i, 8)), limit))
-                i += 8;
+            var (group, place) = Math.DivRem(at, _size);
+            at = (_groups[group] * _size) + place;
         }
 
-        while (i < values.Length && !Above(values[i], threshold))
-            i++;
-        return i;
+        return true;
+    }
+}
+
+/// <summary>The largest of some scores, as keys: integers in the order of the scores.</summary>
+internal static unsafe class Selection
+{
+    /// <summary>The next multiple of a vector's width.</summary>
+    public static int Padded(int n) => (n + 7) & ~7;
+
+    /// <summary>An integer that orders as the score does: zeros of both signs are equal, and NaN is the least.</summary>
+    public static int Key(float score) => Key(Vector256.Create(score))[0];
+
+    /// <summary>Keys of n scores, whole vectors.</summary>
+    public static void Keys(float* scores, int* keys, int n)
+    {
+        for (var i = 0; i < n; i += 8)
+            Key(Vector256.Load(scores + i)).Store(keys + i);
     }
 
-    private static bool Above(float a, float b) => a > b || (float.IsNaN(b) && !float.IsNaN(a));
+    /// <summary>Positions of the largest of n keys, ascending; the lower position wins a tie. Gives the least key among them.</summary>
+    public static int Top(int* keys, int n, Span<int> best)
+    {
+        if (best.IsEmpty)
+            return int.MaxValue;
+        var least = Threshold(keys, n, best.Length, out var above);
+        var (found, ties) = (0, best.Length - above);
+        var limit = Vector256.Create(least);
+        for (var i = 0; i < n && found < best.Length; i += 8)
+        {
+            var bits = Vector256.GreaterThanOrEqual(Vector256.Load(keys + i), limit).ExtractMostSignificantBits();
+            for (; bits != 0; bits &= bits - 1)
+            {
+                var at = i + BitOperations.TrailingZeroCount(bits);
+                if (keys[at] > least || ties-- > 0)
+                    best[found++] = at;
+            }
+        }
 
-    /// <summary>The sum of the two largest values, or the only one.</summary>
-    private static float BestTwo(ReadOnlySpan<float> values)
+        return least;
+    }
+
+    /// <summary>The sum of the two largest scores, or the only one; NaN counts as none.</summary>
+    public static float BestTwo(float* scores, int n)
     {
         float first = float.NegativeInfinity, second = float.NegativeInfinity;
         var i = 0;
-        if (values.Length >= 16)
+        if (n >= 8)
         {
             // each lane keeps its two largest
-            Vector256<float> firsts = Vector256.Create(first), seconds = firsts;
-            for (; i <= values.Length - 8; i += 8)
+            var none = Vector256.Create(float.NegativeInfinity);
+            Vector256<float> firsts = none, seconds = none;
+            for (; i <= n - 8; i += 8)
             {
-                var value = Vector256.Create(values.Slice(i, 8));
-                var isFirst = Vector256.GreaterThan(value, firsts);
-                var lesser = Vector256.ConditionalSelect(isFirst, firsts, value);
-                firsts = Vector256.ConditionalSelect(isFirst, value, firsts);
-                seconds = Vector256.ConditionalSelect(Vector256.GreaterThan(lesser, seconds), lesser, seconds);
+                var score = Vector256.Load(scores + i);
+                score = Vector256.ConditionalSelect(Vector256.Equals(score, score), score, none);
+                seconds = Vector256.MaxNative(seconds, Vector256.MinNative(firsts, score));
+                firsts = Vector256.MaxNative(firsts, score);
             }
 
-            for (var lane = 0; lane < 8; lane++)
-            {
-                Keep(firsts[lane], ref first, ref second);
-                Keep(seconds[lane], ref first, ref second);
-            }
+            var (a, b) = Join(firsts.GetLower(), seconds.GetLower(), firsts.GetUpper(), seconds.GetUpper());
+            var far = Vector128.Create(2, 3, 0, 1);
+            (a, b) = Join(a, b, Vector128.Shuffle(a, far), Vector128.Shuffle(b, far));
+            var near = Vector128.Create(1, 0, 3, 2);
+            (a, b) = Join(a, b, Vector128.Shuffle(a, near), Vector128.Shuffle(b, near));
+            (first, second) = (a[0], b[0]);
         }
 
-        for (; i < values.Length; i++)
-            Keep(values[i], ref first, ref second);
-        return values.Length == 1 ? first : first + second;
+        for (; i < n; i++)
+        {
+            if (scores[i] > first)
+                (first, second) = (scores[i], first);
+            else if (scores[i] > second)
+                second = scores[i];
+        }
+
+        return n == 1 ? first : first + second;
     }
 
-    private static void Keep(float value, ref float first, ref float second)
+    /// <summary>The two largest of two pairs, the larger first.</summary>
+    private static (Vector128<float> First, Vector128<float> Second) Join(
+        Vector128<float> a, Vector128<float> b, Vector128<float> c, Vector128<float> d)
+        => (Vector128.MaxNative(a, c), Vector128.MaxNative(Vector128.MinNative(a, c), Vector128.MaxNative(b, d)));
+
+    private static Vector256<int> Key(Vector256<float> scores)
     {
-        if (value > first)
-            (first, second) = (value, first);
-        else if (value > second)
-            second = value;
+        // adding zero makes -0 a 0
+        var bits = (scores + Vector256<float>.Zero).AsInt32();
+        var key = bits ^ ((bits >> 31) & Vector256.Create(int.MaxValue));
+        return Vector256.ConditionalSelect(Vector256.Equals(scores, scores).AsInt32(), key, Vector256.Create(int.MinValue));
+    }
+
+    /// <summary>The k-th largest key, and how many are above it.</summary>
+    private static int Threshold(int* keys, int n, int k, out int above)
+    {
+        // the k-th largest of different keys; where keys above it are equal, it lies too low
+        var least = LargestBelow(keys, n, int.MaxValue);
+        for (var i = 1; i < k && least > int.MinValue; i++)
+            least = LargestBelow(keys, n, least);
+        above = CountAbove(keys, n, least);
+        if (above < k)
+            return least;
+        least = LargestBelow(keys, n, int.MaxValue);
+        above = 0;
+        for (var up = CountAbove(keys, n, least - 1); up < k; up = CountAbove(keys, n, least - 1))
+        {
+            above = up;
+            least = LargestBelow(keys, n, least);
+        }
+
+        return least;
+    }
+
+    /// <summary>The largest key below a limit, which no score's key reaches at first; int.MinValue when there is none.</summary>
+    private static int LargestBelow(int* keys, int n, int limit)
+    {
+        Vector256<int> limits = Vector256.Create(limit), none = Vector256.Create(int.MinValue), largest = none;
+        for (var i = 0; i < n; i += 8)
+        {
+            var key = Vector256.Load(keys + i);
+            largest = Vector256.Max(largest, Vector256.ConditionalSelect(Vector256.LessThan(key, limits), key, none));
+        }
+
+        var half = Vector128.Max(largest.GetLower(), largest.GetUpper());
+        half = Vector128.Max(half, Vector128.Shuffle(half, Vector128.Create(2, 3, 0, 1)));
+        return Math.Max(half[0], half[1]);
+    }
+
+    private static int CountAbove(int* keys, int n, int limit)
+    {
+        var limits = Vector256.Create(limit);
+        var counts = Vector256<int>.Zero;
+        for (var i = 0; i < n; i += 8)
+            counts -= Vector256.GreaterThan(Vector256.Load(keys + i), limits);
+        return Vector256.Sum(counts);
     }
 }

@@ -39,43 +39,75 @@ internal static unsafe class RouterKernels
         var experts = (int)call.In(0).shape[^1];
         using var logits = Operand.Float(call.In(0));
         using var bias = Operand.Float(call.In(1));
+        using var probs = new Result(call.Out(0), torch.ScalarType.Float32);
         using var chooser = new Chooser(call, experts);
-        var mask = call.Out(1).Fill();
-        var tokens = mask.numel() / experts;
-        for (long t = 0; t < tokens; t++)
+        var mask = (byte*)call.Out(1).Fill().Pointer();
+        var count = Counts(call, experts);
+        var weights = new Weights(call);
+        for (long at = 0; at < probs.Count; at += experts)
         {
-            chooser.Score(logits.Floats + (t * experts), bias.Floats);
-            chooser.Choose(new Span<byte>((byte*)mask.Pointer() + (t * experts), experts));
-        }
+            chooser.Score(logits.Floats + at, bias.Floats);
+            chooser.Choose(new Span<byte>(mask + at, experts));
+            var p = new Span<float>(probs.Floats + at, experts);
+            p.Clear();
+            foreach (var e in chooser.Best)
+            {
+                count[e]++;
+                p[e] = chooser.Scores[e];
+            }
 
-        Weigh(call);
+            weights.Of(chooser.Best, p);
+        }
     }
 
     /// <summary>The results of Router that follow from its mask: p and counts.</summary>
     public static void Weigh(in KernelCall call)
     {
         var experts = (int)call.In(0).shape[^1];
-        var normalize = call.Int(4) != 0;
-        float eps = (float)call.Float(5), factor = (float)call.Float(6);
         using var logits = Operand.Float(call.In(0));
         using var probs = new Result(call.Out(0), torch.ScalarType.Float32);
         var mask = (byte*)call.Out(1).Tensor.Pointer();
-        var counts = call.Out(2).Fill();
-        var count = (long*)counts.Pointer();
-        new Span<long>(count, experts).Clear();
+        var count = Counts(call, experts);
+        var weights = new Weights(call);
+        var chosen = new int[experts];
         for (long at = 0; at < probs.Count; at += experts)
         {
             var p = new Span<float>(probs.Floats + at, experts);
             p.Clear();
-            var total = 0f;
+            var found = 0;
             foreach (var e in new Chosen(mask + at, experts))
             {
                 count[e]++;
-                total += p[e] = Score(logits.Floats[at + e]);
+                p[e] = Score(logits.Floats[at + e]);
+                chosen[found++] = e;
             }
 
-            foreach (var e in new Chosen(mask + at, experts))
-                p[e] = normalize ? p[e] / (total + eps) * factor : p[e] * factor;
+            weights.Of(chosen.AsSpan(0, found), p);
+        }
+    }
+
+    private static long* Counts(in KernelCall call, int experts)
+    {
+        var count = (long*)call.Out(2).Fill().Pointer();
+        new Span<long>(count, experts).Clear();
+        return count;
+    }
+
+    /// <summary>Attributes 4 to 6 of a router: how scores of the chosen become weights.</summary>
+    private readonly struct Weights(in KernelCall call)
+    {
+        private readonly bool _normalize = call.Int(4) != 0;
+        private readonly float _eps = (float)call.Float(5);
+        private readonly float _factor = (float)call.Float(6);
+
+        /// <summary>Turns the scores of the chosen, which ascend, into their weights.</summary>
+        public void Of(ReadOnlySpan<int> chosen, Span<float> p)
+        {
+            var total = 0f;
+            foreach (var e in chosen)
+                total += p[e];
+            foreach (var e in chosen)
+                p[e] = _normalize ? p[e] / (total + _eps) * _factor : p[e] * _factor;
         }
     }
 
@@ -98,13 +130,14 @@ internal static unsafe class RouterKernels
                 var score = Score(logits.Floats[at + e]);
                 total += score;
                 dot += dp.Floats[at + e] * score;
+                dx.Floats[at + e] = score;
             }
 
             var whole = normalize ? total + eps : 1;
             var shared = normalize ? dot / whole : 0;
             foreach (var e in new Chosen(mask + at, experts))
             {
-                var score = Score(logits.Floats[at + e]);
+                var score = dx.Floats[at + e];
                 dx.Floats[at + e] = factor * (dp.Floats[at + e] - shared) / whole * score * (1 - score);
             }
         }
@@ -134,11 +167,8 @@ internal static unsafe class RouterKernels
                 for (var e = 0; e < experts; e++)
                     share[e] += part * chooser.Row[e];
                 chooser.Choose(mask);
-                fixed (byte* chosen = mask)
-                {
-                    foreach (var e in new Chosen(chosen, experts))
-                        count[e] += w.Floats[t];
-                }
+                foreach (var e in chooser.Best)
+                    count[e] += w.Floats[t];
             }
 
             for (var e = 0; e < experts; e++)
