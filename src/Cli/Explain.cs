@@ -60,6 +60,12 @@ internal static class Explain
         Summary.Print(plan);
         Console.WriteLine();
         Render.Table(told.FlopsAsTable());
+        if (told.Products.Count > 0)
+        {
+            Console.WriteLine();
+            Render.Table(told.ProductsAsTable());
+        }
+
         Console.WriteLine();
         Render.Table(told.CollectivesAsTable());
         return ExitCode.Ok;

@@ -37,7 +37,8 @@ let private rows = seq / tp * topK
 /// Megatron pads the vocabulary to a multiple of 1280 x TP.
 let private padded = (vocab + 1280L * tp - 1L) / (1280L * tp) * (1280L * tp)
 
-let private layers, private attention, private vocabulary = "tensor_parallel/layers.py", "transformer/multi_latent_attention.py", "tensor_parallel/cross_entropy.py"
+let private layers, private attention, private vocabulary =
+    "tensor_parallel/layers.py", "transformer/multi_latent_attention.py", "tensor_parallel/cross_entropy.py"
 
 let private dispatcher, private router = "transformer/moe/token_dispatcher.py", "transformer/moe/router.py"
 let private finalize = "distributed/finalize_model_grads.py"
@@ -62,12 +63,7 @@ let private attentionRows (i: string) = [
         ]
         attention
         [ "one bundle here", 0L ]
-    row
-        "output of `o_proj`"
-        [ "F reduce_scatter self_attn tp" ]
-        [ "reduce-scatter tp", whole hidden ]
-        layers
-        []
+    row "output of `o_proj`" [ "F reduce_scatter self_attn tp" ] [ "reduce-scatter tp", whole hidden ] layers []
     row
         "gradient of that output; saved latents, for gradients of the up-projections"
         (List.distinct [ $"%s{i} all_gather self_attn tp"; "W all_gather self_attn tp" ])
@@ -115,15 +111,10 @@ let private moe =
             [ "all-reduce tp", experts * i64 ]
             router
             [ "counts in fp32 here, in int64 there", experts * (fp32 - i64) ]
-        row
-            "balance loss: its gradient"
-            [ "I all_reduce mlp.gate.balance tp" ]
-            []
-            router
-            [
-                "Megatron keeps the counts summed; here the gradient multiplies a rank's own counts, and the product is summed",
-                experts * fp32
-            ]
+        row "balance loss: its gradient" [ "I all_reduce mlp.gate.balance tp" ] [] router [
+            "Megatron keeps the counts summed; here the gradient multiplies a rank's own counts, and the product is summed",
+            experts * fp32
+        ]
         row
             "how many tokens each expert gets"
             [ "F route_to_experts mlp.experts tp+dp" ]
@@ -158,12 +149,10 @@ let private moe =
             dispatcher
             [ "one bundle here", 0L ]
     ]
-    @ feedForwardRows
-        "the shared expert"
-        "mlp.shared_experts"
-        "mlp"
-        [ "I all_gather mlp.shared_experts tp"; "W all_gather mlp.shared_experts tp" ]
-        [ "I reduce_scatter . tp" ]
+    @ feedForwardRows "the shared expert" "mlp.shared_experts" "mlp" [
+        "I all_gather mlp.shared_experts tp"
+        "W all_gather mlp.shared_experts tp"
+    ] [ "I reduce_scatter . tp" ]
 
 let private mtp = [
     row
@@ -172,18 +161,8 @@ let private mtp = [
         (moe |> List.collect _.There)
         "transformer/transformer_layer.py"
         [ "as above", moe |> List.collect _.Why |> List.sumBy snd ]
-    row
-        "embedding of the next tokens"
-        [ "F reduce_scatter . tp" ]
-        [ "reduce-scatter tp", whole hidden ]
-        layers
-        []
-    row
-        "its gradient"
-        [ "W all_gather . tp" ]
-        [ "all-gather tp", shard hidden ]
-        layers
-        []
+    row "embedding of the next tokens" [ "F reduce_scatter . tp" ] [ "reduce-scatter tp", whole hidden ] layers []
+    row "its gradient" [ "W all_gather . tp" ] [ "all-gather tp", shard hidden ] layers []
     row
         "`eh_proj`, forward: input [embedding, hidden]; output, of which each rank made half the features"
         []
@@ -206,18 +185,8 @@ let private mtp = [
 ]
 
 let private ends = [
-    row
-        "embedding"
-        [ "F reduce_scatter model.embed_tokens tp" ]
-        [ "reduce-scatter tp", whole hidden ]
-        layers
-        []
-    row
-        "its gradient"
-        [ "W all_gather model.embed_tokens tp" ]
-        [ "all-gather tp", shard hidden ]
-        layers
-        []
+    row "embedding" [ "F reduce_scatter model.embed_tokens tp" ] [ "reduce-scatter tp", whole hidden ] layers []
+    row "its gradient" [ "W all_gather model.embed_tokens tp" ] [ "all-gather tp", shard hidden ] layers []
     row
         "input of the head, twice"
         [ "F all_gather loss tp" ]
@@ -233,9 +202,7 @@ let private ends = [
     row
         "cross-entropy, twice: logit of the label, sum of exponentials"
         [ "F all_reduce loss tp" ]
-        [
-            for _ in 1..4 -> "all-reduce tp", seq * fp32
-        ]
+        [ for _ in 1..4 -> "all-reduce tp", seq * fp32 ]
         vocabulary
         [ "bundles of two here", 0L ]
     row
@@ -354,7 +321,9 @@ let private epilogue =
             ]
             [ "all-reduce world", fp32 ]
             "optimizer/clip_grads.py"
-            [ "three sums of one number here, group by group; one over all ranks there", 2L * fp32 ]
+            [
+                "three sums of one number here, group by group; one over all ranks there", 2L * fp32
+            ]
         row
             "stage 1: tokens of each expert, for the router's bias"
             [ "1 all_reduce optimizer.router_bias tp+dp" ]
@@ -363,7 +332,11 @@ let private epilogue =
             [ "counts in int64 here, in fp32 there", 4L * experts * (i64 - fp32) ]
         row
             "metrics"
-            [ "1 all_reduce metrics tp+dp"; "1 all_reduce metrics dp"; "1 all_reduce metrics pp" ]
+            [
+                "1 all_reduce metrics tp+dp"
+                "1 all_reduce metrics dp"
+                "1 all_reduce metrics pp"
+            ]
             (("all-reduce dp", 2L * fp32)
              :: [
                  for group in [ "pp"; "tp"; "dp" ] -> $"all-reduce %s{group}", int64 (c.NumHiddenLayers + 1) * fp32
@@ -389,7 +362,13 @@ let private ofLayer stage layer =
 
     [
         for line in lines.Value do
-            if line.Stage = stage && line.Program <> "epilogue" && within prefix line && line.Kind <> "send" && line.Kind <> "recv" then
+            if
+                line.Stage = stage
+                && line.Program <> "epilogue"
+                && within prefix line
+                && line.Kind <> "send"
+                && line.Kind <> "recv"
+            then
                 let path = if line.Path = prefix then "." else line.Path.Substring(prefix.Length + 1)
                 key path line, line
     ]
@@ -445,7 +424,11 @@ let private cells (found: (string * CollectiveLine) list) (r: Row) =
             let group = if l.Group.StartsWith("pp.0-1-", StringComparison.Ordinal) then "pp" else l.Group
             let kind = l.Kind.Replace('_', '-')
             let group = if l.Kind = "send" || l.Kind = "recv" then "" else $" %s{group}"
-            if l.Program = "epilogue" then $"%s{kind}%s{group}" else $"%s{l.Program} %s{kind}%s{group}")
+
+            if l.Program = "epilogue" then
+                $"%s{kind}%s{group}"
+            else
+                $"%s{l.Program} %s{kind}%s{group}")
         |> List.map (fun (name, n) -> if n = 1 then name else $"%s{name} x %i{n}")
 
     let theirs =
@@ -457,10 +440,13 @@ let private cells (found: (string * CollectiveLine) list) (r: Row) =
 
     let why =
         r.Why
-        |> List.map (fun (reason, bytes) -> if bytes = 0L || r.Why.Length = 1 then reason else $"%s{reason} (%s{number bytes})")
+        |> List.map (fun (reason, bytes) ->
+            if bytes = 0L || r.Why.Length = 1 then reason else $"%s{reason} (%s{number bytes})")
         |> String.concat "; "
 
-    here, there, $"| %s{r.What} | %s{text named} | %s{number here} | %s{text theirs} | %s{number there} | %s{number (here - there)} | `%s{r.Source}` | %s{why} |"
+    here,
+    there,
+    $"| %s{r.What} | %s{text named} | %s{number here} | %s{text theirs} | %s{number there} | %s{number (here - there)} | `%s{r.Source}` | %s{why} |"
 
 let private table (rows: Row list) found =
     let made = rows |> List.map (cells found)
@@ -485,7 +471,8 @@ let private exchanges (dispatcher: Dispatcher) =
             .WithBatch(32, 1, 4096)
             .WithDType(DType.BFloat16)
             .WithDispatcher(dispatcher)
-            .WithRanksPerNode 8
+            .WithRanksPerNode
+            8
 
     PlanExplanation(DeepSeekV3(config).Compile recipe, 8).Collectives
     |> Seq.filter (fun l -> List.contains l.Kind [ "rows_to_experts"; "rows_to_tokens"; "dispatch"; "combine" ])
@@ -527,7 +514,11 @@ let tests =
                         Expect.exists found (fun (k, _) -> k = key) $"%s{name}: no '%s{key}' for %s{r.What}"
 
                     let here, there, _ = cells found r
-                    Expect.equal (r.Why |> List.sumBy snd) (here - there) $"%s{name}, %s{r.What}: %i{here} against %i{there}"
+
+                    Expect.equal
+                        (r.Why |> List.sumBy snd)
+                        (here - there)
+                        $"%s{name}, %s{r.What}: %i{here} against %i{there}"
 
         testCase "layers send what Megatron's send, but for counts and the balance loss"
         <| fun () ->
@@ -555,26 +546,26 @@ let tests =
             let plain, flex = both.Value
             Expect.equal (plain.Length, flex.Length) (4, 4) "four exchanges"
             let tokens, row = float (seq / tp), float (hidden * bf16)
-            let some n taken = Seq.init 8 (fun i -> float (n - taken - i) / float (n - i)) |> Seq.reduce (*) |> fun p -> 1.0 - p
+
+            let some n taken =
+                Seq.init 8 (fun i -> float (n - taken - i) / float (n - i)) |> Seq.reduce (*) |> fun p -> 1.0 - p
             // half of the groups are kept; 8 of the 128 experts there
             let node, rank = 0.5 * some 128 32, 0.5 * some 128 4
 
             for i, (a, b) in List.indexed (List.zip plain flex) do
                 // probabilities go with the dispatch, and come back with its gradient
                 let one = if i = 0 || i = 3 then float fp32 else 0.0
-                let near what (said: int64) expected = Expect.floatClose { absolute = 1.0; relative = 0.0 } (float said) expected $"%i{i}: %s{what}"
+
+                let near what (said: int64) expected =
+                    Expect.floatClose { absolute = 1.0; relative = 0.0 } (float said) expected $"%i{i}: %s{what}"
+
                 near "alltoall" a.Sent (float rows * (row + one) * 63.0 / 64.0)
                 near "alltoall between nodes" a.InterNode (float rows * (row + one) * 56.0 / 64.0)
                 near "flex between nodes" b.InterNode (tokens * 7.0 * node * row + float rows * one * 7.0 / 8.0)
 
-                near
-                    "flex"
-                    b.Sent
-                    (tokens * (7.0 * node + 8.0 * 7.0 * rank) * row + float rows * one * 63.0 / 64.0)
+                near "flex" b.Sent (tokens * (7.0 * node + 8.0 * 7.0 * rank) * row + float rows * one * 63.0 / 64.0)
 
         Documents.agrees
             "collectives.md"
-            (lazy
-                (("flex", flexTable ())
-                 :: [ for name, rows, found in tables.Value -> name, table rows found ]))
+            (lazy (("flex", flexTable ()) :: [ for name, rows, found in tables.Value -> name, table rows found ]))
     ]

@@ -25,8 +25,8 @@ let private products =
     <| fun () ->
         let recipe = Recipe.Default.WithParallelism(1, 1, 1, 1).WithBatch(2, 1, 16).WithFp8()
         let c = compiled Presets.Tiny recipe
-        let yes, no = Fp8.products c.Plan
-        let count (list: Fp8.Product list) path = list |> List.filter (fun p -> p.Path = path) |> List.length
+        let yes, no = PlanProducts.list c.Plan |> List.ofSeq |> List.partition _.IsFp8
+        let count (list: Product list) path = list |> List.filter (fun p -> p.Path = path) |> List.length
         // q_a, q_b, kv_a, kv_b, o
         Expect.equal (count yes "model.layers.1.self_attn") 15 "attention projections"
         // gate and up are one product
@@ -34,11 +34,83 @@ let private products =
         Expect.equal (count yes "model.layers.1.mlp.experts") 6 "routed experts"
         Expect.equal (count yes "model.layers.1.mlp.shared_experts") 6 "shared experts"
 
-        for path in [ "lm_head"; "model.layers.1.mlp.gate" ] do
+        for path in [ "loss"; "model.layers.1.mlp.gate" ] do
             Expect.equal (count yes path) 0 path
 
         // the head is fused with the loss; the gate is a product, and stays
         Expect.isGreaterThan (count no "model.layers.1.mlp.gate") 0 "gate"
+
+/// What `dsg explain` says of each weight: DeepSeek-V3's blocks, except that gradients of experts keep 1 x 128.
+let private told =
+    testCase "explain lists each weight's three products with their blocks, and what stays"
+    <| fun () ->
+        let recipe = Recipe.Default.WithParallelism(2, 1, 4, 2).WithBatch(4, 1, 128).WithDType(DType.BFloat16)
+        let compile (recipe: Recipe) = PlanExplanation(DeepSeekV3(Presets.Tiny).Compile recipe, 8)
+        Expect.isEmpty (compile recipe).Products "nothing to tell without fp8"
+        let explained = compile (recipe.WithFp8())
+        let layer = "model.layers.*."
+
+        /// Names of what a weight [out, in] sums over, forward and backward.
+        let weights = [
+            layer + "self_attn.q_a_proj", "hidden", "q_lora"
+            layer + "self_attn.q_b_proj", "q_lora", "qk_dim"
+            layer + "self_attn.kv_a_proj_with_mqa", "hidden", "kv_a"
+            layer + "self_attn.kv_b_proj", "kv_lora", "kv_dim"
+            layer + "self_attn.o_proj", "v_dim", "hidden"
+            layer + "mlp.gate_up_proj", "hidden", "ffn"
+            layer + "mlp.down_proj", "ffn", "hidden"
+            layer + "mlp.shared_experts.gate_up_proj", "hidden", "ffn"
+            layer + "mlp.shared_experts.down_proj", "ffn", "hidden"
+            layer + "mlp.experts.gate_up_proj", "hidden", "expert_ffn"
+            layer + "mlp.experts.down_proj", "expert_ffn", "hidden"
+            layer + "eh_proj", "hidden_pair", "hidden"
+        ]
+
+        let rows product fp8 =
+            explained.Products |> Seq.filter (fun r -> r.IsFp8 = fp8 && r.Direction = product) |> List.ofSeq
+
+        for product in [ "forward"; "input gradient"; "weight gradient" ] do
+            Expect.equal
+                (rows product true |> List.map _.Weight |> List.sort)
+                (weights |> List.map (fun (w, _, _) -> w) |> List.sort)
+                product
+
+        for weight, input, output in weights do
+            let operands product =
+                rows product true
+                |> List.filter (fun r -> r.Weight = weight)
+                |> List.map (fun r -> r.First, r.Second)
+
+            let tile axis = $"1 x 128 along %s{axis}"
+            Expect.equal (operands "forward") [ tile input, "128 x 128" ] weight
+            Expect.equal (operands "input gradient") [ tile output, "128 x 128" ] weight
+
+            let gradient =
+                if weight.Contains ".experts." then
+                    tile output, tile input
+                else
+                    "128 x 1 along seq", "128 x 1 along seq"
+
+            Expect.equal (operands "weight gradient") [ gradient ] weight
+
+        Expect.equal
+            (explained.Products
+             |> Seq.filter (fun r -> not r.IsFp8)
+             |> Seq.map (fun r -> r.Weight, r.Direction, r.Precision)
+             |> Set)
+            (Set [
+                layer + "mlp.gate", "forward", "fp32"
+                layer + "mlp.gate", "input gradient", "fp32"
+                layer + "mlp.gate", "weight gradient", "fp32"
+                layer + "self_attn", "forward", "bf16"
+                layer + "self_attn", "gradients", "bf16"
+                "lm_head", "forward", "bf16"
+                "lm_head", "gradients", "bf16"
+            ])
+            "what stays"
+
+        let json = explained.ToJson()
+        Expect.equal ((nonNull json["products"]).AsArray().Count) explained.Products.Count "as JSON"
 
 let private apart (a: DenseTensor) (b: DenseTensor) =
     let scale = b.Data |> Array.fold (fun m x -> max m (abs x)) 1e-30
@@ -112,6 +184,7 @@ let tests =
     testSequenced
     <| testList "fp8" [
         products
+        told
 
         testPropertyWithConfig few "many ranks round the blocks that one rank rounds" lawful
 

@@ -99,25 +99,27 @@ module PlanTraffic =
                     | Step.Wait _
                     | Step.Free _ -> ()
 
-        /// The parameter that a step reads gives it its name: "q_b_proj"; else its kernel.
+        let chains = Chains stage
+
+        let short (name: string) =
+            let name =
+                if name.EndsWith(".weight", System.StringComparison.Ordinal) then
+                    name.Substring(0, name.Length - 7)
+                else
+                    name
+
+            tail name
+
+        /// The parameter that a step reads, or whose gradient it makes, gives it its name: "q_b_proj"; else its kernel.
         let nameOf (step: Step) =
             match step with
-            | Step.Launch(kernel, _, inputs, _, _) ->
-                inputs
-                |> Seq.tryPick (fun slot ->
-                    if slot < stage.Slots.Count && stage.Slots[slot].Kind.IsParameter then
-                        let name = stage.Slots[slot].Name
+            | Step.Launch(kernel, _, inputs, outputs, _) ->
+                let known = Seq.filter (fun slot -> slot < stage.Slots.Count)
 
-                        Some(
-                            tail (
-                                if name.EndsWith(".weight", System.StringComparison.Ordinal) then
-                                    name.Substring(0, name.Length - 7)
-                                else
-                                    name
-                            )
-                        )
-                    else
-                        None)
+                known inputs
+                |> Seq.tryPick chains.Parameter
+                |> Option.orElse (known outputs |> Seq.tryPick chains.Gradient)
+                |> Option.map short
                 |> Option.defaultValue (PlanNames.kernel kernel)
             | Step.Start(_, kind, _, _, _, _) -> kindName kind
             | Step.Wait _
@@ -165,19 +167,27 @@ module PlanTraffic =
         let maker () = near.Maker inputs[0]
         let reader () = near.Reader(program.Name, outputs[0])
         let optimizer = program.Phase.IsEpilogue && path.StartsWith("optimizer.", System.StringComparison.Ordinal)
-        let parameter = if optimizer then path.Substring 10 else path
+
+        /// What is summed or gathered at the end of a step: reduced:grad:model.norm.weight#7 is of model.norm.weight.
+        let parameter () =
+            let name = (slot inputs).Name
+            let name = name.Substring(name.LastIndexOf ':' + 1)
+            let mark = name.IndexOf '#'
+            if mark < 0 then name else name.Substring(0, mark)
 
         match kind with
         | Collective.Send s when backward -> $"pipeline: gradient of what stage %i{s} sent"
         | Collective.Send s -> $"pipeline: a value that stage %i{s} reads"
         | Collective.Recv s when backward -> $"pipeline: gradient from stage %i{s}"
         | Collective.Recv s -> $"pipeline: a value of stage %i{s}"
-        | Collective.AllReduceSum when optimizer && parameter = "clip" -> $"gradient norm: sum of squares over %s{over}"
+        | Collective.AllReduceSum when optimizer && path = "optimizer.clip" ->
+            $"gradient norm: sum of squares over %s{over}"
         | Collective.AllReduceSum when optimizer && group.Stages.Count > 0 ->
-            $"gradient sync of %s{parameter}: %s{over} share it"
+            $"gradient sync of %s{parameter ()}: %s{over} share it"
         | Collective.AllReduceSum
-        | Collective.ReduceScatter _ when optimizer -> $"gradient sync of %s{parameter}: partial sum over %s{over}"
-        | Collective.AllGather _ when optimizer -> $"parameter gather of %s{parameter}: updated in parts over %s{over}"
+        | Collective.ReduceScatter _ when optimizer -> $"gradient sync of %s{parameter ()}: partial sum over %s{over}"
+        | Collective.AllGather _ when optimizer ->
+            $"parameter gather of %s{parameter ()}: updated in parts over %s{over}"
         | Collective.AllReduceSum when program.Phase.IsEpilogue -> $"sum of %s{path} over %s{over}"
         | Collective.AllGather d -> $"gather %s{axis inputs d} for %s{reader ()}: split over %s{over}"
         | Collective.ReduceScatter d -> $"reduce partial sum of %s{maker ()} over %s{over}, split on %s{axis outputs d}"

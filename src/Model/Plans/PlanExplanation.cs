@@ -23,6 +23,9 @@ public sealed partial record PlanExplanation(PlanSet Plan, int GpusPerNode, IRou
     /// Is the model known, so that the formula can be computed?
     public bool KnowsModel { get; } = FlopsTable.ConfigOf(Plan) is not null;
 
+    /// Matrix products, of all layers together: what is multiplied, in what type; none unless some are in fp8.
+    public IReadOnlyList<ProductRow> Products { get; } = ProductTable.Of(Plan);
+
     /// Parts with FLOPs, and their sums.
     public TextTable FlopsAsTable()
     {
@@ -35,6 +38,9 @@ public sealed partial record PlanExplanation(PlanSet Plan, int GpusPerNode, IRou
             [.. Flops.Append(total).Select(row => (string[])
                 [row.Part, Whole(row.Formula), Whole(row.Plan), Whole(row.Difference), row.Why])]);
     }
+
+    /// Which products run in fp8, and in which blocks.
+    public TextTable ProductsAsTable() => ProductTable.AsTable(Products);
 
     /// Collectives of equal rule, layer numbers left out: how often in a step of one rank of all stages, and their bytes.
     public TextTable CollectivesAsTable() => new(
@@ -89,6 +95,7 @@ public sealed partial record PlanExplanation(PlanSet Plan, int GpusPerNode, IRou
             ["worst"] = row.Worst,
             ["arena"] = row.Arena,
         })]),
+        ["products"] = new JsonArray([.. Products.Select(row => (JsonNode)row.ToJson())]),
         ["routing"] = Assumption,
         ["collectives"] = new JsonArray([.. Collectives.Select(c => (JsonNode)new JsonObject
         {
@@ -110,7 +117,7 @@ public sealed partial record PlanExplanation(PlanSet Plan, int GpusPerNode, IRou
     };
 
     /// Layers and stages by a star: model.layers.7.mlp -> model.layers.*.mlp
-    private static string General(string text) => Number().Replace(text, "*");
+    internal static string General(string text) => Number().Replace(text, "*");
 
     private static string Whole(double value) => Math.Round(value).ToString("N0", CultureInfo.InvariantCulture);
 

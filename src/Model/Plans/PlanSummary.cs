@@ -72,7 +72,7 @@ public static class PlanSummary
             ("reduce", c => c.IsAllReduceSum || c.IsAllReduceMax),
             ("gather", c => c.IsAllGather),
             ("scatter", c => c.IsReduceScatter),
-            ("all-to-all", c => c.IsAllToAll || c.IsRouteToExperts || c.IsRowsToExperts || c.IsRowsToTokens),
+            ("all-to-all", c => c.IsAllToAll || c.IsRouteToExperts || c.IsRowsToExperts || c.IsRowsToTokens || c.IsDispatch || c.IsCombine),
             ("messages", c => c.IsSend || c.IsRecv),
         ];
         return new TextTable(
@@ -131,13 +131,13 @@ public static class PlanSummary
     /// <summary>Which matrix products read fp8 and which do not, of all layers together; nothing for a plan without.</summary>
     private static IEnumerable<(string, string)> Fp8Lines(PlanSet plan)
     {
-        var (fp8, others) = Fp8.products(plan);
-        if (fp8.IsEmpty)
+        var products = PlanProducts.list(plan).ToLookup(product => product.IsFp8);
+        if (!products[true].Any())
             yield break;
-        yield return ("fp8 products", $"{Places(fp8)}; emulated on the CPU: operands are rounded to E4M3, not multiplied in it");
-        yield return ("other products", Places(others));
+        yield return ("fp8 products", $"{Places(products[true])}; emulated on the CPU: operands are rounded to E4M3, not multiplied in it");
+        yield return ("other products", Places(products[false]));
 
-        static string Places(IEnumerable<Fp8.Product> products)
+        static string Places(IEnumerable<Product> products)
             => string.Join(", ", products
                 .CountBy(p => string.Join('.', p.Path.Split('.').SkipWhile(w => w is "model" or "layers" || w.All(char.IsAsciiDigit))))
                 .Select(place => KeyValuePair.Create(place.Key.Length == 0 ? "layer" : place.Key, place.Value))
