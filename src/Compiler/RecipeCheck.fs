@@ -49,11 +49,21 @@ let divides (recipe: Recipe) (mesh: MeshInfo) (graph: Graph) : Diagnostic list =
     ]
     |> List.distinctBy (fun d -> d.Message)
 
-/// Experts' features that a split would cut inside a block of one fp8 scale: rows are not gathered to mend that.
+/// What would cut a block of one fp8 scale that one rank has whole: a split of experts' features (rows are not gathered to mend
+/// that), and the zigzag order of context parallelism, which moves half blocks of tokens apart.
 let fp8Blocks (recipe: Recipe) (mesh: MeshInfo) (graph: Graph) : Diagnostic list =
     let etp, n = mesh.ExpertTensor, recipe.Fp8Block
 
     [
+        if n > 0 && mesh.Context > 1 && recipe.SeqLength % (2 * mesh.Context * n) <> 0 then
+            {
+                Code = Codes.NotDivisible
+                At = $"recipe.seq_length, recipe %s{recipe.Name}"
+                Message =
+                    $"a sequence of %i{recipe.SeqLength} in zigzag order over cp (%i{mesh.Context}) moves in pieces of %i{recipe.SeqLength / (2 * mesh.Context)}, no multiple of the fp8 block (%i{n})"
+                Help = "choose a longer sequence, a smaller context parallel degree, or bf16"
+            }
+
         for node in graph.Nodes do
             match node.Op with
             | Op.Parameter(spec, t) when n > 0 && etp > 1 && Array.contains "experts" t.Names ->

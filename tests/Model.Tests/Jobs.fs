@@ -7,6 +7,17 @@ open DeepSeekGraph
 open DeepSeekGraph.Compiler
 open DeepSeekGraph.Models
 
+/// How tokens choose among eight experts: top-k of the groups that are kept.
+type Routing = {
+    TopK: int
+    Groups: int
+    Keep: int
+    /// Experts of dropped groups score zero, as Hugging Face has it.
+    ZeroMasked: bool
+    /// Weights of a token's experts sum to one.
+    Normalize: bool
+}
+
 /// Everything that a comparison of two compilations may vary.
 type Job = {
     Layers: int
@@ -14,6 +25,10 @@ type Job = {
     Mtp: int
     DirectQ: bool
     Yarn: bool
+    Routing: Routing
+    Shared: int
+    /// Is there a sequence-wise balance loss?
+    Balance: bool
     Tensor: int
     Data: int
     Expert: int
@@ -29,9 +44,18 @@ type Job = {
     Cuts: int list
     GPipe: bool
     Recompute: string list
-    Fuse: bool
+    Fusions: FusionChoice
     Bf16: bool
+    /// Extent of fp8 blocks; 0: none.
+    Fp8: int
+    /// Rows of an expert stand in blocks of a multiple of so many.
+    Padding: int
+    /// Masters and moments split over copies; gradients and moments in bf16.
+    DistributedOptimizer: bool
+    NarrowStates: bool
     Microbatches: int
+    /// Sequences of a microbatch on one data rank.
+    Batch: int
     SeqLength: int
 } with
 
@@ -52,13 +76,16 @@ type Job = {
             IntermediateSize = 8,
             FirstKDenseReplace = this.Dense,
             MoeIntermediateSize = 4,
+            NSharedExperts = this.Shared,
             NRoutedExperts = 8,
-            NumExpertsPerTok = 2,
-            NGroup = 4,
-            TopkGroup = 2,
+            NumExpertsPerTok = this.Routing.TopK,
+            NGroup = this.Routing.Groups,
+            TopkGroup = this.Routing.Keep,
+            ZeroMaskedGroups = this.Routing.ZeroMasked,
+            NormTopkProb = this.Routing.Normalize,
             NumNextnPredictLayers = this.Mtp,
             // large enough to be seen in sums of float32
-            SeqAuxLossAlpha = 0.05
+            SeqAuxLossAlpha = (if this.Balance then 0.05 else 0.0)
         )
 
     /// Letters of the units in order.
@@ -94,10 +121,17 @@ type Job = {
             .WithVirtualPipeline(this.Virtual, this.Group)
             .WithLayout(this.Layout)
             .WithSchedule(if this.GPipe then Schedule.GPipe else Schedule.OneFOneB)
-            .WithFusion(this.Fuse)
+            .WithFusions(this.Fusions)
             .WithDType(if this.Bf16 then DType.BFloat16 else DType.Float32)
-            .WithBatch(this.Microbatches * 4, 4 / this.Data, this.SeqLength)
+            .WithFp8(this.Fp8)
+            .WithPermutePadding(this.Padding)
+            .WithDistributedOptimizer(this.DistributedOptimizer)
+            .WithStateTypes(DType.Float32, this.States, this.States, this.States)
+            .WithBatch(this.Microbatches * this.Batch * this.Data, this.Batch, this.SeqLength)
             .WithRecompute(Array.ofList this.Recompute)
+
+    /// Element type of gradients and moments.
+    member this.States = if this.NarrowStates then DType.BFloat16 else DType.Float32
 
     /// The same job on one rank.
     member this.Single = {
@@ -114,6 +148,8 @@ type Job = {
             Group = 0
             GPipe = false
             Recompute = []
+            Padding = 1
+            Batch = this.Batch * this.Data
     }
 
     /// Do stages differ in their number of layers?
@@ -129,10 +165,16 @@ type Job = {
 /// Ranks of a stage.
 let ranks (job: Job) = job.Tensor * job.Context * job.Data
 
+/// Do fp8 blocks fall as on one rank: no split of experts' features, no half of a block of the zigzag cuts one?
+let fp8Fits (job: Job) =
+    job.Fp8 = 0
+    || (4 % (job.ExpertTensor * job.Fp8) = 0
+        && (job.Context = 1 || job.SeqLength % (2 * job.Context * job.Fp8) = 0))
+
 /// Does the compiler take it? (Megatron's rules: MTP behind every layer, not on the first stage.)
 let legal (job: Job) =
     job.Dense <= job.Layers
-    && 4 % job.Data = 0
+    && fp8Fits job
     && (job.Tensor * job.Context * job.Data) % (job.Expert * job.ExpertTensor) = 0
     && job.SeqLength % (2 * job.Context) = 0
     && job.SeqLength % (job.Context * job.Tensor) = 0
@@ -148,12 +190,34 @@ let legal (job: Job) =
 
 let private some = Gen.elements
 
+let private routing (topK, groups, keep) = {
+    TopK = topK
+    Groups = groups
+    Keep = keep
+    ZeroMasked = false
+    Normalize = true
+}
+
+/// From one expert a token to all, of one group, two or four.
+let private routings =
+    List.map routing [ 1, 1, 1; 2, 4, 2; 2, 4, 2; 2, 1, 1; 1, 4, 1; 3, 4, 3; 4, 2, 1; 2, 2, 2; 8, 1, 1 ]
+
+let private rules = Fusion.Rules.all |> List.map _.Name
+
+/// Rules that a choice takes.
+let fused (job: Job) = rules |> List.filter job.Fusions.Takes
+
 let private jobs (pipelines: int list) (chunks: int list) = gen {
     let! layers = some [ 2; 3; 4 ]
     let! dense = some [ 0; 1 ]
-    let! mtp = some [ 0; 1 ]
+    let! mtp = some [ 0; 1; 1; 2 ]
     let! directQ = some [ false; false; true ]
     let! yarn = some [ true; false ]
+    let! routing = some routings
+    let! zeroMasked = some [ false; false; true ]
+    let! normalize = some [ true; true; false ]
+    let! shared = some [ 1; 1; 0; 2 ]
+    let! balance = some [ true; false ]
     let! tensor = some [ 1; 2; 2; 4 ]
     let! data = some [ 1; 2; 2; 4 ]
     let! expert = some [ 1; 2; 2; 4; 8 ]
@@ -171,17 +235,33 @@ let private jobs (pipelines: int list) (chunks: int list) = gen {
     let! gpipe = some [ false; true ]
     let! recomputed = Gen.subListOf Recompute.names
     let! recompute = some [ []; recomputed; [ "full" ] ]
-    let! fuse = some [ true; true; false ]
+    let! some' = Gen.subListOf rules
+
+    let! fusions =
+        some [ FusionChoice.All; FusionChoice.All; FusionChoice.None; FusionChoice.Only some'; FusionChoice.AllBut some' ]
+
     let! bf16 = some [ false; false; true ]
+    let! fp8 = some [ 0; 0; 2; 4 ]
+    let! padding = some [ 1; 2; 4 ]
+    let! distributed = some [ true; true; false ]
+    let! narrow = some [ false; true ]
     let! microbatches = some [ 1; 2; 3; 5 ]
+    let! batch = some [ 1; 1; 2 ]
     let! seqLength = some [ 4; 8; 8; 16 ]
 
-    return {
+    let job = {
         Layers = layers
         Dense = dense
         Mtp = mtp
         DirectQ = directQ
         Yarn = yarn
+        Routing = {
+            routing with
+                ZeroMasked = zeroMasked
+                Normalize = normalize
+        }
+        Shared = shared
+        Balance = balance
         Tensor = tensor
         Data = data
         Expert = expert
@@ -195,30 +275,94 @@ let private jobs (pipelines: int list) (chunks: int list) = gen {
         Cuts = cuts |> List.ofSeq |> List.truncate (pipeline * chunks - 1)
         GPipe = gpipe && chunks = 1
         Recompute = recompute
-        Fuse = fuse
+        Fusions = fusions
         Bf16 = bf16
+        Fp8 = fp8
+        Padding = padding
+        DistributedOptimizer = distributed
+        NarrowStates = narrow
         Microbatches = if chunks = 1 then microbatches else max microbatches pipeline
+        Batch = batch
         SeqLength = seqLength
     }
+
+    return if fp8Fits job then job else { job with Fp8 = 0 }
 }
+
+let private dispatchers = [ Dispatcher.AllToAll; Dispatcher.AllGather; Dispatcher.Flex; Dispatcher.Auto ]
+
+/// What a step of the shrinker makes smaller: degrees, lengths, and one for each choice that is not the plainest.
+let size (job: Job) =
+    let chosen yes = if yes then 1 else 0
+
+    List.sum [
+        job.Layers + job.Dense + job.Mtp + job.Shared
+        job.Tensor + job.Data + job.Expert + job.Context + job.ExpertTensor
+        job.Pipeline + job.Virtual
+        job.Routing.TopK + job.Routing.Groups + job.Routing.Keep
+        job.Microbatches + job.Batch + job.SeqLength + job.Fp8 + job.Padding
+        job.Recompute.Length + (fused job).Length
+        List.findIndex ((=) job.Dispatcher) dispatchers
+        chosen job.Routing.ZeroMasked
+        chosen (not job.Routing.Normalize)
+        chosen (not job.SequenceParallel)
+        chosen (not job.DirectQ)
+        chosen job.Yarn
+        chosen job.Balance
+        chosen job.GPipe
+        chosen job.Bf16
+        chosen (not job.DistributedOptimizer)
+        chosen job.NarrowStates
+    ]
+
+/// Ways to keep `n` of the cuts; the last, behind each of the first units, is legal whatever the model.
+let private fewer n (cuts: int list) =
+    let sorted = List.sort cuts
+    List.distinct [ List.truncate n cuts; List.truncate n sorted; List.skip (sorted.Length - n) sorted; [ 1..n ] ]
 
 /// Smaller jobs that are still legal, the boldest first.
 let shrink (job: Job) : Job seq =
+    let plainRouting = routing (1, 1, 1)
+
     seq {
         if job.Virtual > 1 then
-            {
-                job with
-                    Virtual = job.Virtual - 1
-                    Group = if job.Virtual = 2 then 0 else job.Group
-                    Cuts = List.truncate (job.Pipeline * (job.Virtual - 1) - 1) job.Cuts
-            }
+            for cuts in fewer (job.Pipeline * (job.Virtual - 1) - 1) job.Cuts do
+                {
+                    job with
+                        Virtual = job.Virtual - 1
+                        Group = if job.Virtual = 2 then 0 else job.Group
+                        Cuts = cuts
+                }
 
         if job.Pipeline > 1 then
-            {
-                job with
-                    Pipeline = job.Pipeline - 1
-                    Cuts = List.truncate ((job.Pipeline - 1) * job.Virtual - 1) job.Cuts
-            }
+            for cuts in fewer ((job.Pipeline - 1) * job.Virtual - 1) job.Cuts do
+                {
+                    job with
+                        Pipeline = job.Pipeline - 1
+                        Cuts = cuts
+                }
+
+        // rules one by one only once none at all was tried
+        match fused job with
+        | [] -> ()
+        | rules ->
+            { job with Fusions = FusionChoice.None }
+
+            if rules.Length > 1 then
+                for rule in rules do
+                    {
+                        job with
+                            Fusions = FusionChoice.Only(List.except [ rule ] rules)
+                    }
+
+        if job.Fp8 > 0 then
+            { job with Fp8 = 0 }
+
+        if job.Fp8 > 2 then
+            { job with Fp8 = 2 }
+
+        if job.Padding > 1 then
+            { job with Padding = job.Padding / 2 }
 
         if job.Expert > 1 then
             { job with Expert = job.Expert / 2 }
@@ -247,6 +391,27 @@ let shrink (job: Job) : Job seq =
         if job.Data > 1 then
             { job with Data = job.Data / 2 }
 
+        if job.Routing <> plainRouting then
+            { job with Routing = plainRouting }
+
+        if job.Routing.ZeroMasked then
+            {
+                job with
+                    Routing = { job.Routing with ZeroMasked = false }
+            }
+
+        if not job.Routing.Normalize then
+            {
+                job with
+                    Routing = { job.Routing with Normalize = true }
+            }
+
+        if job.Shared > 0 then
+            { job with Shared = job.Shared - 1 }
+
+        if job.Balance then
+            { job with Balance = false }
+
         if job.Layers > 1 && job.Stages = 1 then
             {
                 job with
@@ -255,10 +420,26 @@ let shrink (job: Job) : Job seq =
             }
 
         if job.Mtp > 0 && job.Stages = 1 then
-            { job with Mtp = 0; Cuts = [] }
+            {
+                job with
+                    Mtp = job.Mtp - 1
+                    Cuts = []
+            }
+
+        if job.Dense > 0 then
+            { job with Dense = job.Dense - 1 }
+
+        if not job.DirectQ then
+            { job with DirectQ = true }
 
         if job.Bf16 then
             { job with Bf16 = false }
+
+        if job.NarrowStates then
+            { job with NarrowStates = false }
+
+        if not job.DistributedOptimizer then
+            { job with DistributedOptimizer = true }
 
         for name in job.Recompute do
             {
@@ -275,8 +456,14 @@ let shrink (job: Job) : Job seq =
         if job.Microbatches > 1 then
             { job with Microbatches = 1 }
 
+        if job.Batch > 1 then
+            { job with Batch = 1 }
+
         if job.SeqLength > 4 then
-            { job with SeqLength = 4 }
+            {
+                job with
+                    SeqLength = job.SeqLength / 2
+            }
     }
     |> Seq.filter legal
 

@@ -14,6 +14,7 @@ let main argv =
             GoldenTests.tests
             RecipeTests.tests
             RunTests.tests
+            JobTests.tests
             PartitionTests.tests
             Fp8Tests.tests
             ParallelTests.tests

@@ -96,7 +96,7 @@ let private drawn =
         (FsCheck.Rnd(2026UL, 1UL))
         10
         20
-        (FsCheck.FSharp.Gen.map (fun j -> { j with Bf16 = false }) (AnyStages.Job().Generator))
+        (FsCheck.FSharp.Gen.map (fun j -> { j with Bf16 = false; Fp8 = 0 }) (AnyStages.Job().Generator))
 
 let private covered =
     testCase "the settings drawn cover rows split by expert, pending sums, several mesh axes and uneven stages"
