@@ -11,6 +11,7 @@ internal sealed record RunChoices
 {
     public int? Steps { get; init; }
     public string? Data { get; init; }
+    public string? Tokenizer { get; init; }
     public string? Out { get; init; }
     public ulong? Seed { get; init; }
     public double? LearningRate { get; init; }
@@ -23,6 +24,7 @@ internal sealed record RunChoices
         {
             TrainIters = Steps ?? recipe.TrainIters,
             DataPaths = Data is { } path ? [path] : recipe.DataPaths,
+            Tokenizer = Tokenizer ?? recipe.Tokenizer,
             Dir = Out ?? recipe.Dir,
             Seed = Seed ?? recipe.Seed,
         };
@@ -49,6 +51,12 @@ internal sealed class RunOptions
         HelpName = "PATH",
         Description = "Text to train on: .txt, .jsonl or .nvjsonl ({\"text\": ...}), or a folder of them; "
             + "without, the reference documentation that .NET SDKs install",
+    };
+
+    private readonly Option<string?> _tokenizer = new("--tokenizer")
+    {
+        HelpName = "PATH",
+        Description = "tokenizer.json of a Hugging Face checkpoint, or its folder; without, a token is a byte",
     };
 
     private readonly Option<string?> _out = new("--out")
@@ -78,7 +86,7 @@ internal sealed class RunOptions
 
     public void AddTo(Command command)
     {
-        foreach (var option in (Option[])[_steps, _data, _out, _seed, _learningRate, _executor])
+        foreach (var option in (Option[])[_steps, _data, _tokenizer, _out, _seed, _learningRate, _executor])
             command.Add(option);
     }
 
@@ -89,7 +97,7 @@ internal sealed class RunOptions
             throw Wrong("--steps", $"{steps}", "give 1 or more");
         if (rate is { } r && !(r >= 0 && double.IsFinite(r)))
             throw Wrong("--lr", $"{r}", "give a number such as 0.001");
-        foreach (var path in (Option<string?>[])[_data, _out])
+        foreach (var path in (Option<string?>[])[_data, _tokenizer, _out])
         {
             if (parse.GetValue(path) == "")
                 throw Wrong(path.Name, "", "give a path, or leave it out");
@@ -99,6 +107,7 @@ internal sealed class RunOptions
         {
             Steps = steps,
             Data = parse.GetValue(_data),
+            Tokenizer = parse.GetValue(_tokenizer),
             Out = parse.GetValue(_out),
             Seed = parse.GetValue(_seed),
             LearningRate = rate,

@@ -4,6 +4,7 @@ using System.Globalization;
 using DeepSeekGraph.Models;
 using DeepSeekGraph.Runtime;
 using DeepSeekGraph.Runtime.Data;
+using DeepSeekGraph.Runtime.Data.Tokenizers;
 using DeepSeekGraph.Runtime.Telemetry;
 using DeepSeekGraph.Runtime.Training;
 
@@ -25,11 +26,16 @@ internal static class Training
         RefuseUsed(settings.Dir);
         var (steps, rate) = (settings.TrainIters, settings.Schedule());
 
+        ITokenizer tokenizer = settings.Tokenizer is { } path ? HuggingFaceTokenizer.Load(path) : ByteTokenizer.Instance;
+        RequireVocabularyOf(plan, tokenizer);
         var corpus = Corpus.OpenAll(settings.DataPaths);
         Console.WriteLine($"data: {corpus}");
+        var tokens = TokenStream.Of(corpus, tokenizer);
+        if (settings.Tokenizer is not null)
+            Console.WriteLine(string.Create(CultureInfo.InvariantCulture, $"tokens: {tokens.Length:N0}, by {tokenizer.Name}"));
         var options = new TrainerOptions
         {
-            Batches = new SampledBatches(Sampler(plan, TokenStream.Of(corpus), settings.Seed)),
+            Batches = new SampledBatches(Sampler(plan, tokens, settings.Seed)),
             Seed = settings.Seed,
             LearningRate = rate,
             ThreadsPerRank = ThisMachine.ThreadsPerRank(plan),
@@ -85,6 +91,24 @@ internal static class Training
         var columns = plan.Inputs.Single(input => input.Name == "tokens").Extents[1];
         return new BatchSampler(
             tokens, plan.Microbatches * plan.MicroBatch, plan.SeqLength, columns - plan.SeqLength, seed);
+    }
+
+    /// Ids beyond the model's vocabulary would be looked up as zeros.
+    private static void RequireVocabularyOf(PlanSet plan, ITokenizer tokenizer)
+    {
+        var extents = plan.Parameters
+            .SelectMany(parameter => parameter.Axes.Zip(parameter.Extents))
+            .Where(dim => dim.First == "vocab")
+            .Select(dim => dim.Second)
+            .ToArray();
+        if (extents.Length > 0 && extents.Min() < tokenizer.Vocabulary)
+        {
+            throw DiagnosticException.Of(
+                Codes.VocabularySmaller,
+                "--tokenizer",
+                $"the tokenizer ({tokenizer.Name}) has {tokenizer.Vocabulary} ids, the model's vocabulary {extents.Min()}",
+                $"compile with --set model.vocab_size={(tokenizer.Vocabulary + 127) / 128 * 128}, or another number from {tokenizer.Vocabulary} up");
+        }
     }
 
     /// Before the work rather than after it; RunFolder has the words.

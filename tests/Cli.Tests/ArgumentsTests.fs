@@ -220,6 +220,7 @@ let tests =
         refused "comparing with what is no plan" "DSG0601" [ "garbage.txt" ] [ "diff"; "garbage.txt"; "garbage.txt" ]
         refused "explaining a missing plan" "DSG0603" [ "nowhere" ] [ "explain"; "nowhere" ]
         refused "missing data" "DSG0810" [ "nowhere" ] [ "pretrain"; "--data"; "nowhere"; "--dtype"; "fp32" ]
+        refused "missing tokenizer" "DSG0830" [ "nowhere" ] [ "pretrain"; "--tokenizer"; "nowhere"; "--dtype"; "fp32" ]
         refused "empty data" "DSG0811" [ "empty.txt" ] [ "pretrain"; "--data"; "empty.txt"; "--dtype"; "fp32" ]
 
         refused "an output folder in use" "DSG0815" [ "'used'" ] [

@@ -6,6 +6,7 @@ open System.Diagnostics
 open System.IO
 open System.Text.Json
 open Expecto
+open DeepSeekGraph.Testing
 open DeepSeekGraph
 open DeepSeekGraph.Runtime.Telemetry
 open DeepSeekGraph.Cli.Tests
@@ -184,6 +185,35 @@ let tests =
                 Expect.equal (result.Out.Split("other users may use it").Length - 1) 1 $"said once: %s{result.Out}"
 
                 Expect.isEmpty (shared.GetFiles()) "nothing kept")
+        }
+
+        test "a tokenizer of Hugging Face, and a vocabulary that must hold it" {
+            Dsg.inFolder (fun folder ->
+                let data = Dsg.writeText folder
+                SampleTokenizer.writeTo folder SampleTokenizer.json SampleTokenizer.config
+
+                let run =
+                    [
+                        "pretrain"
+                        "--tp"
+                        "1"
+                        "--steps"
+                        "2"
+                        "--data"
+                        data
+                        "--tokenizer"
+                        "tokenizer.json"
+                    ]
+                    @ small
+
+                let refused = Dsg.run folder run
+                Expect.equal refused.Code 1 "exit code"
+                Expect.stringContains refused.Error "error DSG0835" "256 ids are too few"
+                let ids = SampleTokenizer.vocabulary.Count
+                Expect.stringContains refused.Error $"has %d{ids} ids, the model's vocabulary 256" "both values"
+                Expect.isFalse (Directory.Exists(Path.Combine(folder, "runs"))) "nothing written"
+                let out = succeed folder (run @ [ "--set"; "model.vocab_size=384" ])
+                Expect.stringContains out "by tokenizer.json" "tokens")
         }
 
         test "a plan that was tampered with is refused" {

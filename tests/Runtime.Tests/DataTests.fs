@@ -191,8 +191,8 @@ let private tokenizer =
         <| fun (text: string) ->
             let text = Encoding.UTF8.GetString(Encoding.UTF8.GetBytes(string text)).Replace("\000", "")
 
-            let tokens = ByteTokenizer.Encode text |> Array.map int64
-            ByteTokenizer.Decode(ReadOnlySpan tokens) = text
+            let tokens = ByteTokenizer.Instance.EncodeText text |> Array.map int64
+            ByteTokenizer.Instance.Decode(ReadOnlySpan tokens) = text
 
         Properties.property "the separator occurs behind each document and nowhere else"
         <| fun (NonEmptyArray texts: NonEmptyArray<NonEmptyString>) ->
@@ -206,9 +206,12 @@ let private tokenizer =
             && tokens |> Array.forall (fun t -> t >= 0L && t < int64 stream.Vocabulary)
 
         test "tokens are bytes, separators read as line ends" {
-            Expect.sequenceEqual (ByteTokenizer.Encode "a\000\u00e9") [ 97uy; 0xC3uy; 0xA9uy ] "bytes"
+            Expect.sequenceEqual (ByteTokenizer.Instance.EncodeText "a\000\u00e9") [ 97; 0xC3; 0xA9 ] "bytes"
 
-            Expect.equal (ByteTokenizer.Decode(ReadOnlySpan [| 97L; 0L; 98L; 300L; -1L |])) "a\nb\uFFFD\uFFFD" "text"
+            Expect.equal
+                (ByteTokenizer.Instance.Decode(ReadOnlySpan [| 97L; 0L; 98L; 300L; -1L |]))
+                "a\nb\uFFFD\uFFFD"
+                "text"
         }
     ]
 

@@ -11,6 +11,7 @@ let main argv =
         (testList "Runtime" [
             Native.LibTorchTests.tests
             DataTests.tests
+            TokenizerTests.tests
             SafeTensorsTests.tests
             SafeTensorsFuzz.tests
             ShardTests.tests

@@ -127,12 +127,16 @@ let private jsonEdits: (Random -> Parts -> Parts)[] = [|
     fun r parts ->
         // the places of two tensors change hands
         let found = Regex.Matches(parts.Header, "\"data_offsets\":\\[[^]]*\\]")
-        let a, b = found[r.Next found.Count].Value, found[r.Next found.Count].Value
 
-        {
-            parts with
-                Header = parts.Header.Replace(a, "@").Replace(b, a).Replace("@", b)
-        }
+        if found.Count = 0 then
+            parts
+        else
+            let a, b = found[r.Next found.Count].Value, found[r.Next found.Count].Value
+
+            {
+                parts with
+                    Header = parts.Header.Replace(a, "@").Replace(b, a).Replace("@", b)
+            }
     fun r parts -> {
         parts with
             Header = parts.Header[.. r.Next parts.Header.Length]

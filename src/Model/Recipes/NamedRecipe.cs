@@ -41,6 +41,9 @@ public sealed record TrainingSettings
     /// Text to train on, joined in this order; none: the documentation that .NET SDKs install.
     public IReadOnlyList<string> DataPaths { get; init; } = [];
 
+    /// tokenizer.json of a Hugging Face checkpoint, or its folder; null: a token is a byte of UTF-8.
+    public string? Tokenizer { get; init; }
+
     /// New or empty folder for results; null: the next of runs/0001, runs/0002, ...
     public string? Dir { get; init; }
 

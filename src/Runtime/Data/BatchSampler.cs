@@ -33,7 +33,7 @@ public sealed class BatchSampler
                 Codes.DataTooSmall,
                 "--data",
                 $"the training data '{tokens.Source}' has {tokens.Length} tokens, a sequence needs {Columns}",
-                $"give --data at least {Columns} bytes of text, or shorten the sequence");
+                $"give --data at least {Columns} tokens of text, or shorten the sequence");
         }
     }
 

@@ -2,60 +2,81 @@
 
 namespace DeepSeekGraph.Runtime.Data;
 
-/// Kept as bytes, an eighth of the size of the long tokens that a step takes.
+/// Kept as bytes where ids fit, an eighth of the size of the long tokens that a step takes, else as 32-bit numbers.
 public sealed class TokenStream
 {
-    private readonly byte[] _tokens;
+    private readonly List<byte> _bytes = [];
+    private readonly List<int> _ids = [];
+    private readonly bool _narrow;
 
-    private TokenStream(string source, byte[] tokens)
+    private TokenStream(Corpus corpus, ITokenizer tokenizer)
     {
-        Source = source;
-        _tokens = tokens;
+        Source = corpus.Source;
+        Vocabulary = tokenizer.Vocabulary;
+        _narrow = Vocabulary <= 256;
+
+        // a token of a large vocabulary is four bytes of text or so
+        if (_narrow)
+            _bytes.Capacity = (int)Math.Min(corpus.Bytes + corpus.Documents.Count, Array.MaxLength);
+        else
+            _ids.Capacity = (int)Math.Min((corpus.Bytes / 4) + corpus.Documents.Count, Array.MaxLength);
     }
 
     /// Where the text comes from, for messages.
     public string Source { get; }
 
     /// Tokens, separators included.
-    public long Length => _tokens.Length;
+    public long Length => _narrow ? _bytes.Count : _ids.Count;
 
     /// Ids are below this.
-    public int Vocabulary => ByteTokenizer.Vocabulary;
+    public int Vocabulary { get; }
+
+    /// The bytes of `corpus`; DSG0810 when they do not fit in one array.
+    public static TokenStream Of(Corpus corpus) => Of(corpus, ByteTokenizer.Instance);
 
     /// Tokens of `corpus`; DSG0810 when they do not fit in one array.
-    public static TokenStream Of(Corpus corpus)
+    public static TokenStream Of(Corpus corpus, ITokenizer tokenizer)
     {
-        var length = corpus.Bytes + corpus.Documents.Count;
-        if (length > Array.MaxLength)
-        {
-            throw DiagnosticException.Of(
-                Codes.DataUnavailable,
-                "--data",
-                $"the training data '{corpus.Source}' has {length} tokens, more than the {Array.MaxLength} that fit",
-                "use a part of it");
-        }
-
-        var tokens = new byte[length];
-        var end = 0;
+        var stream = new TokenStream(corpus, tokenizer);
         foreach (var document in corpus.Documents)
         {
-            var bytes = ByteTokenizer.Encode(document);
-            bytes.CopyTo(tokens, end);
-            end += bytes.Length;
-            tokens[end++] = ByteTokenizer.Separator;
+            var tokens = tokenizer.EncodeText(document);
+            if (stream.Length + tokens.Length >= Array.MaxLength)
+            {
+                throw DiagnosticException.Of(
+                    Codes.DataUnavailable,
+                    "--data",
+                    $"the training data '{corpus.Source}' has more than the {Array.MaxLength} tokens that fit",
+                    "use a part of it");
+            }
+
+            stream.Add(tokens, tokenizer.Separator);
         }
 
-        // Zero characters were dropped, so the array may have a tail to spare.
-        return new TokenStream(corpus.Source, end == tokens.Length ? tokens : tokens[..end]);
+        stream._bytes.TrimExcess();
+        stream._ids.TrimExcess();
+        return stream;
     }
 
     /// Copies tokens [start, start + target.Length).
     public void CopyTo(long start, Span<long> target)
     {
-        var from = _tokens.AsSpan((int)start, target.Length);
-        for (var i = 0; i < from.Length; i++)
+        var first = (int)start;
+        for (var i = 0; i < target.Length; i++)
+            target[i] = _narrow ? _bytes[first + i] : _ids[first + i];
+    }
+
+    private void Add(int[] tokens, int separator)
+    {
+        if (!_narrow)
         {
-            target[i] = from[i];
+            _ids.AddRange(tokens);
+            _ids.Add(separator);
+            return;
         }
+
+        foreach (var token in tokens)
+            _bytes.Add((byte)token);
+        _bytes.Add((byte)separator);
     }
 }
