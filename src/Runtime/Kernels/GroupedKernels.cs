@@ -1,5 +1,5 @@
-// Matrix products of routed rows with the weights of their experts, one product per expert that has rows. Blocks that are
-// filled up are for products that take whole blocks; those here take the rows that there are, so that zeros cost nothing.
+// Matrix products of routed rows with the weights of their experts, one product per expert that has rows.
+// Blocks that are filled up are for products that take whole blocks; those here take the rows there are: zeros cost nothing.
 using DeepSeekGraph.Runtime.Memory;
 using static TorchSharp.torch;
 

@@ -1,5 +1,5 @@
-// Tokens to routed rows and back. Unpermute sums a token's rows in expert order, in fp32, and rounds once. Rows that fill up
-// an expert's block become zero, and nothing is read from them.
+// Tokens to routed rows and back. Unpermute sums a token's rows in expert order, in fp32, and rounds once.
+// Rows that fill up an expert's block become zero, and nothing is read from them.
 using System.Runtime.InteropServices;
 using System.Runtime.Intrinsics;
 using DeepSeekGraph.Runtime.Memory;
