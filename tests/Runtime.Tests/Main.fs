@@ -12,6 +12,7 @@ let main argv =
             Native.LibTorchTests.tests
             DataTests.tests
             TokenizerTests.tests
+            ChatTests.tests
             SafeTensorsTests.tests
             SafeTensorsFuzz.tests
             ShardTests.tests

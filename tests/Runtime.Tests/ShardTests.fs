@@ -354,8 +354,26 @@ let private reading =
                     File.Move(shard snapshot i, Path.Combine(blobs, string i))
                     File.CreateSymbolicLink(shard snapshot i, $"../../blobs/%d{i}") |> ignore
 
-                use set = SafeTensorsSet.Open snapshot
-                Expect.hasLength set.Names specs.Length "all tensors")
+                let link = Path.Combine(folder, "link")
+                Directory.CreateSymbolicLink(link, snapshot) |> ignore
+
+                for path in
+                    [
+                        snapshot
+                        link
+                        Path.Combine(link, "model.safetensors.index.json")
+                        link + "/"
+                    ] do
+                    use set = SafeTensorsSet.Open path
+                    Expect.hasLength set.Names specs.Length "all tensors")
+        }
+        test "a single file that is a link out of its folder" {
+            inFolder (fun folder ->
+                let out = Path.Combine(folder, "out")
+                writeAll out 1000L specs
+                File.Move(Path.Combine(out, "model.safetensors"), Path.Combine(folder, "away"))
+                File.CreateSymbolicLink(Path.Combine(out, "model.safetensors"), "../away") |> ignore
+                openFails Codes.SafeTensorsShards "outside its folder" out)
         }
         test "an index, a single file and nothing" {
             inFolder (fun folder ->

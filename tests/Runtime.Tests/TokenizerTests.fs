@@ -15,7 +15,8 @@ open DeepSeekGraph.Runtime.Data.Tokenizers
 open DeepSeekGraph.Runtime.Tests.DataTests
 open DeepSeekGraph.Testing
 
-let private load json config =
+/// The tokenizer of these two files.
+let load json config =
     let folder = Directory.CreateTempSubdirectory("dsg-tokenizer-").FullName
 
     try
@@ -349,61 +350,4 @@ let private real =
             Expect.sequenceEqual (tokenizer.Encode(chat, false)) [ 0; 128803; 23166; 128804 ] "tokens")
     ]
 
-let private message (json: JsonElement) =
-    let text (name: string) (from: JsonElement) = from.GetProperty(name).GetString() |> nonNull
-
-    let calls =
-        match json.TryGetProperty "tool_calls" with
-        | true, calls -> [|
-            for call in calls.EnumerateArray() do
-                let f = call.GetProperty "function"
-                ChatToolCall(text "name" f, text "arguments" f, text "type" call)
-          |]
-        | _ -> [||]
-
-    ChatMessage(text "role" json, json.GetProperty("content").GetString(), calls)
-
-let private chat =
-    testList "ChatTemplate" [
-        test "chats come out as Jinja renders DeepSeek-V3's template" {
-            use cases = JsonDocument.Parse(File.ReadAllBytes(Shared.inRepository "tests/golden/chat/deepseek_v3.json"))
-
-            for case in cases.RootElement.EnumerateArray() do
-                let messages = case[0].EnumerateArray() |> Seq.map message |> Seq.toArray
-
-                let rendered = ChatTemplate.DeepSeekV3.Render(messages, "<｜begin▁of▁sentence｜>", case[1].GetBoolean())
-
-                Expect.equal rendered (case[2].GetString() |> nonNull) (case[0].GetRawText())
-        }
-        test "templates that are not known are refused, never run" {
-            for template, word in
-                [
-                    "null", "no chat template"
-                    "\"{% for m in messages %}{{ m }}{% endfor %}\"", "not known"
-                ] do
-                let config = SampleTokenizer.config.Replace("\"pad_token\": null", $"\"chat_template\": %s{template}")
-                let d = diagnosticOf (fun () -> (load SampleTokenizer.json config).RenderChat [||] |> ignore)
-                Expect.equal d.Code Codes.ChatTemplateUnknown (string d)
-                Expect.stringContains d.Message word "the words"
-                Expect.stringContains d.Help "DeepSeek-V3" "what is supported"
-        }
-        test "messages that the template would drop or break on are told by their place" {
-            let ok = ChatMessage("user", "q")
-            let call = [| ChatToolCall("f", "{}") |]
-
-            for wrong in
-                [
-                    ChatMessage("robot", "x")
-                    ChatMessage("user", null)
-                    ChatMessage("system", null)
-                    ChatMessage("tool", null)
-                    ChatMessage("assistant", null)
-                    ChatMessage("assistant", null, [||])
-                    ChatMessage("assistant", "x", call)
-                ] do
-                let d = diagnosticOf (fun () -> ChatTemplate.DeepSeekV3.Render([| ok; wrong |], "", true) |> ignore)
-                Expect.equal (d.Code, d.At) (Codes.ChatMalformed, "messages[1]") (string d)
-        }
-    ]
-
-let tests = testList "Tokenizers" [ small; damaged; real; chat ]
+let tests = testList "Tokenizers" [ small; damaged; real ]

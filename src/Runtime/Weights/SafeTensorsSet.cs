@@ -70,8 +70,11 @@ public sealed class SafeTensorsSet : IDisposable
     /// The index or the single file of a folder; both would be two checkpoints.
     private static string In(string folder)
     {
+        folder = Real(folder);
         var index = System.IO.Path.Combine(folder, SafeTensorsIndex.FileName);
         var single = System.IO.Path.Combine(folder, SafeTensorsIndex.SingleFile);
+        RequireInside(folder, index);
+        RequireInside(folder, single);
         return (File.Exists(index), File.Exists(single)) switch
         {
             (true, false) => index,
@@ -91,7 +94,7 @@ public sealed class SafeTensorsSet : IDisposable
     private void AddIndexed(string indexPath)
     {
         var index = SafeTensorsIndex.Read(indexPath);
-        var folder = System.IO.Path.GetDirectoryName(System.IO.Path.GetFullPath(indexPath))!;
+        var folder = Real(System.IO.Path.GetDirectoryName(System.IO.Path.GetFullPath(indexPath))!);
         foreach (var name in index.Files.Values.Distinct(StringComparer.Ordinal).Order(StringComparer.Ordinal))
         {
             var path = System.IO.Path.Combine(folder, name);
@@ -143,15 +146,14 @@ public sealed class SafeTensorsSet : IDisposable
     /// (models--X/snapshots/REVISION/FILE -> models--X/blobs/HASH); nowhere else.
     private static void RequireInside(string folder, string path)
     {
-        if (File.ResolveLinkTarget(path, returnFinalTarget: true) is not { } target)
+        if (new FileInfo(path).LinkTarget is null || File.ResolveLinkTarget(path, returnFinalTarget: true) is not { } target)
             return;
-        var real = Directory.ResolveLinkTarget(folder, returnFinalTarget: true)?.FullName ?? folder;
         var holder = System.IO.Path.GetDirectoryName(target.FullName);
-        var snapshots = System.IO.Path.GetDirectoryName(real);
+        var snapshots = System.IO.Path.GetDirectoryName(folder);
         var blobs = System.IO.Path.GetFileName(snapshots) == "snapshots"
             ? System.IO.Path.Combine(System.IO.Path.GetDirectoryName(snapshots)!, "blobs")
             : null;
-        if (holder != real && holder != blobs)
+        if (holder != folder && holder != blobs)
         {
             throw Disagree(
                 path,
@@ -159,6 +161,13 @@ public sealed class SafeTensorsSet : IDisposable
                 "put the file itself there; links into the blobs of Hugging Face's cache are followed");
         }
     }
+
+    /// The folder itself where it is given by a link, since links in it are relative to it.
+    private static string Real(string folder)
+        => System.IO.Path.TrimEndingDirectorySeparator(
+            new DirectoryInfo(folder).LinkTarget is null
+                ? System.IO.Path.GetFullPath(folder)
+                : Directory.ResolveLinkTarget(folder, returnFinalTarget: true)!.FullName);
 
     private static DiagnosticException Disagree(string path, string what, string help)
         => DiagnosticException.Of(Codes.SafeTensorsShards, path, what, help);
