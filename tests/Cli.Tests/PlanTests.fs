@@ -166,4 +166,50 @@ let private explain =
             Expect.stringContains readable "memory of a rank" "memory")
     }
 
-let tests = testList "Plan" [ recipes; passes; forms; explain ]
+/// A line of the plan's text that starts so, with the number behind `key` raised by one.
+let private raise' (start: string) (key: string) (text: string) =
+    let at = text.IndexOf("\n" + start, StringComparison.Ordinal)
+    let from = text.IndexOf(key, at, StringComparison.Ordinal) + key.Length
+    let until = text.IndexOfAny([| ' '; '\n' |], from)
+    let number = Int64.Parse(text.AsSpan(from, until - from)) + 1L
+    text.Substring(0, from) + string number + text.Substring until
+
+let private whole =
+    test "the 671B plan: FLOPs by Megatron's formula, every difference named, and no byte count can be changed" {
+        Dsg.inFolder (fun folder ->
+            let out = "v3.plan"
+            succeed folder [ "compile"; "--recipe"; "deepseek_v3_pretrain"; "--out"; out ] |> ignore
+            use json = JsonDocument.Parse(succeed folder [ "explain"; out; "--json" ])
+            let flops = json.RootElement.GetProperty "flops_per_token"
+            Expect.equal (flops.GetProperty("formula").GetInt64()) 259_992_950_784L "with MTP"
+
+            let named = [
+                for part in flops.GetProperty("parts").EnumerateArray() do
+                    let text (key: string) = nonNull (part.GetProperty(key).GetString())
+                    let difference = part.GetProperty("difference").GetDouble()
+                    Expect.equal (text "why" <> "") (difference <> 0.0) (text "part")
+
+                    if difference <> 0.0 then
+                        text "part", difference
+            ]
+
+            for part in [ "router"; "norms"; "attention core"; "logits"; "rotation" ] do
+                Expect.exists named (fun (name, _) -> name = part) part
+
+            Expect.floatClose
+                Accuracy.high
+                (259_992_950_784.0 + List.sumBy snd named)
+                (flops.GetProperty("plan").GetDouble())
+                "formula and differences are what the plan computes"
+
+            let path = Path.Combine(folder, out)
+            let text = File.ReadAllText path
+
+            for start, key in [ "memory 7 ", " peak="; "region F I ", " stride=" ] do
+                File.WriteAllText(path, raise' start key text)
+                let refused = Dsg.run folder [ "check"; out ]
+                Expect.equal refused.Code 1 $"%s{start}: %s{refused.Out}"
+                Expect.stringStarts refused.Error "error DSG06" start)
+    }
+
+let tests = testList "Plan" [ recipes; passes; forms; explain; whole ]

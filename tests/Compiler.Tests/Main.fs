@@ -22,4 +22,5 @@ let main argv =
             BundleTests.tests
             OptimizerTests.tests
             CheckTests.tests
+            ByteTests.tests
         ])

@@ -68,6 +68,17 @@ let private flops =
         Expect.floatClose Accuracy.veryHigh (of' FlopsParts.Core).Plan ((of' FlopsParts.Core).Formula * 1.5) "core"
         Expect.equal (rows |> Seq.exists (fun r -> r.Part = FlopsParts.Other)) false "nothing is left over"
 
+let private withoutMtp =
+    testCase "FLOPs of the 671B plan without multi-token prediction"
+    <| fun () ->
+        let plan = DeepSeekV3Recipes.Pretrain(mtpNumLayers = 0).Compile()
+        let rows = PlanExplanation(plan, 8).Flops
+        Expect.equal (rows |> Seq.sumBy _.Formula) 249_812_054_016.0 "formula"
+        Expect.equal (rows |> Seq.find (fun r -> r.Part = FlopsParts.MultiToken) |> _.Plan) 0.0 "no projection"
+
+        for row in rows do
+            Expect.equal (row.Why <> "") (row.Difference <> 0.0) $"%s{row.Part}: %f{row.Difference} %s{row.Why}"
+
 /// Arguments of a recipe end in its plan's lines and its training.
 let private arguments =
     testCase "arguments of the pretrain recipe are what it says"
@@ -120,6 +131,7 @@ let tests =
         compiles Recipes.Pretrain 1024
         fuses
         flops
+        withoutMtp
         arguments
         summary
         unknown

@@ -146,6 +146,12 @@ type private StepCheck(mesh: MeshInfo, slots: IReadOnlyList<SlotInfo>, report: s
                     (isInner (states into) dim axes)
                     $"dim %i{dim} of %s{name into} is cut along an axis that is not the fastest"
 
+                let places = slots[from].Extents |> Seq.tryItem dim |> Option.defaultValue 1
+
+                require
+                    (places % Mesh.extent mesh axes = 0)
+                    $"dim %i{dim} of %s{name from} has %i{places} places, which do not fall into %i{Mesh.extent mesh axes} blocks"
+
                 let extent d =
                     if d = dim then slots[from].Extents[d] / Mesh.extent mesh axes else slots[from].Extents[d]
 

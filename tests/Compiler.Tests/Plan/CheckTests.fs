@@ -344,6 +344,46 @@ let private messages =
                         row.Peak
                         $"%s{name}: kinds sum to the peak"
 
+        testCase "a slice of what does not fall into blocks is told"
+        <| fun () ->
+            let plan = Subjects.eight.Value
+
+            let cut (stage: StagePlan) =
+                stage.Programs
+                |> Seq.collect _.Steps
+                |> Seq.pick (fun step ->
+                    match step with
+                    | Step.Launch(KernelId.LocalSlice, _, inputs, _, "model.embed_tokens") -> Some inputs[0]
+                    | Step.Launch _
+                    | Step.Start _
+                    | Step.Wait _
+                    | Step.Free _ -> None)
+
+            let id = cut plan.Stages[0]
+
+            // one id more than the vocabulary has: half of it, rounded down, is still what the slice makes
+            let more (stage: StagePlan) = {
+                stage with
+                    Slots =
+                        stage.Slots
+                        |> Seq.map (fun s ->
+                            if s.Id = id then
+                                {
+                                    s with
+                                        Extents = [| s.Extents[0] + 1 |]
+                                }
+                            else
+                                s)
+                        |> Array.ofSeq
+            }
+
+            let plan = {
+                plan with
+                    Stages = [| more plan.Stages[0]; yield! Seq.tail plan.Stages |]
+            }
+
+            onlyCode Codes.PlanLayout "do not fall into 2 blocks" plan
+
         testCase "two slots moved onto each other are told by name"
         <| fun () ->
             let plan = Subjects.four.Value

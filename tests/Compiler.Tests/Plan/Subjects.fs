@@ -64,6 +64,17 @@ let gpipe = lazy compile 3 (base'.WithParallelism(1, 4, 1, 1).WithLayout("Et|t|t
 /// Many stages and messages.
 let deep = lazy compile 14 (base'.WithParallelism(1, 14, 1, 1).WithLayout "Et|(t|)*12tmL")
 
+/// Sixteen stages like those of the 671B recipe, with tensor and expert parallelism, of a layer each.
+let sixteen =
+    lazy
+        (compile
+            16
+            (base'
+                .WithParallelism(2, 16, 4, 2)
+                .WithLayout("Et|(t|)*14tmL")
+                .WithBatch(32, 1, 8)
+                .WithDType(DType.BFloat16)))
+
 /// Four parts of the model on two ranks: messages go around; the embedding is tied over ranks and chunks.
 let woven group = compile 3 (base'.WithParallelism(1, 2, 1, 1).WithVirtualPipeline(2, group).WithLayout "Et|t|t|mL")
 let interleaved = lazy woven 2
