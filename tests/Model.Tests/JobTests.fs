@@ -78,7 +78,9 @@ let private found =
 let private replayed =
     testCase "a failing case prints a seed, and that seed brings the same small case"
     <| fun () ->
-        let fails (job: Job) = if job.Context > 1 then failtest "planted"
+        let fails (job: Job) =
+            if job.Context > 1 then
+                failtest "planted"
 
         let message test =
             let results = Impl.evalTestsSilent test |> Async.RunSynchronously

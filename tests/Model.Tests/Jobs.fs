@@ -200,12 +200,56 @@ let private routing (topK, groups, keep) = {
 
 /// From one expert a token to all, of one group, two or four.
 let private routings =
-    List.map routing [ 1, 1, 1; 2, 4, 2; 2, 4, 2; 2, 1, 1; 1, 4, 1; 3, 4, 3; 4, 2, 1; 2, 2, 2; 8, 1, 1 ]
+    List.map routing [
+        1, 1, 1
+        2, 4, 2
+        2, 4, 2
+        2, 1, 1
+        1, 4, 1
+        3, 4, 3
+        4, 2, 1
+        2, 2, 2
+        8, 1, 1
+    ]
 
 let private rules = Fusion.Rules.all |> List.map _.Name
 
 /// Rules that a choice takes.
 let fused (job: Job) = rules |> List.filter job.Fusions.Takes
+
+/// Every part of the model on one rank: two mixtures of experts, one dense layer, one depth of MTP; everything fused.
+let plain: Job = {
+    Layers = 3
+    Dense = 1
+    Mtp = 1
+    DirectQ = false
+    Yarn = true
+    Routing = routing (2, 4, 2)
+    Shared = 1
+    Balance = true
+    Tensor = 1
+    Data = 1
+    Expert = 1
+    Context = 1
+    ExpertTensor = 1
+    SequenceParallel = true
+    Dispatcher = Dispatcher.AllToAll
+    Pipeline = 1
+    Virtual = 1
+    Group = 0
+    Cuts = []
+    GPipe = false
+    Recompute = []
+    Fusions = FusionChoice.All
+    Bf16 = false
+    Fp8 = 0
+    Padding = 1
+    DistributedOptimizer = true
+    NarrowStates = false
+    Microbatches = 2
+    Batch = 1
+    SeqLength = 8
+}
 
 let private jobs (pipelines: int list) (chunks: int list) = gen {
     let! layers = some [ 2; 3; 4 ]
@@ -238,7 +282,13 @@ let private jobs (pipelines: int list) (chunks: int list) = gen {
     let! some' = Gen.subListOf rules
 
     let! fusions =
-        some [ FusionChoice.All; FusionChoice.All; FusionChoice.None; FusionChoice.Only some'; FusionChoice.AllBut some' ]
+        some [
+            FusionChoice.All
+            FusionChoice.All
+            FusionChoice.None
+            FusionChoice.Only some'
+            FusionChoice.AllBut some'
+        ]
 
     let! bf16 = some [ false; false; true ]
     let! fp8 = some [ 0; 0; 2; 4 ]
@@ -318,7 +368,13 @@ let size (job: Job) =
 /// Ways to keep `n` of the cuts; the last, behind each of the first units, is legal whatever the model.
 let private fewer n (cuts: int list) =
     let sorted = List.sort cuts
-    List.distinct [ List.truncate n cuts; List.truncate n sorted; List.skip (sorted.Length - n) sorted; [ 1..n ] ]
+
+    List.distinct [
+        List.truncate n cuts
+        List.truncate n sorted
+        List.skip (sorted.Length - n) sorted
+        [ 1..n ]
+    ]
 
 /// Smaller jobs that are still legal, the boldest first.
 let shrink (job: Job) : Job seq =

@@ -583,7 +583,6 @@ let private covered () =
         printfn $"coverage: %s{name} %.0f{100.0 * share} %%"
         Expect.isGreaterThanOrEqual share least name
 
-
 let private few = {
     Properties.config [ typeof<OneStage> ] with
         maxTest = max 20 (Properties.cases / 5)

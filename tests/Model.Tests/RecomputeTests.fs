@@ -30,20 +30,22 @@ let private bits (tensor: torch.Tensor) =
     use flat = tensor.to_type(torch.ScalarType.Float32).contiguous().reshape(-1L)
     flat.data<float32>().ToArray() |> Array.map BitConverter.SingleToUInt32Bits
 
-/// Losses and norms of two steps, and every gradient and parameter behind them, as bits.
-let train (config: DeepSeekV3Config) (recipe: Recipe) =
+/// Losses and norms of some steps, and every gradient and parameter behind them, as bits.
+let private trainFor (steps: int64) (config: DeepSeekV3Config) (recipe: Recipe) =
     let plan = DeepSeekV3(config).Compile recipe
     let tokens = plan.Inputs |> Seq.find (fun i -> i.Name = "tokens")
 
     let options =
         TrainerOptions(
+            // compiled plans give the same bits (ExecutorTests), and take longer to make than to run
+            Executor = Executor.Interpreter,
             Batches = Tokens(plan.Microbatches * plan.MicroBatch, tokens.Extents[1], config.VocabSize),
             LearningRate = LearningRate(1e-2, 1e-3, 0L, 0L)
         )
 
     task {
         use! trainer = Trainer.StartAsync(plan, options)
-        let run = trainer.RunAsync(2L).GetAsyncEnumerator()
+        let run = trainer.RunAsync(steps).GetAsyncEnumerator()
         let results = Collections.Generic.List<_>()
         let! first = run.MoveNextAsync()
         let mutable more = first
@@ -63,6 +65,9 @@ let train (config: DeepSeekV3Config) (recipe: Recipe) =
         return List.ofSeq results, Map(all "grad:" (trainer.GatherGradients()) @ all "" (trainer.GatherParameters()))
     }
     |> _.GetAwaiter().GetResult()
+
+let train config recipe = trainFor 2L config recipe
+let private step config recipe = trainFor 1L config recipe
 
 let private unchanged (job: Job) =
     let plain = { job with Recompute = [] }
@@ -95,6 +100,112 @@ let private drawn =
          |> Array.truncate wanted.Length
          |> List.ofArray)
     |> List.map (fun (names, job) -> { job with Recompute = names })
+
+/// Everything that moves values of a layer otherwise.
+let private layouts =
+    let two = { plain with Layers = 2 }
+
+    [
+        "fused dispatch",
+        {
+            two with
+                Tensor = 2
+                Data = 2
+                Expert = 4
+                Dispatcher = Dispatcher.Flex
+        }
+        "fused dispatch and expert tensor parallel",
+        {
+            two with
+                Tensor = 2
+                Data = 2
+                Expert = 2
+                ExpertTensor = 2
+                Dispatcher = Dispatcher.Flex
+        }
+        "expert tensor parallel by all-gather",
+        {
+            two with
+                Tensor = 2
+                Data = 2
+                Expert = 2
+                ExpertTensor = 2
+                Dispatcher = Dispatcher.AllGather
+        }
+        "context and tensor parallel",
+        {
+            two with
+                Tensor = 2
+                Context = 2
+                Expert = 2
+        }
+        "no sequence parallel, nothing fused",
+        {
+            two with
+                Tensor = 2
+                Expert = 2
+                SequenceParallel = false
+                Fusions = FusionChoice.None
+        }
+        "two stages of two chunks",
+        {
+            plain with
+                Pipeline = 2
+                Virtual = 2
+                Cuts = [ 2; 3; 4 ]
+                Data = 2
+                Expert = 2
+        }
+        "fp8 and blocks of rows",
+        {
+            two with
+                Data = 2
+                Expert = 2
+                Fp8 = 2
+                Padding = 4
+        }
+    ]
+
+/// Each name, mixes of them, all at once.
+let private policies = [
+    for name in Recompute.names do
+        [ name ]
+    [ "core_attn"; "mla_up_proj" ]
+    [ "layernorm"; "moe_act"; "mlp" ]
+    [ "mla_up_proj"; "moe" ]
+    List.except [ "full" ] Recompute.names
+]
+
+/// Nodes that compute again.
+let private repeats (c: Compiled) =
+    c.Local.Graph.Nodes |> Array.filter (fun n -> n.Origin.Pass.IsRecompute) |> Array.length
+
+/// Every policy and a budget, against the same job with nothing recomputed.
+let private everyPolicy (name: string, job: Job) =
+    testCase $"%s{name}: no name, mix of names or budget changes a bit of losses, norms, gradients and parameters"
+    <| fun () ->
+        Expect.isTrue (legal job) "legal"
+        let losses, tensors = step job.Config job.Recipe
+        // fp8 rounds again what it kept wide
+        let before = repeats (compiled job.Config job.Recipe)
+
+        let check (what: string) (recipe: Recipe) =
+            let c = compiled job.Config recipe
+            Expect.isGreaterThan (repeats c) before $"%s{what} computes something again"
+            let losses', tensors' = step job.Config recipe
+            Expect.equal losses' losses $"%s{what}: losses and norms"
+            Expect.equal (List.ofSeq tensors'.Keys) (List.ofSeq tensors.Keys) "names"
+
+            for KeyValue(name, expected) in tensors do
+                if tensors'[name] <> expected then
+                    failtestf "%s: %s differs" what name
+
+        for policy in policies do
+            check (String.concat "," policy) (job.Recipe.WithRecompute(Array.ofList policy))
+
+        let peak recipe = (compiled job.Config recipe).Plan.Memory |> Seq.map _.Headroom |> Seq.max
+        let least, most = peak (job.Recipe.WithRecompute "full"), peak job.Recipe
+        check "a budget" (job.Recipe.WithRecomputeBudget(least + (most - least) / 2L))
 
 let private tiny = Recipe.Default.WithBatch(8, 1, 32)
 let private eight = tiny.WithParallelism(2, 1, 2, 2)
@@ -273,6 +384,8 @@ let tests =
     testSequenced
     <| testList "recompute" [
         budgets
+        for layout in layouts do
+            everyPolicy layout
         for job in drawn do
             let what = String.concat "," job.Recompute
             let degrees = $"tp %i{job.Tensor} pp %i{job.Pipeline} ep %i{job.Expert} dp %i{job.Data} mtp %i{job.Mtp}"

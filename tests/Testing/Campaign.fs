@@ -20,8 +20,7 @@ module Campaign =
         | _ -> None
 
     /// Cases of the law: DSG_LAW_CASES, or twice those of any property.
-    let cases =
-        variable "DSG_LAW_CASES" |> Option.bind count |> Option.defaultValue (2 * Properties.cases)
+    let cases = variable "DSG_LAW_CASES" |> Option.bind count |> Option.defaultValue (2 * Properties.cases)
 
     /// DSG_LAW_SEED: a number, another one for each process, or the three of a failure, "s,gamma,size".
     let parse (text: string) : struct (uint64 * uint64 * int option) option =

@@ -9,7 +9,10 @@ using static TorchSharp.torch;
 
 namespace DeepSeekGraph.Runtime.Training;
 
-/// <summary>A global batch: tokens [Rows, Columns]; masks [Rows, sequence length], null where every position counts.</summary>
+/// <summary>
+/// A global batch: tokens [Rows, Columns]; masks [Rows, sequence length], null where every position counts. Every depth of
+/// multi-token prediction has the mask MtpMask.
+/// </summary>
 public sealed record TrainingBatch(int Rows, int Columns, long[] Tokens, float[]? LossMask = null, float[]? MtpMask = null);
 
 /// <summary>Global batches by step, from 0; equal calls give equal batches.</summary>
@@ -42,14 +45,15 @@ internal sealed class BatchInputs : IInputSource
         _inputs = plan.Inputs.ToDictionary(i => i.Name);
         if (batch.Rows != plan.Microbatches * plan.MicroBatch)
             throw new ArgumentException($"a batch of {batch.Rows} rows, the plan trains on {plan.Microbatches} x {plan.MicroBatch}", nameof(batch));
-        Tokens = Count(batch.LossMask);
-        MtpTokens = Count(batch.MtpMask);
+        Tokens = Count("loss_mask");
     }
 
-    /// <summary>Valid positions of the global batch, for the main loss and for multi-token prediction.</summary>
+    /// <summary>Valid positions of the global batch, for the main loss.</summary>
     public long Tokens { get; }
 
-    public long MtpTokens { get; }
+    /// <summary>Valid positions of the global batch by a mask of that name.</summary>
+    public long Count(string mask)
+        => MaskOf(mask) is { } given ? given.LongCount(m => m != 0) : (long)_batch.Rows * _plan.SeqLength;
 
     public void Fill(SlotInfo slot, RankContext rank, int microbatch, Tensor target)
     {
@@ -68,14 +72,9 @@ internal sealed class BatchInputs : IInputSource
                     break;
                 }
 
-            case "loss_mask":
-                FillMask(_batch.LossMask);
-                break;
-            case "mtp_mask":
-                FillMask(_batch.MtpMask);
-                break;
             default:
-                throw new InvalidOperationException($"the plan wants an input '{slot.Name}', the data has tokens, loss_mask and mtp_mask");
+                FillMask(MaskOf(slot.Name));
+                break;
         }
 
         void FillMask(float[]? mask)
@@ -90,8 +89,13 @@ internal sealed class BatchInputs : IInputSource
         }
     }
 
-    private long Count(float[]? mask)
-        => mask is null ? (long)_batch.Rows * _plan.SeqLength : mask.LongCount(m => m != 0);
+    /// mtp_mask, mtp2_mask, ...: by depth.
+    private float[]? MaskOf(string name)
+        => name == "loss_mask" ? _batch.LossMask
+            : name.StartsWith("mtp", StringComparison.Ordinal) && name.EndsWith("_mask", StringComparison.Ordinal)
+                && name[3..^5].All(char.IsAsciiDigit) ? _batch.MtpMask
+            : throw new InvalidOperationException(
+                $"the plan wants an input '{name}', the data has tokens, loss_mask and a mask of each depth of multi-token prediction (mtp_mask)");
 }
 
 /// <summary>Inputs given as whole tensors, one dictionary a microbatch.</summary>

@@ -90,7 +90,7 @@ public sealed class Trainer : IAsyncDisposable
             await OnAllAsync(
                 runner =>
                 {
-                    SetScalars(runner, step, rate, inputs.Tokens, inputs.MtpTokens);
+                    SetScalars(runner, step, rate, inputs.Count);
                     runner.RunStep(step, inputs);
                 },
                 cancellationToken).ConfigureAwait(false);
@@ -118,11 +118,12 @@ public sealed class Trainer : IAsyncDisposable
         CancellationToken cancellationToken = default)
     {
         var inputs = new TensorInputs(Plan, microbatches);
-        long tokens = inputs.Count("loss_mask"), mtpTokens = inputs.Count("mtp_mask");
+        var counts = Plan.Inputs.Where(i => i.Name.EndsWith("_mask", StringComparison.Ordinal))
+            .ToDictionary(i => i.Name, i => inputs.Count(i.Name));
         await OnAllAsync(
             runner =>
             {
-                SetScalars(runner, Step + 1, Options.LearningRate.At(Step + 1), tokens, mtpTokens);
+                SetScalars(runner, Step + 1, Options.LearningRate.At(Step + 1), mask => counts[mask]);
                 foreach (var slot in runner.Persistent.Where(s => s.Info.Kind.IsCounter || s.Info.Kind.IsGradient))
                     slot.Tensor.zero_().On(slot.Tensor);
                 runner.RunStep(Step + 1, inputs, false, observe is null ? null : (value, microbatch) => observe(runner, value, microbatch));
@@ -186,20 +187,27 @@ public sealed class Trainer : IAsyncDisposable
             ExceptionDispatchInfo.Throw(error);
     }
 
-    private static void SetScalars(RankRunner runner, long step, double rate, long tokens, long mtpTokens)
+    /// One over the valid tokens of an objective is `inv_tokens`, or `inv_` and the objective: its mask is `loss_mask`, or the objective's.
+    private static void SetScalars(RankRunner runner, long step, double rate, Func<string, long> tokens)
     {
-        Set("step", step);
-        Set("lr", rate);
-        Set("inv_tokens", tokens == 0 ? 0 : 1.0 / tokens);
-        Set("inv_mtp_tokens", mtpTokens == 0 ? 0 : 1.0 / mtpTokens);
-
-        void Set(string name, double value)
+        foreach (var slot in runner.Persistent.Where(s => s.Info.Kind.IsScalar))
         {
-            if (runner.Find(name) is not { } slot)
-                return;
-            using var scalar = (TorchSharp.Scalar)value;
+            double? value = slot.Info.Name switch
+            {
+                "step" => step,
+                "lr" => rate,
+                "inv_tokens" => Inverse("loss_mask"),
+                var name when name.StartsWith("inv_", StringComparison.Ordinal) && name.EndsWith("_tokens", StringComparison.Ordinal)
+                    => Inverse(name[4..^7] + "_mask"),
+                _ => null,
+            };
+            if (value is null)
+                continue;
+            using var scalar = (TorchSharp.Scalar)value.Value;
             slot.Tensor.fill_(scalar).On(slot.Tensor);
         }
+
+        double Inverse(string mask) => tokens(mask) is var count and not 0 ? 1.0 / count : 0;
     }
 
     /// What was counted; a meter does not tell activations from buffers of collectives, and there is no arena.
