@@ -17,6 +17,7 @@ internal static class Values
                 extents,
                 routed,
                 1,
+                1,
                 []),
             meter);
 
