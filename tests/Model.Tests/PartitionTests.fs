@@ -610,6 +610,72 @@ let tests =
             // the other sum of a layer is normed in the next, where a stage may begin
             Expect.equal hits["add_rms_norm"] 7 "one a layer, one more where a norm ends the last layer and MTP's"
 
+        testCase
+            "what F sends, F receives: also hidden states that only a loss reads, in the backward pass with its gradient"
+        <| fun () ->
+            let config =
+                DeepSeekV3Config(
+                    VocabSize = 16,
+                    HiddenSize = 8,
+                    NumHiddenLayers = 4,
+                    NumAttentionHeads = 4,
+                    QLoraRank = 4,
+                    KvLoraRank = 4,
+                    QkNopeHeadDim = 4,
+                    QkRopeHeadDim = 2,
+                    VHeadDim = 4,
+                    RopeScaling = null,
+                    IntermediateSize = 8,
+                    FirstKDenseReplace = 1,
+                    MoeIntermediateSize = 4,
+                    NRoutedExperts = 8,
+                    NumExpertsPerTok = 2,
+                    NGroup = 4,
+                    TopkGroup = 2,
+                    NumNextnPredictLayers = 2
+                )
+
+            // the last stage reads what it receives in I alone
+            let plan =
+                (compiled
+                    config
+                    (Recipe.Default.WithParallelism(1, 3, 1, 1).WithLayout("Ett|ttmm|L").WithBatch(3, 1, 8)))
+                    .Plan
+
+            let messages stage (phase: Phase) (isKind: Collective -> bool) = [
+                for program in plan.Stages[stage].Programs do
+                    if program.Phase = phase then
+                        for step in program.Steps do
+                            match step with
+                            | Step.Start(_, kind, group, inputs, outputs, _) when isKind kind ->
+                                plan.Groups[group].Name, inputs.Count + outputs.Count
+                            | Step.Start _
+                            | Step.Launch _
+                            | Step.Wait _
+                            | Step.Free _ -> ()
+            ]
+
+            let sent, received = messages 1 Phase.F _.IsSend, messages 2 Phase.F _.IsRecv
+            Expect.equal (List.sumBy snd sent) 3 "the states of the last layer and of both depths"
+            Expect.equal received sent "in the order of sending"
+            Expect.isEmpty (messages 2 Phase.I _.IsRecv) "nothing later"
+
+            let reads (stage: StagePlan) (phase: Phase) kernel = [
+                for program in stage.Programs do
+                    if program.Phase = phase then
+                        for step in program.Steps do
+                            match step with
+                            | Step.Launch(k, _, inputs, _, _) when k = kernel -> inputs[0]
+                            | Step.Launch _
+                            | Step.Start _
+                            | Step.Wait _
+                            | Step.Free _ -> ()
+            ]
+
+            let losses = reads plan.Stages[2] Phase.I KernelId.LinearCrossEntropyGrad
+            Expect.equal losses.Length 3 "three losses with their gradients"
+            Expect.isEmpty (reads plan.Stages[2] Phase.F KernelId.LinearCrossEntropy) "none in F"
+
         testCase "recomputed attention is not kept: less is live, and nothing else changes"
         <| fun () ->
             let recipe = tiny.WithParallelism(1, 1, 1, 1)
