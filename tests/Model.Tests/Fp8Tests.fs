@@ -186,6 +186,20 @@ let tests =
 
         testPropertyWithConfig few "many ranks round the blocks that one rank rounds" lawful
 
+        testCase "a sequence whose zigzag pieces cut a block is refused: one rank would round other blocks"
+        <| fun () ->
+            // pieces of 16 / (2 x 4) = 2 tokens
+            let cut = { plain with Context = 4; SeqLength = 16 }
+            let graph = DeepSeekV3(cut.Config).Declare(1, 16)
+
+            match Pipeline.run (cut.Recipe.WithFp8 4) graph with
+            | Ok _ -> failtest "blocks of 4 in pieces of 2"
+            | Error wrong ->
+                Expect.equal [ for d in wrong -> d.Code ] [ Codes.NotDivisible ] "code"
+                Expect.stringContains wrong.Head.Message "pieces of 2, no multiple of the fp8 block (4)" "both values"
+
+            computes { cut with Fp8 = 2 }
+
         // measured 7.1 %: the loss halves in 12 steps at a high rate, which amplifies every rounding
         testCase "a tiny run in fp8 stays within 10 % of bf16's loss, and learns"
         <| fun () ->
