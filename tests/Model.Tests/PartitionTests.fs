@@ -540,7 +540,7 @@ let private covered () =
             "recomputed", 0.2
             "not fused", 0.1
             "bf16", 0.1
-            "loss and gradient in one op", 0.1
+            "loss and gradient in one op", 0.03
             "loss over a split vocabulary", 0.1
         ] do
         let share = total name / total "cases"
