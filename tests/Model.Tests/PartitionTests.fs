@@ -566,7 +566,7 @@ let private covered () =
             "not fused", 0.1
             "some rules fused, some not", 0.2
             "bf16", 0.1
-            "loss and gradient in one op", 0.1
+            "loss and gradient in one op", 0.03
             "loss over a split vocabulary", 0.1
             "fp8 over several ranks", 0.1
             "rows in blocks", 0.2
