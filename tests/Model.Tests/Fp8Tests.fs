@@ -40,10 +40,6 @@ let private products =
         // the head is fused with the loss; the gate is a product, and stays
         Expect.isGreaterThan (count no "model.layers.1.mlp.gate") 0 "gate"
 
-let private apart (a: DenseTensor) (b: DenseTensor) =
-    let scale = b.Data |> Array.fold (fun m x -> max m (abs x)) 1e-30
-    Dense.distance a b / scale
-
 /// Blocks of 2, which the splits of 8, 4 and 16 over 2 or 4 ranks respect or are gathered for.
 let private computes (job: Job) =
     let c = compiled job.Config (job.Recipe.WithFp8 2)
@@ -53,7 +49,7 @@ let private computes (job: Job) =
     let spmd = Spmd.runGlobal sizes c.Local.Layouts c.Local.Graph whole
 
     for name in reference.OutputNames do
-        let distance = apart (spmd.Output name) (reference.Output name)
+        let distance = PartitionTests.apart (spmd.Output name) (reference.Output name)
 
         if not (distance < 1e-8) then
             failtestf "%s differs by %g: %A" name distance job
@@ -112,6 +108,25 @@ let tests =
         products
 
         testPropertyWithConfig few "many ranks round the blocks that one rank rounds" lawful
+
+        testCase "a sequence whose zigzag pieces cut a block is refused: one rank would round other blocks"
+        <| fun () ->
+            // pieces of 16 / (2 x 4) = 2 tokens
+            let cut = {
+                plain with
+                    Context = 4
+                    SeqLength = 16
+            }
+
+            let graph = DeepSeekV3(cut.Config).Declare(1, 16)
+
+            match Pipeline.run (cut.Recipe.WithFp8 4) graph with
+            | Ok _ -> failtest "blocks of 4 in pieces of 2"
+            | Error wrong ->
+                Expect.equal [ for d in wrong -> d.Code ] [ Codes.NotDivisible ] "code"
+                Expect.stringContains wrong.Head.Message "pieces of 2, no multiple of the fp8 block (4)" "both values"
+
+            computes { cut with Fp8 = 2 }
 
         // measured 7.1 %: the loss halves in 12 steps at a high rate, which amplifies every rounding
         testCase "a tiny run in fp8 stays within 10 % of bf16's loss, and learns"
