@@ -1,10 +1,11 @@
-// Matrix products of routed rows with the weights of their experts, one product per expert that has rows. Blocks that are
-// filled up are for products that take whole blocks; those here take the rows that there are, so that zeros cost nothing.
+// Matrix products of routed rows with the weights of their experts, one product per expert that has rows.
 using DeepSeekGraph.Runtime.Memory;
 using static TorchSharp.torch;
 
 namespace DeepSeekGraph.Runtime.Kernels;
 
+// Blocks of rows that are filled up are for products that take whole blocks; those here take the rows that there are, so that zeros
+// cost nothing.
 internal static unsafe class GroupedKernels
 {
     /// <summary>x[rows k], w[E n k], route -> out[rows n]; transposed: w[E k n]. Trailing dims are merged.</summary>

@@ -1,5 +1,4 @@
-// Tokens to routed rows and back. Unpermute sums a token's rows in expert order, in fp32, and rounds once. Rows that fill up
-// an expert's block become zero, and nothing is read from them.
+// Tokens to routed rows and back. Unpermute sums a token's rows in expert order, in fp32, and rounds once.
 using System.Runtime.InteropServices;
 using System.Runtime.Intrinsics;
 using DeepSeekGraph.Runtime.Memory;
@@ -8,6 +7,7 @@ using static TorchSharp.torch;
 
 namespace DeepSeekGraph.Runtime.Kernels;
 
+// Rows that fill up an expert's block become zero, and nothing is read from them.
 internal static unsafe class PermutationKernels
 {
     /// <summary>x[b s h], route -> rows[rows h], by the library's gather.</summary>

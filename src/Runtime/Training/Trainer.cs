@@ -115,12 +115,12 @@ public sealed class Trainer : IAsyncDisposable
         CancellationToken cancellationToken = default)
     {
         var inputs = new TensorInputs(Plan, microbatches);
-        var counts = Plan.Inputs.Where(i => i.Name.EndsWith("_mask", StringComparison.Ordinal))
-            .ToDictionary(i => i.Name, i => inputs.Count(i.Name));
+        var masks = microbatches.SelectMany(m => m.Keys).Where(name => name.EndsWith("_mask", StringComparison.Ordinal));
+        var counts = masks.Distinct().ToDictionary(name => name, inputs.Count);
         await OnAllAsync(
             runner =>
             {
-                SetScalars(runner, Step + 1, Options.LearningRate.At(Step + 1), mask => counts[mask]);
+                SetScalars(runner, Step + 1, Options.LearningRate.At(Step + 1), mask => counts.GetValueOrDefault(mask));
                 foreach (var slot in runner.Persistent.Where(s => s.Info.Kind.IsCounter || s.Info.Kind.IsGradient))
                     slot.Tensor.zero_().On(slot.Tensor);
                 runner.RunStep(Step + 1, inputs, false, observe is null ? null : (value, microbatch) => observe(runner, value, microbatch));
