@@ -112,10 +112,6 @@ let private told =
         let json = explained.ToJson()
         Expect.equal ((nonNull json["products"]).AsArray().Count) explained.Products.Count "as JSON"
 
-let private apart (a: DenseTensor) (b: DenseTensor) =
-    let scale = b.Data |> Array.fold (fun m x -> max m (abs x)) 1e-30
-    Dense.distance a b / scale
-
 /// Blocks of 2, which the splits of 8, 4 and 16 over 2 or 4 ranks respect or are gathered for.
 let private computes (job: Job) =
     let c = compiled job.Config (job.Recipe.WithFp8 2)
@@ -125,7 +121,7 @@ let private computes (job: Job) =
     let spmd = Spmd.runGlobal sizes c.Local.Layouts c.Local.Graph whole
 
     for name in reference.OutputNames do
-        let distance = apart (spmd.Output name) (reference.Output name)
+        let distance = PartitionTests.apart (spmd.Output name) (reference.Output name)
 
         if not (distance < 1e-8) then
             failtestf "%s differs by %g: %A" name distance job

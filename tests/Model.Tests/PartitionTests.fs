@@ -489,11 +489,22 @@ let private cover (job: Job) (c: Compiled) =
          |> Array.exists (fun (v, _) ->
              graph.NodeOf(v).Op.IsCollective |> not && layouts[v] |> Array.exists _.IsPartialSum))
 
-/// Relative distance of two tensors, on the scale of the second. Some gradients are zero but for rounding (the router's where the
+/// Largest difference of two tensors, on the scale of the second. Some gradients are zero but for rounding (the router's where the
 /// weight of one expert is divided by itself): of those, differences of 1e-15 are told.
-let private apart (a: DenseTensor) (b: DenseTensor) =
+let apart (a: DenseTensor) (b: DenseTensor) =
     let scale = b.Data |> Array.fold (fun m x -> max m (abs x)) 1e-7
-    Dense.distance a b / scale
+
+    if a.Extents <> b.Extents then
+        infinity
+    else
+        Array.fold2
+            (fun most (x: float) y ->
+                if x = y then most
+                elif System.Double.IsNaN x || System.Double.IsNaN y then infinity
+                else max most (abs (x - y) / scale))
+            0.0
+            a.Data
+            b.Data
 
 /// Forward and backward of the job's model on one rank, as declared: what any compilation must compute.
 let private meaning (job: Job) : Graph =

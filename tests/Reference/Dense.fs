@@ -110,26 +110,31 @@ module Dense =
             let p = Array.findIndex (fun s -> i[d] < s) starts[1..]
             at parts[p] (withDim d (i[d] - starts[p]) i))
 
-    /// Index of one operand or result at a point of the rule's index space: dim `dims f` of it is letter f.
-    let private project (rank: int) (dims: int[]) (point: int[]) =
-        let index = Array.zeroCreate rank
-
-        for f in 0 .. dims.Length - 1 do
-            if dims[f] >= 0 then
-                index[dims[f]] <- point[f]
-
-        index
-
-    /// f of the operands' elements, for each point of the result; operands lack some of its letters.
+    /// f of the operands' elements, for each point of the result; operands lack some of its letters. The array is reused.
     let pointwise (rule: Rule) (extents: int[]) (f: float[] -> float) (operands: DenseTensor[]) =
-        let dims = Array.init operands.Length (fun k -> rule.Factors |> Array.map _.Operands[k])
+        // how far an operand moves when a dim of the result does
+        let steps =
+            operands
+            |> Array.mapi (fun k x ->
+                let strides = strides x.Extents
 
-        let result = rule.Factors |> Array.map _.Results[0]
+                Array.init extents.Length (fun d ->
+                    rule.Factors
+                    |> Array.sumBy (fun factor ->
+                        if factor.Results[0] = d && factor.Operands[k] >= 0 then strides[factor.Operands[k]] else 0)))
+
+        let values = Array.zeroCreate operands.Length
 
         init extents (fun index ->
-            let point = result |> Array.map (fun d -> if d >= 0 then index[d] else 0)
+            for k in 0 .. operands.Length - 1 do
+                let mutable at = 0
 
-            f (operands |> Array.mapi (fun k x -> at x (project x.Extents.Length dims[k] point))))
+                for d in 0 .. index.Length - 1 do
+                    at <- at + index[d] * steps[k][d]
+
+                values[k] <- operands[k].Data[at]
+
+            f values)
 
     /// Product of the operands' elements, summed over every letter that the result lacks.
     let product (rule: Rule) (result: int) (extents: int[]) (operands: DenseTensor[]) =
