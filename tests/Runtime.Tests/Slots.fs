@@ -70,6 +70,8 @@ let ids (extents: int seq) (values: int64[]) =
 /// The elements as doubles.
 let read (value: SlotValue) : float[] =
     use floats = value.Tensor.to_type torch.ScalarType.Float64
+    // nobody may read the slot again: collected during the call above, it would free what native code reads
+    System.GC.KeepAlive value
     use flat = floats.reshape -1L
     flat.data<float>().ToArray()
 

@@ -91,7 +91,13 @@ public static class KernelTable
     /// <summary>Runs one kernel outside a plan.</summary>
     public static void Run(
         KernelId id, IReadOnlyList<Attribute> attributes, SlotValue[] inputs, SlotValue[] outputs, RankContext rank)
-        => Entries[id].Run(new KernelCall(attributes, inputs, outputs, rank));
+    {
+        Entries[id].Run(new KernelCall(attributes, inputs, outputs, rank));
+
+        // here nobody else may hold the slots: a collected tensor frees memory that native code still reads
+        GC.KeepAlive(inputs);
+        GC.KeepAlive(outputs);
+    }
 
     private static KernelEntry Fills(Kernel run) => new(run, false);
 
