@@ -37,8 +37,15 @@ let private products =
         for path in [ "loss"; "model.layers.1.mlp.gate" ] do
             Expect.equal (count yes path) 0 path
 
-        // the head is fused with the loss; the gate is a product, and stays
+        // the gate is a product, and stays; so is the head, which is fused with the loss: the model's own and MTP's
         Expect.isGreaterThan (count no "model.layers.1.mlp.gate") 0 "gate"
+
+        Expect.equal
+            (no |> List.filter (fun p -> p.Weight = "lm_head") |> List.map _.Kernel |> List.distinct)
+            [ KernelId.LinearCrossEntropyGrad ]
+            "head: loss and gradients of one launch"
+
+        Expect.equal (no |> List.filter (fun p -> p.Weight = "lm_head") |> List.length) 2 "heads"
 
 /// What `dsg explain` says of each weight: DeepSeek-V3's blocks, except that gradients of experts keep 1 x 128.
 let private told =

@@ -107,7 +107,9 @@ module PlanProducts =
         | KernelId.GroupedMatMul
         | KernelId.GroupedWeightGrad
         | KernelId.LinearLogSumExp
-        | KernelId.LinearLogSumExpGrad -> [ 0; 1 ]
+        | KernelId.LinearLogSumExpGrad
+        | KernelId.LinearCrossEntropy
+        | KernelId.LinearCrossEntropyGrad -> [ 0; 1 ]
         // queries, keys, values
         | KernelId.Attention -> [ 0; 1; 2 ]
         | KernelId.AttentionGrad -> [ 1; 2; 3 ]
@@ -121,8 +123,8 @@ module PlanProducts =
         | KernelId.Contract, [ Attribute.Text spec ], Some i ->
             let letters = (Axes.parse spec).Operands[i]
             if letters[letters.Length - 1].Mark = Mark.Sum then "forward" else "input gradient"
-        | (KernelId.LinearLogSumExp | KernelId.Attention), _, _ -> "forward"
-        | (KernelId.LinearLogSumExpGrad | KernelId.AttentionGrad), _, _ -> "gradients"
+        | (KernelId.LinearLogSumExp | KernelId.LinearCrossEntropy | KernelId.Attention), _, _ -> "forward"
+        | (KernelId.LinearLogSumExpGrad | KernelId.LinearCrossEntropyGrad | KernelId.AttentionGrad), _, _ -> "gradients"
         | _other -> "weight gradient"
 
     /// Every product, stage by stage in program order.
