@@ -374,7 +374,9 @@ module Pipeline =
 
         passes
         |> List.indexed
-        |> List.fold (fun state (i, pass) -> state |> Result.bind (fun before -> next (observe (i + 1)) before pass)) begun
+        |> List.fold
+            (fun state (i, pass) -> state |> Result.bind (fun before -> next (observe (i + 1)) before pass))
+            begun
         |> Result.bind (fun last ->
             match last.Proof.GetAwaiter().GetResult() with
             | [] -> Ok last.Progress

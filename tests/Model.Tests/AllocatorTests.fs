@@ -143,7 +143,12 @@ let tests =
                 mallopt (mapThreshold, threshold) |> ignore
 
                 task {
-                    use! trainer = Training.Trainer.StartAsync(plan, Training.TrainerOptions(Batches = batches, KeepFreedMemory = false))
+                    use! trainer =
+                        Training.Trainer.StartAsync(
+                            plan,
+                            Training.TrainerOptions(Batches = batches, KeepFreedMemory = false)
+                        )
+
                     let rank = trainer.Ranks[0]
                     let seen = List<Border>()
                     let mutable start = 0L

@@ -192,7 +192,12 @@ let tests =
         testCase "a sequence whose zigzag pieces cut a block is refused: one rank would round other blocks"
         <| fun () ->
             // pieces of 16 / (2 x 4) = 2 tokens
-            let cut = { plain with Context = 4; SeqLength = 16 }
+            let cut = {
+                plain with
+                    Context = 4
+                    SeqLength = 16
+            }
+
             let graph = DeepSeekV3(cut.Config).Declare(1, 16)
 
             match Pipeline.run (cut.Recipe.WithFp8 4) graph with

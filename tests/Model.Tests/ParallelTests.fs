@@ -97,19 +97,18 @@ let private drawn =
         10
         20
         (AnyStages.Job().Generator
-         |> FsCheck.FSharp.Gen.map (fun j ->
-             {
-                 j with
-                     // sums of these types round otherwise in another layout
-                     Bf16 = false
-                     Fp8 = 0
-                     NarrowStates = false
-                     // the weight of one expert over itself is 1: the router's gradient is rounding, of which AdamW makes whole steps
-                     Routing = {
-                         j.Routing with
-                             Normalize = j.Routing.Normalize && j.Routing.TopK > 1
-                     }
-             }))
+         |> FsCheck.FSharp.Gen.map (fun j -> {
+             j with
+                 // sums of these types round otherwise in another layout
+                 Bf16 = false
+                 Fp8 = 0
+                 NarrowStates = false
+                 // the weight of one expert over itself is 1: the router's gradient is rounding, of which AdamW makes whole steps
+                 Routing = {
+                     j.Routing with
+                         Normalize = j.Routing.Normalize && j.Routing.TopK > 1
+                 }
+         }))
 
 let private covered =
     testCase "the settings drawn cover rows split by expert, pending sums, several mesh axes and uneven stages"
@@ -209,7 +208,15 @@ let tests =
         testCase "several depths of multi-token prediction train: each has its mask and its scale"
         <| fun () ->
             let job = { plain with Layers = 2; Mtp = 3 }
-            agrees { job with Data = 2; Expert = 2; Pipeline = 2; Cuts = [ 2 ] }
+
+            agrees {
+                job with
+                    Data = 2
+                    Expert = 2
+                    Pipeline = 2
+                    Cuts = [ 2 ]
+            }
+
             let loss (recipe: Recipe) = (train job.Config recipe).Head
             let first, mtp, _ = loss job.Recipe
             Expect.isTrue (first > 0.0 && mtp > 0.0) "losses"

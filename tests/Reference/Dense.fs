@@ -121,7 +121,10 @@ module Dense =
                 Array.init extents.Length (fun d ->
                     rule.Factors
                     |> Array.sumBy (fun factor ->
-                        if factor.Results[0] = d && factor.Operands[k] >= 0 then strides[factor.Operands[k]] else 0)))
+                        if factor.Results[0] = d && factor.Operands[k] >= 0 then
+                            strides[factor.Operands[k]]
+                        else
+                            0)))
 
         let values = Array.zeroCreate operands.Length
 
