@@ -221,6 +221,20 @@ type MeshInfo = {
     Axes: IReadOnlyList<MeshAxis>
 }
 
+/// The order in which context parallel ranks share a sequence: blocks 0, 2R-1, 1, 2R-2, ... of 2R, so that each has as many scores.
+[<RequireQualifiedAccess>]
+module ZigzagOrder =
+    /// Where block `i` of so many stands in natural order.
+    let naturalBlock (blocks: int) (i: int) : int = if i % 2 = 0 then i / 2 else blocks - 1 - i / 2
+
+    /// Where the token at `place` of a sequence stands in natural order.
+    let natural (ranks: int) (length: int) (place: int) : int =
+        if ranks = 1 then
+            place
+        else
+            let size = length / (2 * ranks)
+            naturalBlock (2 * ranks) (place / size) * size + place % size
+
 /// Ranks that talk: all coordinates along `MeshAxes` (slowest is major in member order); `Stages`: instead the same coordinates on these
 /// stages, ascending for sums, sender and receiver for messages. What a member starts in a group runs in that order.
 type Group = {

@@ -32,6 +32,13 @@ module PlanNames =
 
         out.ToString()
 
+    /// A parameter's name as of its module: model.layers.3.mlp.gate_up_proj.weight is of model.layers.3.mlp.gate_up_proj.
+    let ofWeight (name: string) : string =
+        if name.EndsWith(".weight", System.StringComparison.Ordinal) then
+            name.Substring(0, name.Length - ".weight".Length)
+        else
+            name
+
 [<RequireQualifiedAccess>]
 module PlanFlops =
     let private typeOf (slot: SlotInfo) : TensorType = {

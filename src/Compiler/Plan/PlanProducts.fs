@@ -94,12 +94,6 @@ type internal Chains(stage: StagePlan) =
 
 [<RequireQualifiedAccess>]
 module PlanProducts =
-    let private withoutSuffix (suffix: string) (name: string) =
-        if name.EndsWith(suffix, System.StringComparison.Ordinal) then
-            name.Substring(0, name.Length - suffix.Length)
-        else
-            name
-
     /// Which operands are factors, of the kernels that multiply.
     let private factorsOf (kernel: KernelId) =
         match kernel with
@@ -152,7 +146,7 @@ module PlanProducts =
                                 Program = program.Name
                                 Path = path
                                 Kernel = kernel
-                                Weight = name |> Option.map (withoutSuffix ".weight") |> Option.defaultValue path
+                                Weight = name |> Option.map PlanNames.ofWeight |> Option.defaultValue path
                                 Direction = direction kernel attributes weight
                                 Operands = [|
                                     for slot in factors ->

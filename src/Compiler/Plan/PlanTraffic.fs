@@ -101,15 +101,6 @@ module PlanTraffic =
 
         let chains = Chains stage
 
-        let short (name: string) =
-            let name =
-                if name.EndsWith(".weight", System.StringComparison.Ordinal) then
-                    name.Substring(0, name.Length - 7)
-                else
-                    name
-
-            tail name
-
         /// The parameter that a step reads, or whose gradient it makes, gives it its name: "q_b_proj"; else its kernel.
         let nameOf (step: Step) =
             match step with
@@ -119,7 +110,7 @@ module PlanTraffic =
                 known inputs
                 |> Seq.tryPick chains.Parameter
                 |> Option.orElse (known outputs |> Seq.tryPick chains.Gradient)
-                |> Option.map short
+                |> Option.map (PlanNames.ofWeight >> tail)
                 |> Option.defaultValue (PlanNames.kernel kernel)
             | Step.Start(_, kind, _, _, _, _) -> kindName kind
             | Step.Wait _

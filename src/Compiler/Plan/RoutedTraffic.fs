@@ -104,7 +104,7 @@ let private counted (mesh: MeshInfo) (seqLength: int) (routing: IRouting) microb
 
         for row in firstRow .. firstRow + rows - 1 do
             for place in firstPlace .. firstPlace + places - 1 do
-                let position = Routing.natural mesh.Context seqLength place
+                let position = ZigzagOrder.natural mesh.Context seqLength place
 
                 let members =
                     routing.Chosen(e.Choice.Path, microbatch, row, position)

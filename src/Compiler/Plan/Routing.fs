@@ -84,15 +84,6 @@ module Routing =
 
         find route None
 
-    /// Where the token at `place` of a sequence in zigzag order stands in natural order: blocks lie as 0, 2R-1, 1, 2R-2, ...
-    let natural (ranks: int) (length: int) (place: int) : int =
-        if ranks = 1 then
-            place
-        else
-            let size = length / (2 * ranks)
-            let block = place / size
-            (if block % 2 = 0 then block / 2 else 2 * ranks - 1 - block / 2) * size + place % size
-
     /// The first index and the number of them that a rank holds of a dim, by its coordinates.
     let block (mesh: MeshInfo) (slot: SlotInfo) (dim: int) (coordinates: int[]) : struct (int * int) =
         let mutable at = 0

@@ -50,16 +50,6 @@ public sealed class RoutingTrace
         _masks[(step, path, row)] = mask.ToArray();
     }
 
-    /// <summary>Where the token at `place` of a sequence in zigzag order stands in natural order: blocks lie as 0, 2R-1, 1, 2R-2, ...</summary>
-    private static int Natural(int place, int length, int ranks)
-    {
-        if (ranks == 1)
-            return place;
-        var size = length / (2 * ranks);
-        var block = place / size;
-        return ((block % 2 == 0 ? block / 2 : (2 * ranks) - 1 - (block / 2)) * size) + (place % size);
-    }
-
     /// <summary>Called after GroupTopK and Router: `mask` is [batch, seq, experts], experts whole.</summary>
     internal unsafe void Visit(RankContext rank, long step, string path, int microbatch, SlotValue mask)
     {
@@ -79,7 +69,7 @@ public sealed class RoutingTrace
             for (var s = 0; s < positions; s++)
             {
                 var now = mine.Slice(((b * positions) + s) * experts, experts);
-                var recorded = whole.AsSpan(Natural(shard.Start[1] + s, global[1], rank.Context) * experts, experts);
+                var recorded = whole.AsSpan(ZigzagOrder.natural(rank.Context, global[1], shard.Start[1] + s) * experts, experts);
                 if (!Replay)
                 {
                     now.CopyTo(recorded);

@@ -48,7 +48,7 @@ internal static class MovementKernels
         var target = call.Out().Fill(ElementwiseKernels.Rows(call.Inputs[0]));
         for (var i = 0; i < blocks; i++)
         {
-            var natural = i % 2 == 0 ? i / 2 : blocks - 1 - (i / 2);
+            var natural = ZigzagOrder.naturalBlock(blocks, i);
             var (from, to) = call.Int(2) == 0 ? (natural, i) : (i, natural);
             using var part = a.narrow(dim, from * length, length);
             using var place = target.narrow(dim, to * length, length);
