@@ -77,22 +77,11 @@ internal static unsafe class CrossEntropyKernels
     private static float Exponentials(float* x, int n, int label, out float sum)
     {
         var at = label < 0 ? 0 : x[label];
-        var largest = float.NegativeInfinity;
-        var i = 0;
-        if (n >= 8)
-        {
-            var tops = Vector256.Load(x);
-            for (i = 8; i <= n - 8; i += 8)
-                tops = Vector256.Max(tops, Vector256.Load(x + i));
-            for (var lane = 0; lane < 8; lane++)
-                largest = Math.Max(largest, tops[lane]);
-        }
-
-        for (; i < n; i++)
-            largest = Math.Max(largest, x[i]);
+        var largest = Simd.Max(x, n);
         var shift = Vector256.Create(largest);
         var sums = Vector256<float>.Zero;
-        for (i = 0; i <= n - 8; i += 8)
+        var i = 0;
+        for (; i <= n - 8; i += 8)
         {
             var e = Vector256.Exp(Vector256.Load(x + i) - shift);
             e.Store(x + i);
@@ -204,13 +193,6 @@ internal static unsafe class CrossEntropyKernels
         }
 
         /// <summary>Rows of the head in fp32; the caller disposes them.</summary>
-        private Tensor Rows(int first)
-        {
-            var part = _w.narrow(0, first, Math.Min(_block, Vocab - first));
-            if (part.dtype == ScalarType.Float32)
-                return part;
-            using var narrow = part;
-            return narrow.to_type(ScalarType.Float32);
-        }
+        private Tensor Rows(int first) => Products.WideRows(_w, first, Math.Min(_block, Vocab - first));
     }
 }

@@ -102,6 +102,25 @@ internal static unsafe class Simd
             to[i] = Sigmoid(Vector256.Create(from[i]))[0];
     }
 
+    /// <summary>The largest element; minus infinity of none.</summary>
+    public static float Max(float* p, int n)
+    {
+        var largest = float.NegativeInfinity;
+        var i = 0;
+        if (n >= 8)
+        {
+            var tops = Vector256.Load(p);
+            for (i = 8; i <= n - 8; i += 8)
+                tops = Vector256.Max(tops, Vector256.Load(p + i));
+            for (var lane = 0; lane < 8; lane++)
+                largest = Math.Max(largest, tops[lane]);
+        }
+
+        for (; i < n; i++)
+            largest = Math.Max(largest, p[i]);
+        return largest;
+    }
+
     /// <summary>The sum of n elements.</summary>
     public static float Sum(float* p, int n)
     {

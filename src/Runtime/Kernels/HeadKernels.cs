@@ -82,22 +82,11 @@ internal static unsafe class HeadKernels
 
     private static float LogSumExp(float* x, int n)
     {
-        var largest = float.NegativeInfinity;
-        var i = 0;
-        if (n >= 8)
-        {
-            var tops = Vector256.Load(x);
-            for (i = 8; i <= n - 8; i += 8)
-                tops = Vector256.Max(tops, Vector256.Load(x + i));
-            for (var lane = 0; lane < 8; lane++)
-                largest = Math.Max(largest, tops[lane]);
-        }
-
-        for (; i < n; i++)
-            largest = Math.Max(largest, x[i]);
+        var largest = Simd.Max(x, n);
         var shift = Vector256.Create(largest);
         var sums = Vector256<float>.Zero;
-        for (i = 0; i <= n - 8; i += 8)
+        var i = 0;
+        for (; i <= n - 8; i += 8)
             sums += Vector256.Exp(Vector256.Load(x + i) - shift);
         var total = Simd.Total(sums);
         for (; i < n; i++)
@@ -157,14 +146,7 @@ internal static unsafe class HeadKernels
         public Tensor Hidden { get; }
 
         /// <summary>Rows of the head from `first` on, in fp32; the caller disposes them.</summary>
-        public Tensor Weight(int first)
-        {
-            var part = _w.narrow(0, first, Math.Min(Width, Vocab - first));
-            if (part.dtype == ScalarType.Float32)
-                return part;
-            using var narrow = part;
-            return narrow.to_type(ScalarType.Float32);
-        }
+        public Tensor Weight(int first) => Products.WideRows(_w, first, Math.Min(Width, Vocab - first));
 
         /// <summary>Logits [tokens, width] of the ids from `first` on; they last until the next call.</summary>
         public Tensor Compute(int first)

@@ -42,8 +42,8 @@ internal static unsafe class PermutationKernels
         var target = call.Out().Fill();
         var width = route.Tokens == 0 ? 0 : target.numel() / route.Tokens;
         using var flat = wide.reshape(route.Rows, width);
-        using var places = Places(route);
-        using var rowsOnly = route.Padding == 1 ? flat.alias() : flat.index_select(0, places);
+        using var places = route.Padding == 1 ? null : Places(route);
+        using var rowsOnly = places is null ? flat.alias() : flat.index_select(0, places);
         using var sum = zeros([route.Tokens, width], dtype: ScalarType.Float32);
         using var one = (Scalar)1f;
         sum.index_add_(0, index, rowsOnly, one).On(sum);

@@ -16,6 +16,16 @@ internal static class Products
     /// <summary>A copy in the wanted type, or null when the tensor has it.</summary>
     public static Tensor? Wide(Tensor tensor, ScalarType type) => tensor.dtype == type ? null : tensor.to_type(type);
 
+    /// <summary>Some rows of a matrix in fp32: a view, or a copy; the caller disposes it.</summary>
+    public static Tensor WideRows(Tensor matrix, long first, long count)
+    {
+        var rows = matrix.narrow(0, first, count);
+        if (rows.dtype == ScalarType.Float32)
+            return rows;
+        using var narrow = rows;
+        return narrow.to_type(ScalarType.Float32);
+    }
+
     /// <summary>AVX512-BF16 or AMX-BF16.</summary>
     private static bool HasBFloat16()
     {

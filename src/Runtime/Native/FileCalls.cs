@@ -4,17 +4,37 @@ using Microsoft.Win32.SafeHandles;
 
 namespace DeepSeekGraph.Runtime.Native;
 
-/// <summary>Every call but IsSpecial throws IOException with the system's own words.</summary>
+/// <summary>Every call but those that ask what is there throws IOException with the system's own words.</summary>
 internal static unsafe partial class FileCalls
 {
+    public const int TypeMask = 0xF000, TypeFolder = 0x4000, TypeFile = 0x8000;
     private const int AtCurrentFolder = -100, FolderOnly = 0x10000, CloseOnExec = 0x80000;
-    private const uint TypeField = 1, Exchange = 2;
-    private const int TypeMask = 0xF000, TypeFolder = 0x4000, TypeFile = 0x8000;
+    private const int AtNoFollow = 0x100, AtEmptyPath = 0x1000;
+    private const uint BasicFields = 0x7ff, Exchange = 2;
     private const int NoCall = 38, Invalid = 22, OtherDevice = 18, Unsupported = 95;
 
     /// <summary>True for what is there but neither a file nor a folder, links followed: pipes, devices, sockets.</summary>
     public static bool IsSpecial(string path)
-        => statx(AtCurrentFolder, path, 0, TypeField, out var found) == 0 && (found.Mode & TypeMask) is not (TypeFile or TypeFolder);
+        => statx(AtCurrentFolder, path, 0, BasicFields, out var found) == 0 && (found.Mode & TypeMask) is not (TypeFile or TypeFolder);
+
+    /// <summary>Owner and mode of what is at a path, a link itself; false where it cannot be examined.</summary>
+    public static bool TryExamine(string path, out Status found) => statx(AtCurrentFolder, path, AtNoFollow, BasicFields, out found) == 0;
+
+    /// <summary>Owner and mode of an open file; false where it cannot be examined.</summary>
+    public static bool TryExamine(SafeFileHandle file, out Status found)
+    {
+        var held = false;
+        try
+        {
+            file.DangerousAddRef(ref held);
+            return statx((int)file.DangerousGetHandle(), "", AtEmptyPath, BasicFields, out found) == 0;
+        }
+        finally
+        {
+            if (held)
+                file.DangerousRelease();
+        }
+    }
 
     /// <summary>Takes the disk space of a file's first bytes, so that writing to a map of them cannot fail for want of it.</summary>
     public static void Reserve(SafeFileHandle file, long bytes)
@@ -71,7 +91,7 @@ internal static unsafe partial class FileCalls
     private static IOException Failure(string path) => new($"{Marshal.GetPInvokeErrorMessage(Marshal.GetLastPInvokeError())}: {path}");
 
     [LibraryImport("libc", StringMarshalling = StringMarshalling.Utf8)]
-    private static partial int statx(int folder, string path, int flags, uint mask, out Found found);
+    private static partial int statx(int folder, string path, int flags, uint mask, out Status found);
 
     [LibraryImport("libc")]
     private static partial int posix_fallocate(int file, long offset, long bytes);
@@ -91,10 +111,13 @@ internal static unsafe partial class FileCalls
     [LibraryImport("libc")]
     private static partial int close(int file);
 
-    /// <summary>struct statx: 256 bytes.</summary>
+    /// <summary>struct statx of Linux, which lays out the same on every processor: 256 bytes.</summary>
     [StructLayout(LayoutKind.Explicit, Size = 256)]
-    private struct Found
+    public struct Status
     {
+        [FieldOffset(20)]
+        public uint Owner;
+
         [FieldOffset(28)]
         public ushort Mode;
     }
