@@ -625,26 +625,13 @@ let tests =
             "what F sends, F receives: also hidden states that only a loss reads, in the backward pass with its gradient"
         <| fun () ->
             let config =
-                DeepSeekV3Config(
-                    VocabSize = 16,
-                    HiddenSize = 8,
-                    NumHiddenLayers = 4,
-                    NumAttentionHeads = 4,
-                    QLoraRank = 4,
-                    KvLoraRank = 4,
-                    QkNopeHeadDim = 4,
-                    QkRopeHeadDim = 2,
-                    VHeadDim = 4,
-                    RopeScaling = null,
-                    IntermediateSize = 8,
-                    FirstKDenseReplace = 1,
-                    MoeIntermediateSize = 4,
-                    NRoutedExperts = 8,
-                    NumExpertsPerTok = 2,
-                    NGroup = 4,
-                    TopkGroup = 2,
-                    NumNextnPredictLayers = 2
-                )
+                {
+                    plain with
+                        Layers = 4
+                        Mtp = 2
+                        Yarn = false
+                }
+                    .Config
 
             // the last stage reads what it receives in I alone
             let plan =

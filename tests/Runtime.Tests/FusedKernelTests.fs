@@ -251,20 +251,36 @@ let private balance =
 let private logits tokens k v (h: float[]) (w: float[]) =
     Array.init (tokens * v) (fun i -> Seq.sum [ for f in 0 .. k - 1 -> h[i / v * k + f] * w[i % v * k + f] ])
 
+/// Gradients of hidden states and head, from those of the logits.
+let private gradients tokens k v (h: float[]) (w: float[]) (dz: float[]) =
+    let dh, dw = Array.zeroCreate (tokens * k), Array.zeroCreate (v * k)
+
+    for i in 0 .. dz.Length - 1 do
+        for f in 0 .. k - 1 do
+            let a, b = i / v * k + f, i % v * k + f
+            dh[a] <- dh[a] + dz[i] * w[b]
+            dw[b] <- dw[b] + dz[i] * h[a]
+
+    dh, dw
+
+/// Labels spread over the vocabulary; token 1 has none.
+let private labelOf v t = if t = 1 then -1 else (t * 7919) % v
+
+/// Hidden states, head, labels and ids that begin at 100.
+let private headOperands dtype tokens k v h w = [
+    filled dtype [ 2; tokens / 2; k ] h
+    filled dtype [ v; k ] w
+    ids [ 2; tokens / 2 ] [| for t in 0 .. tokens - 1 -> int64 (100 + labelOf v t) |]
+    ids [ v ] [| for i in 0 .. v - 1 -> int64 (100 + i) |]
+]
+
 let private head =
     both "head and log-sum-exp" (fun dtype ->
         // the last one has more logits than exist at once
         for tokens, k, v, block in [ 6, 5, 12, 3; 6, 8, 32, 16; 4, 3, 7, 7; 64, 2, 98304, 512 ] do
-            let first = 100
             let h, w = rounded dtype (random 1 (tokens * k)), rounded dtype (random 2 (v * k))
-            let label t = if t = 1 then -1 else (t * 7919) % v
-
-            let operands = [
-                filled dtype [ 2; tokens / 2; k ] h
-                filled dtype [ v; k ] w
-                ids [ 2; tokens / 2 ] [| for t in 0 .. tokens - 1 -> int64 (first + label t) |]
-                ids [ v ] [| for i in 0 .. v - 1 -> int64 (first + i) |]
-            ]
+            let label = labelOf v
+            let operands = headOperands dtype tokens k v h w
 
             let z = logits tokens k v h w
             let blocks = v / block
@@ -298,14 +314,7 @@ let private head =
                     let own = exp (x - sums[c]) * dlse[c]
                     if label (i / v) = i % v then own + dat[i / v] else own)
 
-            let expectedH, expectedW = Array.zeroCreate (tokens * k), Array.zeroCreate (v * k)
-
-            for i in 0 .. dz.Length - 1 do
-                for f in 0 .. k - 1 do
-                    let a, b = i / v * k + f, i % v * k + f
-                    expectedH[a] <- expectedH[a] + dz[i] * w[b]
-                    expectedW[b] <- expectedW[b] + dz[i] * h[a]
-
+            let expectedH, expectedW = gradients tokens k v h w dz
             close "hidden states" dtype (read dh) expectedH
             close "head" dtype (read dw) expectedW)
 
@@ -326,16 +335,9 @@ let private wholeHead =
     both "head and cross-entropy" (fun dtype ->
         // one token and one id; a chunk and a part of one; a head that is bf16 by blocks
         for tokens, k, v in [ 2, 1, 1; 6, 5, 12; 10, 19, 33; 300, 3, 20000; 2, 300, 20000 ] do
-            let first = 100
             let h, w = rounded dtype (random 1 (tokens * k)), rounded dtype (random 2 (v * k))
-            let label t = if t = 1 then -1 else (t * 7919) % v
-
-            let operands = [
-                filled dtype [ 2; tokens / 2; k ] h
-                filled dtype [ v; k ] w
-                ids [ 2; tokens / 2 ] [| for t in 0 .. tokens - 1 -> int64 (first + label t) |]
-                ids [ v ] [| for i in 0 .. v - 1 -> int64 (first + i) |]
-            ]
+            let label = labelOf v
+            let operands = headOperands dtype tokens k v h w
 
             // some tokens are masked
             let dloss = random 3 tokens |> Array.mapi (fun t x -> if t % 5 = 4 then 0.0 else x) |> rounded f32
@@ -350,14 +352,7 @@ let private wholeHead =
             let alone = apply KernelId.LinearCrossEntropy [] operands (slot f32 [ 2; tokens / 2 ])
             Expect.equal alone (read loss) "the loss alone, bitwise"
 
-            let expectedH, expectedW = Array.zeroCreate (tokens * k), Array.zeroCreate (v * k)
-
-            for i in 0 .. dz.Length - 1 do
-                for f in 0 .. k - 1 do
-                    let a, b = i / v * k + f, i % v * k + f
-                    expectedH[a] <- expectedH[a] + dz[i] * w[b]
-                    expectedW[b] <- expectedW[b] + dz[i] * h[a]
-
+            let expectedH, expectedW = gradients tokens k v h w dz
             close $"hidden states, %s{size}" dtype (read dh) expectedH
             // fp32 for bf16 operands as well: summed over chunks
             close $"head, %s{size}" f32 (read dw) expectedW
