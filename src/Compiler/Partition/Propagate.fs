@@ -341,6 +341,8 @@ let run (map: AxisMap) (graph: Graph) : Partitioned =
             source shards node (Layout.ofNames map.Mesh map.Parameters t) (fun local -> Op.Parameter(spec, local))
         | Op.Input(name, t) ->
             source shards node (Layout.ofNames map.Mesh map.Inputs t) (fun local -> Op.Input(name, local))
+        | Op.Cache(name, t) ->
+            source shards node (Layout.ofNames map.Mesh map.Inputs t) (fun local -> Op.Cache(name, local))
         | Op.Constant(x, _) -> source shards node (Layout.replicated map.Mesh) (fun local -> Op.Constant(x, local))
         | Op.Iota axis -> source shards node (Layout.replicated map.Mesh) (fun _ -> Op.Iota axis)
         | _other -> compute shards forced node

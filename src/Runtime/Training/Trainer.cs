@@ -218,9 +218,9 @@ public sealed class Trainer : IAsyncDisposable
             Most(m => m.PeakOf(SlotKind.Parameter)),
             Most(m => m.PeakOf(SlotKind.Optimizer)),
             Most(m => m.PeakOf(SlotKind.Gradient)),
-            Most(m => m.PeakOf(SlotKind.Counter) + m.PeakOf(SlotKind.Scalar)),
+            Most(m => m.PeakOf(SlotKind.Counter) + m.PeakOf(SlotKind.Scalar) + m.PeakOf(SlotKind.Cache)),
             Most(m => m.Peak - m.LiveOf(SlotKind.Parameter) - m.LiveOf(SlotKind.Optimizer) - m.LiveOf(SlotKind.Gradient)
-                - m.LiveOf(SlotKind.Counter) - m.LiveOf(SlotKind.Scalar)),
+                - m.LiveOf(SlotKind.Counter) - m.LiveOf(SlotKind.Scalar) - m.LiveOf(SlotKind.Cache)),
             0,
             peak,
             peak,
