@@ -212,6 +212,14 @@ module Codes =
     [<Literal>]
     let VocabularySmaller = "DSG0835"
 
+    /// A way of drawing tokens is none.
+    [<Literal>]
+    let SamplingIllegal = "DSG0850"
+
+    /// Prompts do not fit the plans that are to go on with them.
+    [<Literal>]
+    let PromptIllegal = "DSG0851"
+
     /// A recompute policy names something that cannot be recomputed.
     [<Literal>]
     let UnknownRecompute = "DSG0590"

@@ -24,5 +24,6 @@ let main argv =
             MemoryTests.tests
             TrafficTests.tests
             CollectiveTests.tests
+            GenerationTests.tests
             AllocatorTests.tests
         ])
