@@ -9,7 +9,9 @@ public sealed record GenerationPlans(PlanSet Prefill, PlanSet Decode)
 {
     /// Compiles both with the recipe's degrees, layout, dispatcher and precision; mistakes are thrown together as a
     /// DiagnosticException. The batch is rounded up to a multiple of the data parallel degree; sequences are not split
-    /// (a decoding step has one token of each), and chunks of a virtual pipeline run one after the other.
+    /// (a decoding step has one token of each), and chunks of a virtual pipeline run one after the other. Rows are exchanged
+    /// between ranks of different tokens; where tensor parallel ranks cannot share the tokens, as in decoding, tokens are
+    /// gathered instead (dispatcher allgather), which for so few is also less to send.
     public static GenerationPlans Compile(DeepSeekV3 model, Recipe recipe, int batch, int promptLength, int places)
     {
         if (batch < 1 || promptLength < 1 || places < promptLength)
@@ -30,8 +32,13 @@ public sealed record GenerationPlans(PlanSet Prefill, PlanSet Decode)
         return new(Of(promptLength, decoding: false), Of(1, decoding: true));
 
         PlanSet Of(int length, bool decoding)
-            => Compilation.Compile(
+        {
+            var isShared = length % Math.Max(1, recipe.Tensor) == 0;
+            return Compilation.Compile(
                 model.DeclareGeneration(each * data, length, places, decoding),
-                recipe.WithBatch(each * data, each, length).WithFacts(model.Facts));
+                recipe.WithBatch(each * data, each, length)
+                    .WithDispatcher(isShared ? recipe.Dispatcher : Dispatcher.AllGather)
+                    .WithFacts(model.Facts));
+        }
     }
 }

@@ -13,6 +13,7 @@ open DeepSeekGraph.Runtime.Generation
 open DeepSeekGraph.Runtime.Training
 open DeepSeekGraph.Testing
 open DeepSeekGraph.Models.Tests.Golden
+open DeepSeekGraph.Models.Tests.Jobs
 
 let private dense (extents: int[]) (data: float[]) = { Extents = extents; Data = data }
 
@@ -144,8 +145,90 @@ let private golden case degrees executor =
         let alone = generate case (grid (1, 1, 1)) executor [| prompt[..4] |] most greedy
         Expect.equal tokens[1] alone[0] "the shorter prompt's"
 
+/// What generates need not do: nothing goes back, and a sequence is whole on its ranks.
+let private generating (job: Job) = {
+    job with
+        Mtp = 0
+        Context = 1
+        Recompute = []
+        Bf16 = false
+        Fp8 = 0
+        Pipeline = min job.Pipeline job.Layers
+        Virtual = 1
+        Group = 0
+        GPipe = false
+        Cuts = job.Cuts |> List.filter (fun c -> c <= job.Layers)
+}
+
+/// Greedy tokens of three prompts, with weights drawn by the plans themselves.
+let private drawn (job: Job) =
+    let plans = GenerationPlans.Compile(DeepSeekV3(job.Config), job.Recipe, 3, 5, 9)
+
+    let rows =
+        [| [| 1L; 5L; 3L; 2L; 9L |]; [| 7L |]; [| 4L; 4L; 15L |] |]
+        |> Array.map (fun p -> p :> IReadOnlyList<int64>)
+
+    task {
+        let! generator =
+            Generator.StartAsync(plans.Prefill, plans.Decode, GeneratorOptions(Executor = Executor.Interpreter))
+
+        let tokens = List<struct (int * int64)>()
+        let run = generator.RunAsync(rows, 5, greedy, null).GetAsyncEnumerator()
+        let mutable more = true
+
+        while more do
+            let! next = run.MoveNextAsync()
+            more <- next
+
+            if more then
+                tokens.Add(struct (run.Current.Prompt, run.Current.Token))
+
+        do! generator.DisposeAsync()
+        return List.ofSeq tokens
+    }
+    |> _.GetAwaiter().GetResult()
+
+let private anyGrid =
+    testPropertyWithConfig
+        {
+            Properties.config [ typeof<AnyStages> ] with
+                maxTest = 40
+        }
+        "random models on random grids: the tokens of one rank"
+        (fun (job: Job) ->
+            let job = generating job
+
+            if legal job then
+                Expect.equal (drawn job) (drawn { job.Single with Batch = 1 }) $"%A{job}")
+
+let private refusals =
+    testCase "prompts that do not fit are refused"
+    <| fun () ->
+        let job = { plain with Mtp = 0 }
+        let plans = GenerationPlans.Compile(DeepSeekV3(job.Config), job.Recipe, 1, 3, 4)
+
+        task {
+            let! generator =
+                Generator.StartAsync(plans.Prefill, plans.Decode, GeneratorOptions(Executor = Executor.Interpreter))
+
+            for prompts, most in [ [ [ 1L ]; [ 2L ] ], 1; [ [] ], 1; [ [ 1L; 2L; 3L; 4L ] ], 1; [ [ 1L; 2L; 3L ] ], 3 ] do
+                let rows = [| for p in prompts -> Array.ofList p :> IReadOnlyList<int64> |]
+
+                try
+                    let run = generator.RunAsync(rows, most, greedy, null).GetAsyncEnumerator()
+                    let! _ = run.MoveNextAsync()
+                    failtest $"%A{prompts} passed"
+                with :? DiagnosticException as e ->
+                    Expect.equal e.Diagnostics[0].Code Codes.PromptIllegal $"%A{prompts}"
+
+            do! generator.DisposeAsync()
+        }
+        |> _.GetAwaiter().GetResult()
+
 let tests =
     testList "generation" [
+        anyGrid
+        refusals
         cachedIsWhole "v3_tiny_plain"
         cachedIsWhole "v3_tiny_yarn"
 

@@ -19,6 +19,7 @@ let main argv =
             Fp8BlockTests.tests
             MetricsTests.tests
             KernelTests.tests
+            CacheTests.tests
             RowKernelTests.tests
             Fp8KernelTests.tests
             FusedKernelTests.tests

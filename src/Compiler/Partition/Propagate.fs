@@ -122,6 +122,15 @@ let private choose
     let routePlace () =
         let tokens = [ factorOfOperand 0 1; factorOfOperand 0 0 ] |> List.choose id
 
+        // mesh axes that are yet to come keep the split that the mask has
+        let later f =
+            [ m + 1 .. shards.Mesh.Axes.Count - 1 ]
+            |> List.filter (fun other ->
+                (shards.Home node.Inputs[0]).Layout[other] |> splitDim |> Option.bind (factorOfOperand 0) = Some f)
+            |> Layout.size shards.Mesh
+
+        let fits f = fits f && rule.Factors[f].Extent / (taken[f] * size) % later f = 0
+
         if shards.Map.Dispatcher.IsAllGather then
             if splitsWeights "experts" then place (factorOfOperand 0 2) else Place.Whole
         else
