@@ -11,7 +11,7 @@ module PlanSchema =
     /// 4: memory by more kinds and for uneven routing, with the place of every slot.
     /// 5: padding of rows.
     [<Literal>]
-    let Version = 5
+    let Version = 6
 
 /// How a value lies along one mesh axis.
 [<RequireQualifiedAccess; Struct>]

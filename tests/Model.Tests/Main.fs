@@ -22,6 +22,7 @@ let main argv =
             ExecutorTests.tests
             RecomputeTests.tests
             PaddingTests.tests
+            MaskTests.tests
             MemoryTests.tests
             TrafficTests.tests
             CollectiveTests.tests
