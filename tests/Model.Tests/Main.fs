@@ -10,6 +10,7 @@ let main argv =
         argv
         (testList "Model" [
             ModelTests.tests
+            CheckpointTests.tests
             BalanceTests.tests
             GoldenTests.tests
             RecipeTests.tests
@@ -21,6 +22,7 @@ let main argv =
             ExecutorTests.tests
             RecomputeTests.tests
             PaddingTests.tests
+            MaskTests.tests
             MemoryTests.tests
             TrafficTests.tests
             CollectiveTests.tests

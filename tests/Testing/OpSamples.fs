@@ -254,27 +254,47 @@ let samples (op: Op) : Sample list =
             Groups = 1
             KeepGroups = 1
             ZeroMasked = false
+            GroupScore = GroupScore.BestTwo
         }
         topK "two of three groups" {
             TopK = 2
             Groups = 3
             KeepGroups = 2
             ZeroMasked = false
+            GroupScore = GroupScore.BestTwo
         }
         topK "unselected groups score zero" {
             TopK = 2
             Groups = 3
             KeepGroups = 1
             ZeroMasked = true
+            GroupScore = GroupScore.BestTwo
+        }
+        topK "two of three groups, by the best of each" {
+            TopK = 2
+            Groups = 3
+            KeepGroups = 2
+            ZeroMasked = false
+            GroupScore = GroupScore.Best
         }
       ]
-    | Op.Router _ -> [ router true [ 0; 2 ]; router false [ 0 ]; router true [ 2 ] ]
+    | Op.Router _ -> [
+        router (routerSpec true) [ 0; 2 ]
+        router (routerSpec false) [ 0 ]
+        router (routerSpec true) [ 2 ]
+        router (softmaxSpec true) [ 0; 2 ]
+        router (softmaxSpec false) [ 0 ]
+      ]
     | Op.RouterGrad _ -> [
-        through (Op.RouterGrad(routerSpec true)) (fun s -> [
-            s.Param("dp", bs @ [ "experts", 6 ])
-            s.Param("x", bs @ [ "experts", 6 ])
-            s.In("mask", DType.Bool, bs @ [ "experts", 6 ])
-        ])
+        for name, spec in [ "sigmoid", routerSpec true; "softmax", softmaxSpec false ] do
+            {
+                through (Op.RouterGrad spec) (fun s -> [
+                    s.Param("dp", bs @ [ "experts", 6 ])
+                    s.Param("x", bs @ [ "experts", 6 ])
+                    s.In("mask", DType.Bool, bs @ [ "experts", 6 ])
+                ]) with
+                    Name = $"no gradient, %s{name}"
+            }
       ]
     | Op.Balance _ -> [ balance [ 0; 1 ]; balance [ 0 ]; balance [ 1 ] ]
     | Op.BalanceGrad _ -> [

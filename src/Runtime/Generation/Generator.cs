@@ -204,7 +204,10 @@ public sealed class Generator : IAsyncDisposable
         using var ids = tensor(rows.Ids, shape);
         using var positions = tensor(rows.Positions, shape);
         using var last = tensor(rows.Last, shape);
-        var inputs = new TensorInputs(plan, [new Dictionary<string, Tensor> { ["tokens"] = ids, ["positions"] = positions, ["last"] = last }]);
+        using var mask = tensor(rows.Positions.Select(p => p < 0 ? 0f : 1f).ToArray(), shape);
+        var inputs = new TensorInputs(
+            plan,
+            [new Dictionary<string, Tensor> { ["tokens"] = ids, ["positions"] = positions, ["last"] = last, ["token_mask"] = mask }]);
         await ranks.OnAllAsync(runner => runner.RunStep(1, inputs), cancellationToken).ConfigureAwait(false);
         const string logits = "observe:logits";
         var stage = ranks.Runners.First(r => r.Find(logits) is not null).Rank.Stage;
