@@ -212,6 +212,42 @@ module Codes =
     [<Literal>]
     let VocabularySmaller = "DSG0835"
 
+    /// There is no whole checkpoint where one is to be read.
+    [<Literal>]
+    let CheckpointMissing = "DSG0840"
+
+    /// A checkpoint's manifest is damaged, or contradicts itself or its files.
+    [<Literal>]
+    let CheckpointMalformed = "DSG0841"
+
+    /// A checkpoint is of another version of the format.
+    [<Literal>]
+    let CheckpointVersion = "DSG0842"
+
+    /// A file of a checkpoint is missing or not what was written.
+    [<Literal>]
+    let CheckpointDamaged = "DSG0843"
+
+    /// A checkpoint is not of the model that the plan trains.
+    [<Literal>]
+    let CheckpointMismatch = "DSG0844"
+
+    /// Another process saves checkpoints to the same folder.
+    [<Literal>]
+    let CheckpointBusy = "DSG0845"
+
+    /// Weights to import are missing, unknown, of another shape or type, or not numbers.
+    [<Literal>]
+    let WeightsIllegal = "DSG0846"
+
+    /// A checkpoint does not say which model it is of, or of one that has no published form.
+    [<Literal>]
+    let CheckpointModel = "DSG0847"
+
+    /// A run that is resumed has no steps left.
+    [<Literal>]
+    let NothingLeft = "DSG0848"
+
     /// A recompute policy names something that cannot be recomputed.
     [<Literal>]
     let UnknownRecompute = "DSG0590"
