@@ -77,6 +77,15 @@ public sealed unsafe class CheckpointReader : IDisposable
         }
     }
 
+    /// The bytes of a box of a tensor, row-major, in its own element type; at most 2 GB.
+    public byte[] Box(CheckpointTensor tensor, Shard box)
+    {
+        var bytes = new byte[box.Extents.Aggregate(SafeTensorTypes.BytesOf(tensor.Dtype), (n, extent) => checked(n * extent))];
+        fixed (byte* target = bytes)
+            CopyBox(tensor, box, tensor.Dtype, target);
+        return bytes;
+    }
+
     /// Where the elements of a box lie in one piece of memory; 0 when they do not.
     internal nint Contiguous(CheckpointTensor tensor, Shard box)
     {

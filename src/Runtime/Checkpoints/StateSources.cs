@@ -29,33 +29,33 @@ public sealed unsafe class StateSources
         {
             Remarks = hasOptimizer ? [] : ["the checkpoint holds weights only: moments of the optimizer start at zero"],
         };
-        List<string> missing = [], shapes = [], types = [];
+        List<(string Name, string Text)> missing = [], shapes = [], types = [];
         var slots = StateSlot.Of(plan);
         foreach (var slot in slots)
         {
             if (Source(checkpoint, slot) is not { } source)
             {
                 if (hasOptimizer || IsWeight(slot.Name))
-                    missing.Add(slot.Name);
+                    missing.Add((slot.Name, slot.Name));
                 continue;
             }
 
             if (!source.Shape.SequenceEqual(slot.Global))
-                shapes.Add($"{slot.Name} is [{string.Join(", ", source.Shape)}] in the checkpoint, [{string.Join(", ", slot.Global)}] in the plan");
+                shapes.Add((slot.Name, $"{slot.Name} is [{string.Join(", ", source.Shape)}] in the checkpoint, [{string.Join(", ", slot.Global)}] in the plan"));
             else if (!Elements.Converts(source.Dtype, Elements.NameOf(slot.DType)))
-                types.Add($"{slot.Name} is {source.Dtype} in the checkpoint, {slot.DType.Name} in the plan");
+                types.Add((slot.Name, $"{slot.Name} is {source.Dtype} in the checkpoint, {slot.DType.Name} in the plan"));
             else
                 sources._sources.Add(slot.Name, source);
         }
 
         var known = slots.Select(slot => StateSlot.ParameterOf(slot.Name)).ToHashSet(StringComparer.Ordinal);
-        var unknown = tensors.Where(tensor => !known.Contains(StateSlot.ParameterOf(tensor.Name))).Select(tensor => tensor.Name).ToList();
+        var unknown = tensors.Where(tensor => !known.Contains(StateSlot.ParameterOf(tensor.Name))).Select(tensor => (tensor.Name, tensor.Name)).ToList();
         List<string> wrong =
         [
-            .. Listed("missing in the checkpoint", missing),
-            .. Listed("unknown to the plan", unknown),
-            .. Listed("of another shape", shapes),
-            .. Listed("of another type", types),
+            .. Listed("missing in the checkpoint", WithoutStates(missing)),
+            .. Listed("unknown to the plan", WithoutStates(unknown)),
+            .. Listed("of another shape", WithoutStates(shapes)),
+            .. Listed("of another type", WithoutStates(types)),
         ];
         return wrong.Count == 0
             ? sources
@@ -91,6 +91,13 @@ public sealed unsafe class StateSources
             yield break;
         var shown = string.Join(", ", names.Take(MostNames).Select(Weights.SafeTensorsHeader.Clip));
         yield return $"{names.Count} {what}: {shown}" + (names.Count > MostNames ? $", and {names.Count - MostNames} more" : "");
+    }
+
+    /// States whose parameter is listed too say nothing new.
+    private static List<string> WithoutStates(IReadOnlyList<(string Name, string Text)> wrong)
+    {
+        var names = wrong.Select(one => one.Name).ToHashSet(StringComparer.Ordinal);
+        return [.. wrong.Where(one => StateSlot.ParameterOf(one.Name) is var p && (p == one.Name || !names.Contains(p))).Select(one => one.Text)];
     }
 
     private static bool IsWeight(string name)
