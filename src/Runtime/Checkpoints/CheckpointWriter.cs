@@ -60,8 +60,9 @@ internal sealed class CheckpointWriter : IDisposable
         {
             return action();
         }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException or ArgumentOutOfRangeException { ParamName: "value" })
         {
+            // the last one is .NET's for a file beyond what system or user allow (EFBIG)
             throw DiagnosticException.Of(
                 Codes.OutputUnwritable,
                 folder,
