@@ -25,5 +25,5 @@ let main argv =
             TrafficTests.tests
             CollectiveTests.tests
             AllocatorTests.tests
-            CheckpointTests.tests
+            ResumeTests.tests
         ])

@@ -93,8 +93,8 @@ let private write (root: string) (step: int64) (keep: int) =
             Files = files,
             Kept = kept,
             Tensors = [|
-                CheckpointTensor("a", "parameter", "BF16", ints [ 4; 6 ], ints [ 2; 6 ], ints [ 0; 1 ])
-                CheckpointTensor("m:a", "optimizer", "F32", ints [ 4; 6 ], ints [ 4; 6 ], ints [ 0 ])
+                StoredTensor("a", "parameter", "BF16", ints [ 4; 6 ], ints [ 2; 6 ], ints [ 0; 1 ])
+                StoredTensor("m:a", "optimizer", "F32", ints [ 4; 6 ], ints [ 4; 6 ], ints [ 0 ])
             |]
         )
 

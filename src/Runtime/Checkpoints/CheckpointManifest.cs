@@ -5,7 +5,7 @@ using System.Text.RegularExpressions;
 namespace DeepSeekGraph.Runtime.Checkpoints;
 
 /// A file beside the manifest: its bytes, and their XXH128 as 32 hexadecimal digits.
-public sealed record CheckpointFile(string Name, long Bytes, string Checksum);
+public sealed record StoredFile(string Name, long Bytes, string Checksum);
 
 /// The data that a run read, so that a resumed one can tell whether it reads the same.
 public sealed record CheckpointData(string Tokenizer, long Tokens, string Checksum, int SequenceLength);
@@ -13,7 +13,7 @@ public sealed record CheckpointData(string Tokenizer, long Tokens, string Checks
 /// A global tensor, cut into equal blocks: those of a grid of Shape / Block, in row-major order, lie in Files (places in the
 /// manifest's list), each under the tensor's name. So no block can be missing, overlap another or lie outside.
 /// Kind: "parameter" or "optimizer"; Dtype as safetensors has it.
-public sealed record CheckpointTensor(
+public sealed record StoredTensor(
     string Name, string Kind, string Dtype, IReadOnlyList<int> Shape, IReadOnlyList<int> Block, IReadOnlyList<int> Files)
 {
     public const string Parameter = "parameter";
@@ -52,13 +52,13 @@ public sealed partial record CheckpointManifest
     public required IReadOnlyList<string> Training { get; init; }
 
     /// Files of tensors, by rank.
-    public required IReadOnlyList<CheckpointFile> Files { get; init; }
+    public required IReadOnlyList<StoredFile> Files { get; init; }
 
     /// Small files that export gives back: config.json, tokenizer.json, ...
-    public required IReadOnlyList<CheckpointFile> Kept { get; init; }
+    public required IReadOnlyList<StoredFile> Kept { get; init; }
 
     /// In ordinal order of their names.
-    public required IReadOnlyList<CheckpointTensor> Tensors { get; init; }
+    public required IReadOnlyList<StoredTensor> Tensors { get; init; }
 
     /// The file of a rank's tensors.
     public static string RankFile(int rank) => $"rank_{rank:D5}.safetensors";

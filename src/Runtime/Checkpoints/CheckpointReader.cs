@@ -12,7 +12,7 @@ public sealed unsafe class CheckpointReader : IDisposable
     private const long MostKept = 64_000_000;
 
     private readonly List<SafeTensorsFile> _files = [];
-    private readonly Dictionary<string, CheckpointTensor> _tensors;
+    private readonly Dictionary<string, StoredTensor> _tensors;
 
     private CheckpointReader(string folder, CheckpointManifest manifest)
     {
@@ -54,7 +54,7 @@ public sealed unsafe class CheckpointReader : IDisposable
     }
 
     /// A tensor of the manifest; null when it has none of this name.
-    public CheckpointTensor? Find(string name) => _tensors.GetValueOrDefault(name);
+    public StoredTensor? Find(string name) => _tensors.GetValueOrDefault(name);
 
     /// A kept file, its checksum verified; null when there is none of this name. DSG0843.
     public byte[]? Kept(string name)
@@ -68,7 +68,7 @@ public sealed unsafe class CheckpointReader : IDisposable
     }
 
     /// The elements of a box of a tensor, row-major, into memory for elements of type `to`.
-    public void CopyBox(CheckpointTensor tensor, Shard box, string to, void* target)
+    public void CopyBox(StoredTensor tensor, Shard box, string to, void* target)
     {
         foreach (var (index, block, common) in tensor.Grid.Overlapping(box))
         {
@@ -78,7 +78,7 @@ public sealed unsafe class CheckpointReader : IDisposable
     }
 
     /// The bytes of a box of a tensor, row-major, in its own element type; at most 2 GB.
-    public byte[] Box(CheckpointTensor tensor, Shard box)
+    public byte[] Box(StoredTensor tensor, Shard box)
     {
         var bytes = new byte[box.Extents.Aggregate(SafeTensorTypes.BytesOf(tensor.Dtype), (n, extent) => checked(n * extent))];
         fixed (byte* target = bytes)
@@ -87,7 +87,7 @@ public sealed unsafe class CheckpointReader : IDisposable
     }
 
     /// Where the elements of a box lie in one piece of memory; 0 when they do not.
-    internal nint Contiguous(CheckpointTensor tensor, Shard box)
+    internal nint Contiguous(StoredTensor tensor, Shard box)
     {
         nint found = 0;
         var runs = 0;
@@ -127,7 +127,7 @@ public sealed unsafe class CheckpointReader : IDisposable
         }
     }
 
-    private SafeTensorsFile OpenFile(CheckpointFile file)
+    private SafeTensorsFile OpenFile(StoredFile file)
     {
         var path = Path.Combine(Folder, file.Name);
         var info = new FileInfo(path);
@@ -141,14 +141,14 @@ public sealed unsafe class CheckpointReader : IDisposable
         return SafeTensorsFile.Open(path);
     }
 
-    private void RequireChecksum(CheckpointFile file, SafeTensorsFile open)
+    private void RequireChecksum(StoredFile file, SafeTensorsFile open)
     {
         var found = Checksum.Of((byte*)open.Start, open.FileBytes);
         if (found != file.Checksum)
             throw Damaged(file.Name, $"its checksum is {found}, that of what was written {file.Checksum}");
     }
 
-    private void RequirePlaces(CheckpointTensor tensor)
+    private void RequirePlaces(StoredTensor tensor)
     {
         foreach (var file in tensor.Files.Select(place => _files[place]))
         {

@@ -77,7 +77,7 @@ public sealed class CheckpointSaver : IAsyncDisposable
         var writer = CheckpointWriter.Create(_options.Root, manifest.Step);
         using (writer)
         {
-            var files = new CheckpointFile?[_trainer.Ranks.Count];
+            var files = new StoredFile?[_trainer.Ranks.Count];
             var failures = new Exception?[files.Length];
             await _trainer.OnAllAsync(runner =>
             {
@@ -94,7 +94,7 @@ public sealed class CheckpointSaver : IAsyncDisposable
             }).ConfigureAwait(false);
             if (failures.OfType<Exception>().FirstOrDefault() is { } failure)
                 ExceptionDispatchInfo.Throw(failure);
-            Commit(writer, manifest, [.. files.OfType<CheckpointFile>()]);
+            Commit(writer, manifest, [.. files.OfType<StoredFile>()]);
         }
     }
 
@@ -139,7 +139,7 @@ public sealed class CheckpointSaver : IAsyncDisposable
     }
 
     /// A rank's file; null where it stores nothing.
-    private unsafe CheckpointFile? Write(CheckpointWriter writer, int rank, Func<StateSlot, nint> memory)
+    private unsafe StoredFile? Write(CheckpointWriter writer, int rank, Func<StateSlot, nint> memory)
     {
         if (_map.Of(rank) is not { Count: > 0 } slots)
             return null;
@@ -153,7 +153,7 @@ public sealed class CheckpointSaver : IAsyncDisposable
         });
     }
 
-    private void Commit(CheckpointWriter writer, CheckpointManifest manifest, IReadOnlyList<CheckpointFile> files)
+    private void Commit(CheckpointWriter writer, CheckpointManifest manifest, IReadOnlyList<StoredFile> files)
     {
         var kept = _options.Kept.Select(file => writer.Keep(file.Name, file.Bytes)).ToArray();
         writer.Commit(manifest with { Files = files, Kept = kept }, _options.Keep);

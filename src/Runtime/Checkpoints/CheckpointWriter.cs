@@ -29,14 +29,14 @@ internal sealed class CheckpointWriter : IDisposable
     }
 
     /// A small file that export gives back.
-    public CheckpointFile Keep(string name, byte[] bytes)
+    public StoredFile Keep(string name, byte[] bytes)
     {
         if (!CheckpointManifest.MayBeKept(name))
             throw new ArgumentException($"'{name}' is no name of a kept file", nameof(name));
         return OnDisk(_root, () =>
         {
             WriteFile(name, bytes);
-            return new CheckpointFile(name, bytes.Length, Checksum.Of(bytes));
+            return new StoredFile(name, bytes.Length, Checksum.Of(bytes));
         });
     }
 
@@ -130,7 +130,7 @@ internal sealed unsafe class RankFile : IDisposable
     }
 
     /// On disk, with what the manifest says of it.
-    public CheckpointFile Finish()
+    public StoredFile Finish()
     {
         if (_at != _layout.FileBytes)
             throw new InvalidOperationException($"{_at} bytes of '{_name}' are written, it has {_layout.FileBytes}");
@@ -139,7 +139,7 @@ internal sealed unsafe class RankFile : IDisposable
             RandomAccess.FlushToDisk(_file);
             return true;
         });
-        return new CheckpointFile(_name, _at, Checksum.Text(_hash.GetCurrentHash()));
+        return new StoredFile(_name, _at, Checksum.Text(_hash.GetCurrentHash()));
     }
 
     public void Dispose() => _file.Dispose();

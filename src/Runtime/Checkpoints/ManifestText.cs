@@ -154,10 +154,10 @@ public static class ManifestText
         }
     }
 
-    private static void CheckTensor(CheckpointTensor tensor, int files)
+    private static void CheckTensor(StoredTensor tensor, int files)
     {
         var name = tensor.Name;
-        Require(tensor.Kind is CheckpointTensor.Parameter or CheckpointTensor.Optimizer, $"'{name}' is of the kind '{tensor.Kind}'");
+        Require(tensor.Kind is StoredTensor.Parameter or StoredTensor.Optimizer, $"'{name}' is of the kind '{tensor.Kind}'");
         Require(Elements.IsKnown(tensor.Dtype), $"'{name}' has elements of '{tensor.Dtype}'");
         Require(
             tensor.Shape.Count == tensor.Block.Count && tensor.Shape.Count <= MostDims,
@@ -195,9 +195,9 @@ public static class ManifestText
         CheckpointData? Data,
         IReadOnlyList<string> Recipe,
         IReadOnlyList<string> Training,
-        IReadOnlyList<CheckpointFile> Files,
-        IReadOnlyList<CheckpointFile> Kept,
-        IReadOnlyList<CheckpointTensor> Tensors,
+        IReadOnlyList<StoredFile> Files,
+        IReadOnlyList<StoredFile> Kept,
+        IReadOnlyList<StoredTensor> Tensors,
         string Checksum)
     {
         [JsonIgnore]

@@ -83,14 +83,14 @@ internal sealed class StateMap
             slot.Name, type?.Invoke(slot) ?? Elements.NameOf(slot.DType), [.. slot.Block.Select(e => (long)e)]));
 
     /// The manifest's tensors, where `Ranks` is its list of files.
-    public IReadOnlyList<CheckpointTensor> Tensors(Func<StateSlot, string>? type = null)
+    public IReadOnlyList<StoredTensor> Tensors(Func<StateSlot, string>? type = null)
     {
         var files = Ranks.Index().ToDictionary(rank => rank.Item, rank => rank.Index);
         return [.. _holders
             .OrderBy(one => one.Slot.Name, StringComparer.Ordinal)
-            .Select(one => new CheckpointTensor(
+            .Select(one => new StoredTensor(
                 one.Slot.Name,
-                one.Slot.Kind.IsParameter ? CheckpointTensor.Parameter : CheckpointTensor.Optimizer,
+                one.Slot.Kind.IsParameter ? StoredTensor.Parameter : StoredTensor.Optimizer,
                 type?.Invoke(one.Slot) ?? Elements.NameOf(one.Slot.DType),
                 one.Slot.Global,
                 one.Slot.Block,

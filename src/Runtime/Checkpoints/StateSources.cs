@@ -13,7 +13,7 @@ public sealed unsafe class StateSources
     private const int MostNames = 200;
 
     private readonly CheckpointReader _checkpoint;
-    private readonly Dictionary<string, CheckpointTensor> _sources = new(StringComparer.Ordinal);
+    private readonly Dictionary<string, StoredTensor> _sources = new(StringComparer.Ordinal);
 
     private StateSources(CheckpointReader checkpoint) => _checkpoint = checkpoint;
 
@@ -24,7 +24,7 @@ public sealed unsafe class StateSources
     public static StateSources Of(PlanSet plan, CheckpointReader checkpoint)
     {
         var tensors = checkpoint.Manifest.Tensors;
-        var hasOptimizer = tensors.Any(tensor => tensor.Kind == CheckpointTensor.Optimizer);
+        var hasOptimizer = tensors.Any(tensor => tensor.Kind == StoredTensor.Optimizer);
         var sources = new StateSources(checkpoint)
         {
             Remarks = hasOptimizer ? [] : ["the checkpoint holds weights only: moments of the optimizer start at zero"],
@@ -104,13 +104,13 @@ public sealed unsafe class StateSources
         => name == StateSlot.ParameterOf(name) || name.StartsWith(StateSlot.Prefixes[0], StringComparison.Ordinal);
 
     /// The state of that name and type; of weights, else the wider of parameter and master.
-    private static CheckpointTensor? Source(CheckpointReader checkpoint, StateSlot slot)
+    private static StoredTensor? Source(CheckpointReader checkpoint, StateSlot slot)
     {
         var same = checkpoint.Find(slot.Name);
         if (!IsWeight(slot.Name) || same?.Dtype == Elements.NameOf(slot.DType))
             return same;
         var parameter = StateSlot.ParameterOf(slot.Name);
-        CheckpointTensor?[] both = [checkpoint.Find(parameter), checkpoint.Find(StateSlot.Prefixes[0] + parameter)];
-        return both.OfType<CheckpointTensor>().MaxBy(tensor => Weights.SafeTensorTypes.BytesOf(tensor.Dtype));
+        StoredTensor?[] both = [checkpoint.Find(parameter), checkpoint.Find(StateSlot.Prefixes[0] + parameter)];
+        return both.OfType<StoredTensor>().MaxBy(tensor => Weights.SafeTensorTypes.BytesOf(tensor.Dtype));
     }
 }

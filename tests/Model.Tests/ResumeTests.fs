@@ -1,5 +1,5 @@
 /// Laws of checkpoints: resumed = uninterrupted, any plan -> any other plan and back, background = at once; all bitwise.
-module DeepSeekGraph.Models.Tests.CheckpointTests
+module DeepSeekGraph.Models.Tests.ResumeTests
 
 open System
 open System.IO
@@ -189,7 +189,7 @@ let private files folder =
     |> Array.map (fun path -> Path.GetRelativePath(folder, path), File.ReadAllBytes path)
 
 let tests =
-    testList "checkpoints" [
+    testList "resume" [
         for dtype in [ DType.Float32; DType.BFloat16 ] do
             testCase $"8 ranks, %s{dtype.Name}: resumed = uninterrupted, bitwise"
             <| fun () -> resumes Presets.Tiny (tiny.WithDType dtype)
