@@ -77,6 +77,12 @@ module Pipeline =
                 }
     }
 
+    /// What a plan that generates has no use for.
+    let private training (pass: Pass) = {
+        pass with
+            Run = fun progress -> if progress.Recipe.Mode.IsTrain then pass.Run progress else Ok progress
+    }
+
     let private lower (progress: Progress) (local: Partitioned) =
         Lower.run
             {
@@ -160,6 +166,10 @@ module Pipeline =
             Rewrite.prune)
         onGraph "precision" "before fusion and gradients, which then see final element types" (fun progress ->
             Precision.run progress.Recipe.DType)
+        onGraph
+            "generate"
+            "after precision, which goes by how parameters change: without objectives there is no backward pass, and none does"
+            (fun progress -> if progress.Recipe.Mode.IsGenerate then Generation.run else id)
         {
             Name = "fuse"
             Why = "before gradients: a fused op brings its own gradient rule"
@@ -205,7 +215,7 @@ module Pipeline =
                                     Form = Form.Logical graph
                             })
         }
-        {
+        training {
             Name = "differentiate"
             Why = "on unsharded math, so that every collective of the backward pass falls out of the partition"
             Run =
@@ -216,15 +226,17 @@ module Pipeline =
                             Form = Form.Logical joint
                     })
         }
-        onGraph
-            "losses"
-            "once a loss has its cotangent: where that does not depend on the loss, one op gives both loss and gradient, of one set of logits"
-            (fun _ -> Fusion.Losses.run)
+        training (
+            onGraph
+                "losses"
+                "once a loss has its cotangent: where that does not depend on the loss, one op gives both loss and gradient, of one set of logits"
+                (fun _ -> Fusion.Losses.run)
+        )
         onGraph
             "fp8"
             "once the backward pass has products of its own to round; before recomputation, which then makes rounded operands again"
             (fun progress -> Fp8.run progress.Recipe.Fp8Block)
-        {
+        training {
             Name = "recompute"
             Why =
                 "once there is a backward pass, while values are still logical; what it makes needless is dead before it costs collectives"

@@ -55,6 +55,9 @@ let private want (op: Op) =
     | Op.SwiGluProbsGrad -> Want.CommonPair
     | Op.Parameter _
     | Op.Input _
+    | Op.Cache _
+    | Op.CacheWrite
+    | Op.CacheAttention _
     | Op.Constant _
     | Op.Iota _
     | Op.Neg
@@ -108,6 +111,8 @@ let private step (compute: DType) (rebuild: Rewrite.Rebuild) (node: Node) =
     match node.Op, want node.Op with
     | Op.Parameter(spec, t), _ when spec.Update.IsAdamW && not spec.KeepFloat32 ->
         rebuild.Put(node, Op.Parameter(spec, { t with DType = compute }), [])
+    // what attention would read of an ordinary forward pass has this type too
+    | Op.Cache(name, t), _ -> rebuild.Put(node, Op.Cache(name, { t with DType = compute }), [])
     | _, Want.Wide -> rebuild.Put(node, node.Op, inputs |> List.map (cast rebuild node DType.Float32))
     | _, Want.Common -> rebuild.Put(node, node.Op, inputs |> List.map (cast rebuild node (common floats)))
     | _, Want.CommonPair ->

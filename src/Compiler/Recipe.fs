@@ -88,9 +88,26 @@ type Dispatcher =
 
     static member All = [| AllGather; AllToAll; Flex; Auto |]
 
+/// What a plan is for.
+[<RequireQualifiedAccess>]
+type Mode =
+    /// Forward, backward, update.
+    | Train
+    /// Forward only: what the model observes, with caches that are kept from run to run. Parameters do not change.
+    | Generate
+
+    /// As recipes and plans write it.
+    member this.Name =
+        match this with
+        | Train -> "train"
+        | Generate -> "generate"
+
+    static member All = [| Train; Generate |]
+
 /// An immutable job description; every With... method gives a changed copy. 0 stands for a degree not given.
 type Recipe = private {
     name: string
+    mode: Mode
     tensor: int
     context: int
     data: int
@@ -122,6 +139,7 @@ type Recipe = private {
     /// One rank, fp32, 1F1B, fused, nothing recomputed, sequence parallel wherever tensor parallel, all-to-all.
     static member Default = {
         name = "default"
+        mode = Mode.Train
         tensor = 0
         context = 0
         data = 0
@@ -166,6 +184,7 @@ type Recipe = private {
     }
 
     member this.Name = this.name
+    member this.Mode = this.mode
     member this.Tensor = this.tensor
     member this.Context = this.context
     member this.Data = this.data
@@ -208,6 +227,7 @@ type Recipe = private {
     member this.Facts = this.facts :> IReadOnlyList<string>
 
     member this.WithName(name: string) = { this with name = name }
+    member this.WithMode(mode: Mode) = { this with mode = mode }
 
     /// Degrees; those not given (0) are 1, except data: the smallest that lets experts fit.
     member this.WithParallelism(tensor: int, pipeline: int, expert: int, data: int) = {

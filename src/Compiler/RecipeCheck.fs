@@ -89,6 +89,12 @@ let private notCompiled setting message help = {
 
 /// Settings that no pass carries out: refused, never ignored.
 let unsupported (recipe: Recipe) : Diagnostic list = [
+    if recipe.Mode.IsGenerate && recipe.Context > 1 then
+        notCompiled
+            "context"
+            $"generation over a context parallel degree of %i{recipe.Context}"
+            "choose 1, and tensor, pipeline, expert and data parallel degrees instead"
+
     if recipe.RanksPerNode < 1 then
         {
             Code = Codes.MeshDegree
@@ -139,6 +145,10 @@ let batches (recipe: Recipe) (mesh: MeshInfo) : Result<int, Diagnostic list> =
         wrong
             $"global batch %i{recipe.GlobalBatch} is no multiple of micro batch %i{recipe.MicroBatch} x data %i{mesh.Data}"
             $"choose a global batch of %s{near}"
+    elif recipe.Mode.IsGenerate && recipe.GlobalBatch <> together then
+        wrong
+            $"a plan that generates has one microbatch: global batch %i{recipe.GlobalBatch} is not micro batch %i{recipe.MicroBatch} x data %i{mesh.Data}"
+            $"choose a global batch of %i{together}"
     else
         Ok(recipe.GlobalBatch / together)
 

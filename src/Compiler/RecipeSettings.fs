@@ -118,6 +118,7 @@ module RecipeSettings =
     /// THE list. A degree of 0 is one not given.
     let all: Setting list = [
         text "name" "a name" _.Name _.WithName
+        choice "mode" Mode.All _.Name _.Mode _.WithMode
         number "tensor" _.Tensor (degrees (fun r n -> struct (n, r.Pipeline, r.Expert, r.Data)))
         number "context" _.Context _.WithContextParallel
         number "data" _.Data (degrees (fun r n -> struct (r.Tensor, r.Pipeline, r.Expert, n)))

@@ -9,6 +9,7 @@ let define (op: Op) : OpDef =
     match op with
     | Op.Parameter(_, t) -> Sources.parameter t
     | Op.Input(_, t) -> Sources.input t
+    | Op.Cache(_, t) -> Sources.cache t
     | Op.Constant(_, t) -> Sources.constant t
     | Op.Iota axis -> Sources.iota axis
     | Op.Add -> Elementwise.add
@@ -51,6 +52,8 @@ let define (op: Op) : OpDef =
     | Op.RopeKvGrad nope -> Position.ropeKvGrad nope
     | Op.Attention scale -> Attention.attention scale
     | Op.AttentionGrad _ -> Attention.attentionGrad
+    | Op.CacheWrite -> Cache.write
+    | Op.CacheAttention(_, value) -> Cache.attention value
     | Op.GroupTopK spec -> Experts.groupTopK spec
     | Op.Router spec -> Experts.router spec
     | Op.RouterGrad _ -> Experts.routerGrad

@@ -49,6 +49,8 @@ type Op =
     // sources
     | Parameter of Spec: ParameterSpec * Type: TensorType
     | Input of Name: string * Type: TensorType
+    /// What is kept from one run of a plan to the next; the graph computes its next value by CacheWrite.
+    | Cache of Name: string * Type: TensorType
     | Constant of Value: float * Type: TensorType
     /// 0, 1, 2, ... along one axis; a split gives each rank its global indices.
     | Iota of Axis: Axis
@@ -108,6 +110,10 @@ type Op =
     // attention
     | Attention of Scale: float
     | AttentionGrad of Scale: float
+    /// cache, new rows, positions: the cache with the rows of the tokens at these positions.
+    | CacheWrite
+    /// Attention over cached rows [batch, cache, features], of which the first `Value` are summed.
+    | CacheAttention of Scale: float * Value: int
     // experts
     | GroupTopK of Spec: TopKSpec
     /// Logits and bias to probabilities, mask and tokens per expert.

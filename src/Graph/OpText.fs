@@ -126,7 +126,8 @@ module internal OpText =
             yield! update spec.Update
             flag "keep_fp32" spec.KeepFloat32
           ]
-        | Op.Input(name, _) -> [ text "name" name ]
+        | Op.Input(name, _)
+        | Op.Cache(name, _) -> [ text "name" name ]
         | Op.Constant(value, _) -> [ float "value" value ]
         | Op.Scale factor -> [ float "factor" factor ]
         | Op.Offset addend -> [ float "addend" addend ]
@@ -165,6 +166,7 @@ module internal OpText =
         | Op.RopeKvGrad nope -> [ int "nope" nope ]
         | Op.Attention scale
         | Op.AttentionGrad scale -> [ float "scale" scale ]
+        | Op.CacheAttention(scale, value) -> [ float "scale" scale; int "value" value ]
         | Op.GroupTopK spec -> choice spec
         | Op.Router spec
         | Op.RouterGrad spec ->
@@ -196,6 +198,7 @@ module internal OpText =
         | Op.Silu
         | Op.Detach
         | Op.GroupedWeightGrad
+        | Op.CacheWrite
         | Op.RouteProbs
         | Op.UnrouteProbs
         | Op.PermuteWithProbs
@@ -226,6 +229,7 @@ module internal OpText =
             Op.Silu
             Op.Detach
             Op.GroupedWeightGrad
+            Op.CacheWrite
             Op.RouteProbs
             Op.UnrouteProbs
             Op.PermuteWithProbs
@@ -305,6 +309,7 @@ module internal OpText =
         match name with
         | "parameter" -> Op.Parameter(readParameter a, t)
         | "input" -> Op.Input(a.Text "name", t)
+        | "cache" -> Op.Cache(a.Text "name", t)
         | "constant" -> Op.Constant(a.Float "value", t)
         | "iota" when t.Rank = 1 -> Op.Iota t.Axes[0]
         | "scale" -> Op.Scale(a.Float "factor")
@@ -342,6 +347,7 @@ module internal OpText =
         | "rope_kv_grad" -> Op.RopeKvGrad(a.Int "nope")
         | "attention" -> Op.Attention(a.Float "scale")
         | "attention_grad" -> Op.AttentionGrad(a.Float "scale")
+        | "cache_attention" -> Op.CacheAttention(a.Float "scale", a.Int "value")
         | "group_top_k" -> Op.GroupTopK(readTopK a)
         | "router" -> Op.Router(readRouter a)
         | "router_grad" -> Op.RouterGrad(readRouter a)

@@ -240,6 +240,11 @@ type ModelScope private (declaration: Declaration, path: string, part: ModelUnit
         let t = TensorType.create dtype [ for struct (n, e) in axes -> n, e ]
         this.Source(Op.Input(name, t), name)
 
+    /// What is kept from one run to the next, zero at first; name what CacheWrite makes of it as an output `cache:` and this name.
+    member this.Cache(name: string, [<ParamArray>] axes: struct (string * int)[]) : Tensor =
+        let t = TensorType.create DType.Float32 [ for struct (n, e) in axes -> n, e ]
+        this.Source(Op.Cache(join name, t), join name)
+
     /// A value known when the model is declared, the same everywhere.
     member this.Constant(value: float, [<ParamArray>] axes: struct (string * int)[]) : Tensor =
         let t = TensorType.create DType.Float32 [ for struct (n, e) in axes -> n, e ]

@@ -37,6 +37,18 @@ let check (graph: Graph) : Diagnostic list =
             if v < 0 || v >= made.Length || not made[v] then
                 wrong name $"output %s{name} is not made by any node"
 
+        // a cache is written in place: nobody may look at what it was before
+        for node in graph.Nodes do
+            for i, v in Array.indexed node.Inputs do
+                if v >= 0 && v < made.Length && (graph.NodeOf v).Op.IsCache && not (node.Op.IsCacheWrite && i = 0) then
+                    wrong node.Origin.Path $"%s{(Catalog.define node.Op).Name} reads a cache before it is written"
+
+        let written =
+            graph.Nodes |> Array.filter _.Op.IsCacheWrite |> Array.countBy _.Inputs[0] |> Array.filter (fun (_, n) -> n > 1)
+
+        for cache, count in written do
+            wrong (graph.NodeOf cache).Origin.Path $"%%%i{cache} is a cache that is written %i{count} times"
+
         let names =
             graph.Nodes
             |> Array.choose (fun n ->

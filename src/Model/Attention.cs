@@ -7,9 +7,12 @@ namespace DeepSeekGraph.Models;
 public static class Attention
 {
     /// Queries and keys have a part without position (nope) and a rotated one (rope); the rotated key serves all heads.
-    public static Tensor Mla(ModelScope m, Tensor x_BSH, DeepSeekV3Config c)
+    /// With a cache, what later tokens need of these is kept; a decoding pass sees those before its own there.
+    public static Tensor Mla(ModelScope m, Tensor x_BSH, DeepSeekV3Config c, LatentCache? cache = null)
     {
-        var table = m.RotaryTable(c.Rotary, x_BSH.Extent("seq"));
+        var table = cache is { IsDecoding: true }
+            ? m.RotaryTable(c.Rotary, cache.Positions_BS)
+            : m.RotaryTable(c.Rotary, x_BSH.Extent("seq"));
 
         // queries: through their latent, if there is one
         var q_BSND = c.QLoraRank == 0
@@ -19,22 +22,52 @@ public static class Attention
                 m.RmsNorm("q_a_layernorm", m.Linear("q_a_proj", x_BSH, ("q_lora", c.QLoraRank)), c.RmsNormEps),
                 ("heads", c.NumAttentionHeads),
                 ("qk_dim", c.QkHeadDim));
-        q_BSND = RotateQueries(q_BSND, table, c);
 
         // keys and values: one projection makes the latent and the key that is rotated
         var compressed = m.Linear("kv_a_proj_with_mqa", x_BSH, ("kv_a", c.KvLoraRank + c.QkRopeHeadDim));
-        var latent_BSL = compressed.Slice("kv_a", 0, c.KvLoraRank).Rename("kv_a", "kv_lora");
+        var latent_BSL = m.RmsNorm(
+            "kv_a_layernorm",
+            compressed.Slice("kv_a", 0, c.KvLoraRank).Rename("kv_a", "kv_lora"),
+            c.RmsNormEps);
         var kPe_BSR = compressed.Slice("kv_a", c.KvLoraRank, c.QkRopeHeadDim).Rename("kv_a", "rope");
-        var kv_BSND = m.Linear(
-            "kv_b_proj",
-            m.RmsNorm("kv_a_layernorm", latent_BSL, c.RmsNormEps),
-            ("heads", c.NumAttentionHeads),
-            ("kv_dim", c.QkNopeHeadDim + c.VHeadDim));
+        var kvUp_NDL = m.Weight(
+            "kv_b_proj.weight", m.Normal(),
+            ("heads", c.NumAttentionHeads), ("kv_dim", c.QkNopeHeadDim + c.VHeadDim), ("kv_lora", c.KvLoraRank));
+
+        var kept = cache?.Write(m, latent_BSL, kPe_BSR.Rope(table));
+        var out_BSNV = cache is { IsDecoding: true }
+            ? Absorbed(q_BSND, kvUp_NDL, kept!, cache.Positions_BS, table, c)
+            : Expanded(q_BSND, latent_BSL.MatMul(kvUp_NDL), kPe_BSR, table, c);
+        return m.Linear("o_proj", out_BSNV, ("hidden", x_BSH.Extent("hidden")));
+    }
+
+    /// Every head's keys and values of these tokens, each of which sees those before it.
+    private static Tensor Expanded(
+        Tensor q_BSND, Tensor kv_BSND, Tensor kPe_BSR, Tensor table, DeepSeekV3Config c)
+    {
         var k_BSND = RotateKeys(kv_BSND, kPe_BSR, table, c);
         var v_BSNV = kv_BSND.Slice("kv_dim", c.QkNopeHeadDim, c.VHeadDim).Rename("kv_dim", "v_dim");
 
-        var out_BSNV = q_BSND.CausalAttention(k_BSND, v_BSNV, c.SoftmaxScale);
-        return m.Linear("o_proj", out_BSNV, ("hidden", x_BSH.Extent("hidden")));
+        return RotateQueries(q_BSND, table, c).CausalAttention(k_BSND, v_BSNV, c.SoftmaxScale);
+    }
+
+    /// The same over the cache, in the space of the latent (arXiv 2405.04434, section 2.1.2): q^T (W l) = (W^T q)^T l, so that
+    /// no key or value of a head is ever made; a step costs kv_lora + rope numbers read for each token seen.
+    private static Tensor Absorbed(
+        Tensor q_BSND, Tensor kvUp_NDL, Tensor cache_BCW, Tensor positions_BS, Tensor table, DeepSeekV3Config c)
+    {
+        var qNope = q_BSND.Slice("qk_dim", 0, c.QkNopeHeadDim).Rename("qk_dim", "kv_dim");
+        var qPe = q_BSND.Slice("qk_dim", c.QkNopeHeadDim, c.QkRopeHeadDim).Rename("qk_dim", "rope").Rope(table);
+        var qLatent = qNope.Apply(
+            Op.NewContract("batch seq heads kv_dim+, heads kv_dim+ kv_lora -> batch seq heads kv_lora"),
+            kvUp_NDL.Slice("kv_dim", 0, c.QkNopeHeadDim));
+        var q_BSNW = Tensor.Concat(
+            LatentCache.Axis, qLatent.Rename("kv_lora", LatentCache.Axis), qPe.Rename("rope", LatentCache.Axis));
+        return q_BSNW
+            .Apply(Op.NewCacheAttention(c.SoftmaxScale, c.KvLoraRank), cache_BCW, positions_BS)
+            .Apply(
+                Op.NewContract("batch seq heads kv_lora+, heads v_dim kv_lora+ -> batch seq heads v_dim"),
+                kvUp_NDL.Slice("kv_dim", c.QkNopeHeadDim, c.VHeadDim).Rename("kv_dim", "v_dim"));
     }
 
     /// The same, to be added to the residual stream, from the sizes that matter; the hidden size is x's.

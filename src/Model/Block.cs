@@ -8,10 +8,11 @@ public static class Block
 {
     /// x + attention(norm(x)), then + feed-forward(norm(x)).
     public static Tensor Decoder(
-        ModelScope m, Tensor x_BSH, DeepSeekV3Config c, bool sparse, BalanceTerms? balance = null)
+        ModelScope m, Tensor x_BSH, DeepSeekV3Config c, bool sparse, BalanceTerms? balance = null,
+        LatentCache? cache = null)
     {
         var a_BSH = m.RmsNorm("input_layernorm", x_BSH, c.RmsNormEps);
-        x_BSH += m.Scope("self_attn", s => Attention.Mla(s, a_BSH, c).Residual());
+        x_BSH += m.Scope("self_attn", s => Attention.Mla(s, a_BSH, c, cache).Residual());
 
         var f_BSH = m.RmsNorm("post_attention_layernorm", x_BSH, c.RmsNormEps);
         return x_BSH + m.Scope(

@@ -93,6 +93,9 @@ public sealed record DeepSeekV3Config
     /// The same with another weight of the extra losses.
     public DeepSeekV3Config WithMtpLossScalingFactor(double factor) => this with { MtpLossScalingFactor = factor };
 
+    /// The same without multi-token prediction.
+    public DeepSeekV3Config WithoutMtp() => this with { NumNextnPredictLayers = 0 };
+
     /// The same, choosing experts exactly as Hugging Face's transformers does, which knows no balance loss.
     public DeepSeekV3Config LikeHuggingFace() => this with { ZeroMaskedGroups = true, SeqAuxLossAlpha = 0 };
 

@@ -70,15 +70,40 @@ public sealed record DeepSeekV3(DeepSeekV3Config Config) : Model
         }
     }
 
+    /// One pass of generation over `seqLength` new tokens of each of `batch` sequences, of at most `places` tokens each: prompts
+    /// that begin, or with `decoding` tokens that follow. Inputs: `tokens`, `positions` (below zero: padding), and `last`, 1 at
+    /// the one token of each sequence whose successor is asked for. Output `logits` [batch, vocab], fp32. Without MTP.
+    public Graph DeclareGeneration(int batch, int seqLength, int places, bool decoding)
+    {
+        if (Check() is { Count: > 0 } mistakes)
+            throw new DiagnosticException(mistakes);
+        var declaration = new Declaration { InitStd = InitializerRange };
+        var m = new ModelScope(declaration);
+        var ids_BS = m.Input("tokens", DType.Int64, ("batch", batch), ("seq", seqLength));
+        var positions_BS = m.Input("positions", DType.Int64, ("batch", batch), ("seq", seqLength));
+        var last_BS = m.Input("last", DType.Float32, ("batch", batch), ("seq", seqLength));
+        var cache = new LatentCache(positions_BS, places, decoding);
+        var h_BSH = Decode(m, ids_BS, Table(m), balance: null, cache);
+        var head_VH = HeadWeight(m);
+        m.Scope("lm_head", ModelUnit.Head, s =>
+        {
+            var z_BV = (h_BSH * last_BS).Sum("seq").MatMul(head_VH).Anchor("logits").Cast(DType.Float32);
+            s.Output("logits", z_BV);
+            return z_BV;
+        });
+        return declaration.ToGraph();
+    }
+
     /// Embedding and all decoder layers; the last one ends with the final norm, which head and MTP both read.
-    private Tensor Decode(ModelScope m, Tensor ids_BS, Tensor table_VH, BalanceTerms? balance)
+    private Tensor Decode(
+        ModelScope m, Tensor ids_BS, Tensor table_VH, BalanceTerms? balance, LatentCache? cache = null)
     {
         var c = Config;
         var x_BSH = m.Scope("model.embed_tokens", ModelUnit.Embed, s => s.Embed(ids_BS, table_VH).Residual());
         for (var i = 0; i < c.NumHiddenLayers; i++)
         {
             var (index, x) = (i, x_BSH);
-            x_BSH = m.Layer(index, $"model.layers.{index}", s => Block.Decoder(s, x, c, c.IsSparse(index), balance));
+            x_BSH = m.Layer(index, $"model.layers.{index}", s => Block.Decoder(s, x, c, c.IsSparse(index), balance, cache));
             if (Observe)
                 m.Output($"hidden_{index + 1}", x_BSH);
         }

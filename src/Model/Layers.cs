@@ -41,6 +41,11 @@ public static class Layers
         => new ModelScope(m.Declaration).Scope(
             "rotary", ModelUnit.Shared, s => s.Iota("seq", seqLength).Apply(Op.NewRotaryTable(spec)));
 
+    /// cos and sin of positions that differ by sequence [batch, seq]; the whole model shares one table.
+    public static Tensor RotaryTable(this ModelScope m, RotarySpec spec, Tensor positions_BS)
+        => new ModelScope(m.Declaration).Scope(
+            "rotary", ModelUnit.Shared, _ => positions_BS.Apply(Op.NewRotaryTable(spec)));
+
     /// Rotates feature pairs of the last axis by the position.
     public static Tensor Rope(this Tensor x, Tensor table) => x.Apply(Op.NewRope(inverse: false), table);
 

@@ -236,10 +236,6 @@ module Codes =
     [<Literal>]
     let CheckpointBusy = "DSG0845"
 
-    /// Weights to import are missing, unknown, of another shape or type, or not numbers.
-    [<Literal>]
-    let WeightsIllegal = "DSG0846"
-
     /// A checkpoint does not say which model it is of, or of one that has no published form.
     [<Literal>]
     let CheckpointModel = "DSG0847"
@@ -247,6 +243,14 @@ module Codes =
     /// A run that is resumed has no steps left.
     [<Literal>]
     let NothingLeft = "DSG0848"
+
+    /// A way of drawing tokens is none.
+    [<Literal>]
+    let SamplingIllegal = "DSG0850"
+
+    /// Prompts do not fit the plans that are to go on with them.
+    [<Literal>]
+    let PromptIllegal = "DSG0851"
 
     /// A recompute policy names something that cannot be recomputed.
     [<Literal>]

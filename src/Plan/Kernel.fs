@@ -79,9 +79,9 @@ type KernelId =
     /// fused: dy, x, w, c -> dx + c, rounded once
     | RmsNormGradXAdd = 64
     // position
-    /// positions[s] i64 -> table[s, rope] fp32 (cos of rope/2 frequencies, then sin); Ints: rope; then Float theta, Float factor, Float original, Float betaFast, Float betaSlow, Float mscale (cos/sin multiplier); factor 1: no YaRN
+    /// positions[s] or [b s] i64 -> table[s, rope] or [b s, rope] fp32 (cos of rope/2 frequencies, then sin); Ints: rope; then Float theta, Float factor, Float original, Float betaFast, Float betaSlow, Float mscale (cos/sin multiplier); factor 1: no YaRN
     | RotaryTable = 70
-    /// x[b s ... rope], table[s rope] -> y; Int inverse (1: rotate back). Pairs (x0, x1), (x2, x3), ... stay in place.
+    /// x[b s ... rope], table[s rope] or [b s rope] -> y; Int inverse (1: rotate back). Pairs (x0, x1), (x2, x3), ... stay in place.
     | Rope = 71
     /// q[b s n d], table -> q with the last `rope` features of each head rotated; Int inverse
     | RopeQ = 72
@@ -94,6 +94,13 @@ type KernelId =
     | Attention = 80
     /// dout, q, k, v, out, lse (, positions) -> dq, dk, dv
     | AttentionGrad = 81
+    // what generation keeps of the tokens seen
+    /// cache[b c w], new[b s w], positions[b s] i64 -> cache, in place: row p of the cache is the token at position p; positions below
+    /// zero and beyond the cache are not written
+    | CacheWrite = 82
+    /// q[b s n w], cache[b c w], positions[b s] i64 -> out[b s n v]; Float scale, Int v: softmax over rows 0..position of scale q cache^T,
+    /// times the first v features of the rows; zero where the position is below zero
+    | CacheAttention = 83
     // experts
     /// scores[b s e] fp32 (bias added) -> mask[b s e] bool; Int topK, Int groups, Int keepGroups, Int zeroMasked (1: unselected groups score 0 instead of -inf). Ties: lowest index.
     | GroupTopK = 90

@@ -10,8 +10,9 @@ module PlanSchema =
     /// 3: S.
     /// 4: memory by more kinds and for uneven routing, with the place of every slot.
     /// 5: padding of rows.
+    /// 6: caches.
     [<Literal>]
-    let Version = 5
+    let Version = 6
 
 /// How a value lies along one mesh axis.
 [<RequireQualifiedAccess; Struct>]
@@ -38,6 +39,8 @@ type SlotKind =
     | Counter
     /// A scalar set by the trainer before each step (lr, step, inv_tokens, ...).
     | Scalar
+    /// What generation keeps from run to run: keys and values of the tokens seen; starts at zero.
+    | Cache
     /// Fed by the data loader for each microbatch.
     | Input
     /// Written in one program of a microbatch, read in a later one.
@@ -300,7 +303,7 @@ type MemoryRow = {
     Parameters: int64
     Optimizer: int64
     Gradients: int64
-    /// Counts, metrics and scalars.
+    /// Counts, metrics and scalars, and the caches of generation.
     Counters: int64
     /// Slots that come and go, but for those of `Collectives`, at the moment of the peak.
     Activations: int64

@@ -50,6 +50,7 @@ module internal PlanWords =
         "gradient", SlotKind.Gradient
         "counter", SlotKind.Counter
         "scalar", SlotKind.Scalar
+        "cache", SlotKind.Cache
         "input", SlotKind.Input
         "saved", SlotKind.Saved
         "temporary", SlotKind.Temporary

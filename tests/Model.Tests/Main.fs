@@ -24,6 +24,7 @@ let main argv =
             MemoryTests.tests
             TrafficTests.tests
             CollectiveTests.tests
+            GenerationTests.tests
             AllocatorTests.tests
             ResumeTests.tests
         ])

@@ -83,7 +83,8 @@ module Evaluator =
             let results =
                 match node.Op with
                 | Op.Parameter(spec, t) -> given spec.Name t (parameters spec.Name)
-                | Op.Input(name, t) -> given name t (inputs name)
+                | Op.Input(name, t)
+                | Op.Cache(name, t) -> given name t (inputs name)
                 | _computed -> step graph routes node (fun v -> values[v])
 
             results |> Array.iteri (fun i x -> values[node.Outputs[i]] <- x)

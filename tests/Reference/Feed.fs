@@ -56,7 +56,8 @@ let sources (graph: Graph) : Map<string, TensorType> =
     |> Array.choose (fun n ->
         match n.Op with
         | Op.Parameter(spec, t) -> Some(spec.Name, t)
-        | Op.Input(name, t) -> Some(name, t)
+        | Op.Input(name, t)
+        | Op.Cache(name, t) -> Some(name, t)
         | _computed -> None)
     |> Map.ofArray
 

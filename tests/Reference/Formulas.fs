@@ -28,9 +28,10 @@ let rotaryTable (spec: RotarySpec) (positions: DenseTensor) =
     let frequencies = inverseFrequencies spec
     let half = spec.Dim / 2
 
-    Dense.init [| positions.Data.Length; spec.Dim |] (fun i ->
-        let angle = positions.Data[i[0]] * frequencies[i[1] % half]
-        spec.Mscale * (if i[1] < half then cos angle else sin angle))
+    Dense.init (Array.append positions.Extents [| spec.Dim |]) (fun i ->
+        let feature = Array.last i
+        let angle = Dense.at positions i[.. i.Length - 2] * frequencies[feature % half]
+        spec.Mscale * (if feature < half then cos angle else sin angle))
 
 /// Feature r of a vector rotated at sequence position s; `read` gives the vector's features.
 let rotated inverse (table: DenseTensor) (s: int) (r: int) (read: int -> float) =
@@ -56,6 +57,14 @@ let rope inverse (seq: int) (x: DenseTensor) (table: DenseTensor) =
             Dense.at x i
         else
             rotated inverse table i[seq] (i[last] - kept) (fun r -> Dense.at x (set i last (kept + r))))
+
+/// The same with a table [batch, seq, width] of positions that differ by sequence: x begins with batch and seq.
+let ropeEach inverse (x: DenseTensor) (table: DenseTensor) =
+    let tables =
+        Array.init table.Extents[0] (fun b -> Dense.init table.Extents[1..] (fun i -> Dense.at table [| b; i[0]; i[1] |]))
+
+    let last = x.Extents.Length - 1
+    Dense.init x.Extents (fun i -> rotated inverse tables[i[0]] i[1] i[last] (fun r -> Dense.at x (set i last r)))
 
 let private resized (index: int[]) d extent = set index d extent
 
@@ -122,6 +131,39 @@ let attention scale (q: DenseTensor) (k: DenseTensor) (v: DenseTensor) (position
             ])
 
     [| out; lse |]
+
+/// The cache with each sequence's rows at their positions; of two rows at one position the last stays.
+let cacheWrite (cache: DenseTensor) (rows: DenseTensor) (positions: DenseTensor) =
+    Dense.init cache.Extents (fun i ->
+        let b, place, w = i[0], i[1], i[2]
+
+        [ rows.Extents[1] - 1 .. -1 .. 0 ]
+        |> List.tryFind (fun s -> Dense.at positions [| b; s |] = float place)
+        |> function
+            | Some s -> Dense.at rows [| b; s; w |]
+            | None -> Dense.at cache i)
+
+/// Softmax over cached rows 0 .. position of scale q . row, times the first `value` features of the rows.
+let cacheAttention scale value (q: DenseTensor) (cache: DenseTensor) (positions: DenseTensor) =
+    let width = q.Extents[3]
+
+    Dense.init (resized q.Extents 3 value) (fun i ->
+        let b, s, n, v = i[0], i[1], i[2], i[3]
+        let seen = int (Dense.at positions [| b; s |])
+
+        let scores = [
+            for c in 0..seen ->
+                scale
+                * List.sum [ for w in 0 .. width - 1 -> Dense.at q [| b; s; n; w |] * Dense.at cache [| b; c; w |] ]
+        ]
+
+        if scores.IsEmpty then
+            0.0
+        else
+            let top = List.max scores
+            let weights = scores |> List.map (fun x -> exp (x - top))
+            let total = List.sum weights
+            List.sum [ for c in 0..seen -> weights[c] / total * Dense.at cache [| b; c; v |] ])
 
 /// With p the attention weights and delta = dout . out: ds = p (dout . v - delta).
 let attentionGrad

@@ -118,7 +118,8 @@ let apply (op: Op) (types: TensorType[]) (rule: Rule) (results: TensorType[]) (x
 
     match op with
     | Op.Parameter _
-    | Op.Input _ -> invalidOp "parameters and inputs are given, not computed"
+    | Op.Input _
+    | Op.Cache _ -> invalidOp "parameters and inputs are given, not computed"
     | Op.Collective _
     | Op.LocalSlice _ -> invalidOp "a partitioned graph is evaluated by Spmd"
     | Op.Constant(value, _) -> [| Dense.full extents[0] value |]
@@ -208,12 +209,15 @@ let apply (op: Op) (types: TensorType[]) (rule: Rule) (results: TensorType[]) (x
         [| sum; Formulas.rmsNorm eps sum x[2] |]
     | Op.RmsNormGradXAdd eps -> [| Dense.add (Formulas.rmsNormGradX eps x[0] x[1] x[2]) x[3] |]
     | Op.RotaryTable spec -> [| Formulas.rotaryTable spec x[0] |]
+    | Op.Rope inverse when types[1].Rank = 3 -> [| Formulas.ropeEach inverse x[0] x[1] |]
     | Op.Rope inverse -> [| Formulas.rope inverse (dim types[1].Axes[0].Name) x[0] x[1] |]
     | Op.RopeQ inverse -> [| Formulas.rope inverse 1 x[0] x[1] |]
     | Op.RopeKv nope -> Formulas.ropeKv nope x[0] x[1] x[2]
     | Op.RopeKvGrad nope -> Formulas.ropeKvGrad nope x[0] x[1] x[2]
     | Op.Attention scale -> Formulas.attention scale x[0] x[1] x[2] (Array.tryItem 3 x)
     | Op.AttentionGrad scale -> Formulas.attentionGrad scale x[0] x[1] x[2] x[3] x[4] x[5] (Array.tryItem 6 x)
+    | Op.CacheWrite -> [| Formulas.cacheWrite x[0] x[1] x[2] |]
+    | Op.CacheAttention(scale, value) -> [| Formulas.cacheAttention scale value x[0] x[1] x[2] |]
     | Op.GroupTopK spec -> [| Formulas.groupTopK spec x[0] |]
     | Op.Router spec -> Formulas.router spec x[0] x[1]
     | Op.RouterGrad spec -> [| Formulas.routerGrad spec x[0] x[1] x[2] |]

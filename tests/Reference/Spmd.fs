@@ -143,7 +143,8 @@ module Spmd =
 
             match node.Op with
             | Op.Parameter(spec, _) -> values[v[0]] <- each (fun c -> parameters c spec.Name)
-            | Op.Input(name, _) -> values[v[0]] <- each (fun c -> inputs c name)
+            | Op.Input(name, _)
+            | Op.Cache(name, _) -> values[v[0]] <- each (fun c -> inputs c name)
             | Op.Collective(Collective.Dispatch _, _, _) ->
                 dispatch layouts sizes node values |> Array.iteri (fun i x -> values[v[i]] <- x)
             | Op.Collective(Collective.Combine _, _, _) ->
@@ -175,7 +176,8 @@ module Spmd =
             |> Array.choose (fun n ->
                 match n.Op with
                 | Op.Parameter(spec, _) -> Some(spec.Name, layouts[n.Outputs[0]])
-                | Op.Input(name, _) -> Some(name, layouts[n.Outputs[0]])
+                | Op.Input(name, _)
+                | Op.Cache(name, _) -> Some(name, layouts[n.Outputs[0]])
                 | _computed -> None)
             |> Map.ofArray
 

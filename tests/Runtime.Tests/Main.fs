@@ -20,6 +20,7 @@ let main argv =
             MetricsTests.tests
             CheckpointTests.tests
             KernelTests.tests
+            CacheTests.tests
             RowKernelTests.tests
             Fp8KernelTests.tests
             FusedKernelTests.tests

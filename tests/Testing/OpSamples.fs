@@ -34,6 +34,19 @@ let samples (op: Op) : Sample list =
     | Op.Input _ -> [
         sample "float" (fun s -> s.Loss [ s.On(Op.Mul, [ s.Param("x", hidden); s.In("i", DType.Float32, hidden) ]) ])
       ]
+    | Op.Cache _
+    | Op.CacheWrite
+    | Op.CacheAttention _ -> [
+        sample "two new tokens of each sequence" (fun s ->
+            let rows = [ "batch", 2; "seq", 2 ]
+            let cache = s.Source(Op.Cache("kv", TensorType.create DType.Float32 [ "batch", 2; "cache", 5; "kv", 3 ]))
+            let positions = s.In("positions", DType.Int64, rows)
+            let fresh = s.Param("rows", rows @ [ "kv", 3 ])
+            let written = s.On(Op.CacheWrite, [ cache; s.On(Op.Detach, [ fresh ]); positions ])
+            let q = s.On(Op.Detach, [ s.Param("q", rows @ [ "heads", 2; "kv", 3 ]) ])
+            let sum = s.On(Op.CacheAttention(0.5, 2), [ q; written; positions ])
+            s.Loss [ s.On(Op.Mul, [ fresh; fresh ]); s.On(Op.Detach, [ sum ]) ])
+      ]
     | Op.Constant _ -> [
         sample "float" (fun s ->
             let c = s.Source(Op.Constant(0.75, TensorType.create DType.Float32 [ "hidden", 4 ]))
@@ -187,6 +200,19 @@ let samples (op: Op) : Sample list =
     | Op.Rope _ -> [
         rope "forward" false 4.0
         rope "inverse" true 1.0
+        sample "positions of each sequence" (fun s ->
+            let spec = {
+                Dim = 4
+                Theta = 100.0
+                Factor = 1.0
+                Original = 8.0
+                BetaFast = 4.0
+                BetaSlow = 0.5
+                Mscale = 1.0
+            }
+
+            let angles = s.On(Op.RotaryTable spec, [ s.In("positions", DType.Int64, bs) ])
+            s.Loss [ s.On(Op.Rope false, [ s.Param("x", bs @ [ "heads", 2; "rope", 4 ]); angles ]) ])
         sample "position not second" (fun s ->
             let x = s.Param("x", [ "seq", 3; "batch", 2; "heads", 2; "rope", 4 ])
             s.Loss [ s.On(Op.Rope false, [ x; table s "seq" 3 4 1.0 ]) ])

@@ -122,6 +122,15 @@ let private choose
     let routePlace () =
         let tokens = [ factorOfOperand 0 1; factorOfOperand 0 0 ] |> List.choose id
 
+        // mesh axes that are yet to come keep the split that the mask has
+        let later f =
+            [ m + 1 .. shards.Mesh.Axes.Count - 1 ]
+            |> List.filter (fun other ->
+                (shards.Home node.Inputs[0]).Layout[other] |> splitDim |> Option.bind (factorOfOperand 0) = Some f)
+            |> Layout.size shards.Mesh
+
+        let fits f = fits f && rule.Factors[f].Extent / (taken[f] * size) % later f = 0
+
         if shards.Map.Dispatcher.IsAllGather then
             if splitsWeights "experts" then place (factorOfOperand 0 2) else Place.Whole
         else
@@ -341,6 +350,8 @@ let run (map: AxisMap) (graph: Graph) : Partitioned =
             source shards node (Layout.ofNames map.Mesh map.Parameters t) (fun local -> Op.Parameter(spec, local))
         | Op.Input(name, t) ->
             source shards node (Layout.ofNames map.Mesh map.Inputs t) (fun local -> Op.Input(name, local))
+        | Op.Cache(name, t) ->
+            source shards node (Layout.ofNames map.Mesh map.Inputs t) (fun local -> Op.Cache(name, local))
         | Op.Constant(x, _) -> source shards node (Layout.replicated map.Mesh) (fun local -> Op.Constant(x, local))
         | Op.Iota axis -> source shards node (Layout.replicated map.Mesh) (fun _ -> Op.Iota axis)
         | _other -> compute shards forced node

@@ -26,7 +26,8 @@ let persistent (kind: SlotKind) =
     | SlotKind.Optimizer
     | SlotKind.Gradient
     | SlotKind.Counter
-    | SlotKind.Scalar -> true
+    | SlotKind.Scalar
+    | SlotKind.Cache -> true
     | SlotKind.Input
     | SlotKind.Saved
     | SlotKind.Temporary -> false

@@ -19,7 +19,8 @@ let private isPersistent (kind: SlotKind) =
     | SlotKind.Optimizer
     | SlotKind.Gradient
     | SlotKind.Counter
-    | SlotKind.Scalar -> true
+    | SlotKind.Scalar
+    | SlotKind.Cache -> true
     | SlotKind.Input
     | SlotKind.Saved
     | SlotKind.Temporary -> false
@@ -31,6 +32,7 @@ let private isAccumulator (kind: SlotKind) =
     | SlotKind.Parameter
     | SlotKind.Optimizer
     | SlotKind.Scalar
+    | SlotKind.Cache
     | SlotKind.Input
     | SlotKind.Saved
     | SlotKind.Temporary -> false
@@ -46,6 +48,7 @@ type private Walk(f: Findings, stage: StagePlan) =
             | SlotKind.Parameter
             | SlotKind.Optimizer
             | SlotKind.Scalar
+            | SlotKind.Cache
             | SlotKind.Input -> State.Full
             | SlotKind.Gradient
             | SlotKind.Counter
@@ -109,6 +112,7 @@ type private Walk(f: Findings, stage: StagePlan) =
         | SlotKind.Optimizer -> wrong $"%s{name id} is written by something else than its update"
         | SlotKind.Scalar
         | SlotKind.Input -> wrong $"%s{name id} is given from outside and is never written"
+        | SlotKind.Cache -> wrong $"%s{name id} is written by something else than cache_write"
         | SlotKind.Gradient -> wrong $"%s{name id} is written by something else than zero and accumulate"
         | SlotKind.Counter ->
             if not phase.IsEpilogue || zeroed.Contains id || not (written.Add id) then
@@ -151,6 +155,19 @@ type private Walk(f: Findings, stage: StagePlan) =
                     wrong $"%s{name id} is added to outside the programs of a microbatch"
                 elif inputs |> Seq.exists (fun from -> not (accumulated.Add(struct (from, id)))) then
                     wrong $"%s{name inputs[0]} is added twice to %s{name id}"
+        | KernelId.CacheWrite ->
+            for id in outputs do
+                touch phase id
+
+                if not slots[id].Kind.IsCache || inputs.Count = 0 || inputs[0] <> id then
+                    wrong $"%s{name id} is no cache that is written in place"
+                elif phase <> Phase.F then
+                    wrong $"%s{name id} is written outside the forward pass"
+                elif not (written.Add id) then
+                    wrong $"%s{name id} is written twice"
+
+                if readers[id] > 0 || writers[id] >= 0 then
+                    wrong $"%s{name id} is written while a collective reads or fills it"
         | KernelId.AdamW
         | KernelId.RouterBias ->
             for id in outputs do

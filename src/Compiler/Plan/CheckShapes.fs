@@ -195,6 +195,7 @@ let private checkSlots (f: Findings) (plan: PlanSet) (stage: StagePlan) =
             | SlotKind.Optimizer
             | SlotKind.Gradient
             | SlotKind.Counter
+            | SlotKind.Cache
             | SlotKind.Saved
             | SlotKind.Temporary -> ())
 

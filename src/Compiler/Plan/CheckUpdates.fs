@@ -53,6 +53,7 @@ type private Epilogue(f: Findings, plan: PlanSet, stage: StagePlan) =
             | SlotKind.Parameter
             | SlotKind.Optimizer
             | SlotKind.Scalar
+            | SlotKind.Cache
             | SlotKind.Input
             | SlotKind.Saved
             | SlotKind.Temporary -> Share.Whole

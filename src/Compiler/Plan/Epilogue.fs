@@ -22,6 +22,8 @@ type Metric = { Name: string; Slot: int }
 type Input = {
     Stage: int
     Stages: int
+    /// Do parameters change? Then every stage takes part in the norm of the gradients.
+    Trains: bool
     Optimizer: Optimizer
     StateTypes: StateTypes
     /// Are optimizer states split over data-parallel ranks?
@@ -387,13 +389,20 @@ let private routerBiases (input: Input) (writer: Writer) =
             $"optimizer.%s{c.Parameter.Name}"
         )
 
-/// Epilogue: reduce, clip, update, gather, report.
-let epilogue (input: Input) : Step list =
-    let writer = Writer input
+/// Reduce, clip, update, gather.
+let private update (input: Input) (writer: Writer) =
     let reduced = reduce input writer
     let scale = clip input writer reduced
     let gathers = reduced |> List.map (adamW input writer scale)
     writer.Together([ for g in gathers |> List.filter _.IsSome -> g.Value ], "optimizer.gather")
+
+/// Epilogue: parameters, router biases, report. What generates has none of them.
+let epilogue (input: Input) : Step list =
+    let writer = Writer input
+
+    if input.Trains then
+        update input writer
+
     routerBiases input writer
     let sums = writer.Whole(input.Metrics |> List.map _.Slot, (fun _ -> allStages input), "metrics")
 

@@ -44,6 +44,7 @@ let ofOp (op: Op) (inputs: TensorType[]) (_outputs: TensorType[]) : (KernelId * 
     match op with
     | Op.Parameter _
     | Op.Input _
+    | Op.Cache _
     | Op.Rename _
     | Op.Anchor _
     | Op.Detach
@@ -91,6 +92,8 @@ let ofOp (op: Op) (inputs: TensorType[]) (_outputs: TensorType[]) : (KernelId * 
     | Op.RopeKvGrad nope -> Some(KernelId.RopeKvGrad, [ int nope ])
     | Op.Attention scale -> Some(KernelId.Attention, [ float scale ])
     | Op.AttentionGrad scale -> Some(KernelId.AttentionGrad, [ float scale ])
+    | Op.CacheWrite -> plain KernelId.CacheWrite
+    | Op.CacheAttention(scale, value) -> Some(KernelId.CacheAttention, [ float scale; int value ])
     | Op.GroupTopK s -> Some(KernelId.GroupTopK, choice s)
     | Op.Router s -> Some(KernelId.Router, routing s)
     | Op.RouterGrad s -> Some(KernelId.RouterGrad, routing s)
@@ -135,6 +138,8 @@ let operands (kernel: KernelId) (attributes: IReadOnlyList<Attribute>) (inputs: 
     | (KernelId.Sub | KernelId.Mul | KernelId.Div | KernelId.Add), [ Attribute.Ints at ] ->
         rename (fun i d -> if i > 0 && d < at.Count then $"d%i{at[d]}" else own i d)
     | (KernelId.Add | KernelId.Concat), _ -> rename (fun _ d -> $"d%i{d}")
+    | KernelId.Rope, _ when inputs.Length = 2 && inputs[1].Rank = 3 ->
+        rename (fun i d -> if i = 1 && d < 2 then $"d%i{d}" else own i d)
     | KernelId.Rope, _ -> rename (fun i d -> if i = 1 && d = 0 then "d1" else own i d)
     | KernelId.Contract, [ Attribute.Text spec ] ->
         try
@@ -279,6 +284,9 @@ let toOp
     | KernelId.RopeKvGrad, [ Attribute.Int nope ] when small nope -> Ok(Op.RopeKvGrad(int32 nope))
     | KernelId.Attention, [ Attribute.Float scale ] -> Ok(Op.Attention scale)
     | KernelId.AttentionGrad, [ Attribute.Float scale ] -> Ok(Op.AttentionGrad scale)
+    | KernelId.CacheWrite, _ -> plain Op.CacheWrite
+    | KernelId.CacheAttention, [ Attribute.Float scale; Attribute.Int value ] when small value ->
+        Ok(Op.CacheAttention(scale, int32 value))
     | KernelId.GroupTopK, given ->
         match readChoice given with
         | Some(spec, []) -> Ok(Op.GroupTopK spec)

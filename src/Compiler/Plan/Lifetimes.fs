@@ -22,7 +22,8 @@ let private transient (slots: Slots.SlotTable) id =
     | SlotKind.Optimizer
     | SlotKind.Gradient
     | SlotKind.Counter
-    | SlotKind.Scalar -> false
+    | SlotKind.Scalar
+    | SlotKind.Cache -> false
 
 /// Inserts Free steps into programs that run in the given order for one microbatch; slots that live across programs become Saved.
 let insert (slots: Slots.SlotTable) (programs: Step list[]) : Step[][] =

@@ -109,13 +109,14 @@ type private Role =
     | Metric of Name: string
     /// Kept for whoever looks: summed over microbatches like a counter.
     | Observed of Name: string
+    /// Of no further use: a loss, which has its metric, and caches, which are written where they lie.
     | Nothing
 
 let private roleOf (name: string) =
     if name.StartsWith "grad:" then Role.Gradient(name.Substring 5)
     elif name.StartsWith "count:" then Role.Count(name.Substring 6)
     elif name.StartsWith "metric:" then Role.Metric name
-    elif name = "loss" then Role.Nothing
+    elif name = "loss" || name.StartsWith "cache:" then Role.Nothing
     else Role.Observed name
 
 /// Accumulators of one pipeline rank: value -> slot, and what the epilogue does with them. `maker`: the stage of the model behind a value.
@@ -180,6 +181,7 @@ let private accumulators
     let input groups : Epilogue.Input = {
         Stage = stage
         Stages = job.Shape.Ranks
+        Trains = job.Recipe.Mode.IsTrain
         Optimizer = job.Recipe.Optimizer
         StateTypes = job.Recipe.StateTypes
         Distributed = job.Recipe.DistributedOptimizer

@@ -28,13 +28,16 @@ type StageContext = {
     Accumulators: (int * int) list
 }
 
-let private slotOf (c: StageContext) (value: int) : int =
+let rec private slotOf (c: StageContext) (value: int) : int =
     let graph = c.Partitioned.Graph
     let v = root graph value
     let t, layout = graph.Types[v], c.Partitioned.Layouts[v]
 
     match (graph.NodeOf v).Op with
     | Op.Parameter(spec, _) -> c.Slots.Get(spec.Name, SlotKind.Parameter, t, layout)
+    | Op.Cache(name, _) -> c.Slots.Get(name, SlotKind.Cache, t, layout)
+    // in place
+    | Op.CacheWrite -> slotOf c (graph.NodeOf v).Inputs[0]
     | Op.Input(name, _) -> c.Slots.Get(name, (if t.Rank = 0 then SlotKind.Scalar else SlotKind.Input), t, layout)
     | _other ->
         // what another chunk of this rank makes is read where it lies
@@ -49,6 +52,7 @@ let private silent (op: Op) =
     match op with
     | Op.Parameter _
     | Op.Input _
+    | Op.Cache _
     | Op.Rename _
     | Op.Anchor _
     | Op.Detach -> true

@@ -11,11 +11,11 @@ let ropeDim = "rope"
 
 let rotaryTable (spec: RotarySpec) = {
     OpDef.opaque "rotary_table" "s -> s" (fun _ -> Ok [| DType.Float32 |]) Vjp.Stop with
-        // the table's second axis is not an operand's
+        // the table's last axis is not an operand's; positions are one list for all sequences, or a list for each
         Axes =
             OpDef.taking 1 (fun types ->
-                if types[0].Rank <> 1 then
-                    Error $"positions are %O{types[0]}, not a list"
+                if types[0].Rank <> 1 && types[0].Rank <> 2 then
+                    Error $"positions are %O{types[0]}, not a list or one for each sequence"
                 elif spec.Dim < 2 || spec.Dim % 2 <> 0 then
                     Error $"rotates %i{spec.Dim} features; an even number is needed"
                 else
@@ -25,7 +25,7 @@ let rotaryTable (spec: RotarySpec) = {
                         carried with
                             ResultAxes = [|
                                 [|
-                                    types[0].Axes[0]
+                                    yield! types[0].Axes
                                     {
                                         Name = "rope_table"
                                         Extent = spec.Dim
@@ -35,24 +35,23 @@ let rotaryTable (spec: RotarySpec) = {
                     })
 }
 
-/// The table's axis 0 is found in x by name; the rotated axis is x's last.
+/// The table's leading axes (positions; or sequences, positions) are found in x by name; the rotated axis is x's last.
 let private inferRope (types: TensorType[]) : Result<Rule, string> =
     let x, table = types[0], types[1]
-    let last = x.Rank - 1
+    let last, leading = x.Rank - 1, table.Rank - 1
+    let places = table.Axes |> Array.truncate leading |> Array.map (fun a -> x.IndexOf a.Name)
 
-    let seq = if table.Rank = 2 then x.IndexOf table.Axes[0].Name else -1
+    let clash =
+        Seq.zip (Seq.append places [ last ]) table.Axes
+        |> Seq.tryFind (fun (d, a) -> d >= 0 && x.Axes[d].Extent <> a.Extent)
 
-    if seq < 0 || seq = last then
+    if leading <> 1 && places <> [| 0; 1 |] || places |> Array.exists (fun d -> d < 0 || d = last) then
         Error $"table %O{table} has no leading axis of %O{x}"
-    elif x.Axes[seq].Extent <> table.Axes[0].Extent then
-        Error $"axis '%s{x.Axes[seq].Name}' is %i{x.Axes[seq].Extent} but the table has %i{table.Axes[0].Extent}"
-    elif x.Axes[last].Extent <> table.Axes[1].Extent then
-        Error $"axis '%s{x.Axes[last].Name}' is %i{x.Axes[last].Extent} but the table has %i{table.Axes[1].Extent}"
+    elif clash.IsSome then
+        let d, a = clash.Value
+        Error $"axis '%s{x.Axes[d].Name}' is %i{x.Axes[d].Extent} but the table has %i{a.Extent}"
     else
-        let dims (d: int) (a: Axis) =
-            if d = last then 1
-            elif a.Name = table.Axes[0].Name then 0
-            else -1
+        let dims (d: int) (_: Axis) = if d = last then leading else System.Array.IndexOf(places, d)
 
         Ok {
             Factors =

@@ -29,5 +29,6 @@ let private source name (t: TensorType) = {
 
 let parameter (t: TensorType) = source "parameter" t
 let input (t: TensorType) = source "input" t
+let cache (t: TensorType) = source "cache" t
 let constant (t: TensorType) = source "constant" t
 let iota (axis: Axis) = source "iota" (TensorType.create DType.Int64 [ axis.Name, axis.Extent ])

@@ -22,15 +22,20 @@ public sealed class RankRunner : IDisposable
     private readonly Dictionary<string, int> _places = [];
     private readonly int[] _inputs;
     private readonly SlotValue?[] _shared;
+    private readonly HashSet<SlotValue> _lent = [];
     private readonly SortedDictionary<int, Frame> _frames = [];
     private readonly Dictionary<int, int> _lastEntries = [];
     private readonly Stack<Frame> _spare = [];
     private readonly Frame _stepFrame;
     private long _begin;
 
-    /// <summary>Allocates the slots that outlive a step, zeroed. Without `code` the interpreter runs the programs.</summary>
+    /// <summary>
+    /// Allocates the slots that outlive a step, zeroed, but for parameters and caches that another plan's rank at the same place
+    /// already has: those are used, and stay its own. Without `code` the interpreter runs the programs.
+    /// </summary>
     public RankRunner(
-        PlanSet plan, StagePlan stage, RankContext rank, ICollectives collectives, CancellationToken stop, StageCodeFactory? code = null)
+        PlanSet plan, StagePlan stage, RankContext rank, ICollectives collectives, CancellationToken stop,
+        StageCodeFactory? code = null, RankRunner? sharing = null)
     {
         Plan = plan;
         Stage = stage;
@@ -56,6 +61,13 @@ public sealed class RankRunner : IDisposable
         var ofStep = new List<SlotValue>();
         for (var i = 0; i < _shared.Length; i++)
         {
+            if (sharing?.Lend(stage.Slots[i]) is { } lent)
+            {
+                _shared[i] = lent;
+                _lent.Add(lent);
+                continue;
+            }
+
             var value = new SlotValue(stage.Slots[i], Memory);
             if (value.IsPersistent)
             {
@@ -134,8 +146,18 @@ public sealed class RankRunner : IDisposable
 
     public void Dispose()
     {
-        foreach (var value in Persistent)
+        foreach (var value in Persistent.Where(v => !_lent.Contains(v)))
             value.Dispose();
+    }
+
+    /// <summary>The parameter or cache that another plan's slot is too; null where there is none of the name.</summary>
+    private SlotValue? Lend(SlotInfo slot)
+    {
+        if (!(slot.Kind.IsParameter || slot.Kind.IsCache) || Find(slot.Name) is not { } mine)
+            return null;
+        return mine.Info.DType == slot.DType && mine.Info.Extents.SequenceEqual(slot.Extents) && mine.Info.Layout.SequenceEqual(slot.Layout)
+            ? mine
+            : throw new InvalidOperationException($"slot {slot.Name} is another one in the plan that lends it; this is a bug in dsg");
     }
 
     private static bool IsOnce(Phase phase) => phase.IsPrologue || phase.IsEpilogue;

@@ -93,7 +93,7 @@ internal static unsafe class AttentionKernels
     }
 
     /// <summary>In place: row -> probabilities of the first `seen` keys, zero after; returns log-sum-exp of the scaled scores.</summary>
-    private static float Softmax(float* row, int seen, int keys, float scale)
+    internal static float Softmax(float* row, int seen, int keys, float scale)
     {
         var scales = Vector256.Create(scale);
         var maxima = Vector256.Create(float.NegativeInfinity);

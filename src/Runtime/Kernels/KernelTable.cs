@@ -51,6 +51,8 @@ public static class KernelTable
         [KernelId.RopeKvGrad] = Fills(RotaryKernels.RopeKvGrad),
         [KernelId.Attention] = Fills(AttentionKernels.Attention),
         [KernelId.AttentionGrad] = Fills(AttentionKernels.AttentionGrad),
+        [KernelId.CacheWrite] = Fills(CacheKernels.CacheWrite),
+        [KernelId.CacheAttention] = Fills(CacheKernels.CacheAttention),
         [KernelId.GroupTopK] = Fills(RouterKernels.GroupTopK),
         [KernelId.Router] = Fills(RouterKernels.Router),
         [KernelId.RouterGrad] = Fills(RouterKernels.RouterGrad),

@@ -7,7 +7,7 @@ namespace DeepSeekGraph.Runtime.Kernels;
 
 internal static unsafe class RotaryKernels
 {
-    /// <summary>positions[s] -> table[s, rope] fp32: cos of rope/2 frequencies, then sin, times mscale.</summary>
+    /// <summary>positions[s] or [b s] -> table[..., rope] fp32: cos of rope/2 frequencies, then sin, times mscale.</summary>
     public static void RotaryTable(in KernelCall call)
     {
         var positions = call.In(0);
@@ -57,7 +57,7 @@ internal static unsafe class RotaryKernels
         return result;
     }
 
-    /// <summary>x[b s ... rope], table[s rope] -> y; Int inverse.</summary>
+    /// <summary>x[b s ... rope], table[s rope] or [b s rope] -> y; Int inverse.</summary>
     public static void Rope(in KernelCall call) => RotateLast(call);
 
     /// <summary>q[b s n d], table -> q with the last `rope` features of each head rotated; Int inverse.</summary>
@@ -94,8 +94,8 @@ internal static unsafe class RotaryKernels
     {
         Tensor x = call.In(0), table = call.In(1);
         var shape = x.shape;
-        int d = (int)shape[^1], rope = (int)table.shape[1], keep = d - rope;
-        long positions = shape[1], tokens = shape[0] * positions;
+        int d = (int)shape[^1], rope = (int)table.shape[^1], keep = d - rope;
+        long tokens = shape[0] * shape[1], positions = table.shape.Length == 3 ? tokens : shape[1];
         var heads = tokens == 0 ? 0 : x.numel() / (tokens * d);
         using var angles = Operand.Float(table);
         using var y = new Result(call.Out(), x.dtype);

@@ -4,8 +4,9 @@ namespace DeepSeekGraph.Runtime.Memory;
 /// <summary>Bytes now and at the peak; used by one thread.</summary>
 public sealed class MemoryMeter
 {
-    private readonly long[] _live = new long[8];
-    private readonly long[] _peaks = new long[8];
+    private const int Kinds = 9;
+    private readonly long[] _live = new long[Kinds];
+    private readonly long[] _peaks = new long[Kinds];
 
     /// <summary>Bytes held now.</summary>
     public long Live { get; private set; }

@@ -81,7 +81,7 @@ public sealed class SlotValue : IDisposable
 
     /// <summary>True for slots that live as long as the plan; their storage never moves.</summary>
     public bool IsPersistent => Info.Kind.Tag is SlotKind.Tags.Parameter or SlotKind.Tags.Optimizer
-        or SlotKind.Tags.Gradient or SlotKind.Tags.Counter or SlotKind.Tags.Scalar;
+        or SlotKind.Tags.Gradient or SlotKind.Tags.Counter or SlotKind.Tags.Scalar or SlotKind.Tags.Cache;
 
     private long[] Shape(int rows)
     {

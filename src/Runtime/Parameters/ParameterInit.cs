@@ -73,7 +73,7 @@ public static unsafe class ParameterInit
     }
 
     /// <summary>The finaliser of SplitMix64 (Steele, Lea and Flood 2014).</summary>
-    private static ulong Mix(ulong z)
+    internal static ulong Mix(ulong z)
     {
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9UL;
         z = (z ^ (z >> 27)) * 0x94D049BB133111EBUL;

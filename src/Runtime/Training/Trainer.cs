@@ -1,11 +1,8 @@
 // Trains: all ranks of a plan as threads of this process, one step after the other.
 using System.Diagnostics;
 using System.Runtime.CompilerServices;
-using System.Runtime.ExceptionServices;
 using DeepSeekGraph.Runtime.Checkpoints;
-using DeepSeekGraph.Runtime.Collectives;
 using DeepSeekGraph.Runtime.Execution;
-using DeepSeekGraph.Runtime.Execution.Generated;
 using DeepSeekGraph.Runtime.Kernels;
 using DeepSeekGraph.Runtime.Memory;
 using DeepSeekGraph.Runtime.Native;
@@ -18,26 +15,25 @@ namespace DeepSeekGraph.Runtime.Training;
 /// <summary>Runs a plan. Once a rank failed or a step was cancelled, only Dispose is left to do.</summary>
 public sealed class Trainer : IAsyncDisposable
 {
-    private readonly LoopbackWorld _world;
-    private readonly RankThread[] _ranks;
-    private readonly GeneratedCode? _code;
+    private readonly LocalRanks _ranks;
     private IReadOnlyList<string> _resumed = [];
 
     private Trainer(PlanSet plan, TrainerOptions options)
     {
         Plan = plan;
         Options = options;
-        _world = new LoopbackWorld { Traffic = options.Traffic };
-        if (options.Executor == Executor.Compiled)
-            _code = new GeneratedCode(plan, new CodeCache(options.CodeFolder ?? CodeCache.DefaultFolder));
-        var perStage = RankContext.RanksPerStage(plan.Mesh);
-        _ranks = new RankThread[plan.Stages.Count * perStage];
-        for (var i = 0; i < _ranks.Length; i++)
+        var how = new RankOptions
         {
-            var rank = RankContext.At(plan.Mesh, i / perStage, i % perStage);
-            var stage = i / perStage;
-            _ranks[i] = new RankThread(_world, () => Create(stage, rank), i, options.ThreadsPerRank);
-        }
+            ThreadsPerRank = options.ThreadsPerRank,
+            Executor = options.Executor,
+            CodeFolder = options.CodeFolder,
+            Traffic = options.Traffic,
+        };
+        _ranks = new LocalRanks(plan, how, runner =>
+        {
+            runner.Trace = options.Trace;
+            runner.Profile = options.Profile ? new StepProfile() : null;
+        });
     }
 
     public PlanSet Plan { get; }
@@ -51,15 +47,15 @@ public sealed class Trainer : IAsyncDisposable
     public long Sequences { get; private set; }
 
     /// <summary>The ranks, by number; touch their slots between steps only.</summary>
-    public IReadOnlyList<RankRunner> Ranks => [.. _ranks.Select(r => r.Runner!)];
+    public IReadOnlyList<RankRunner> Ranks => _ranks.Runners;
 
     /// <summary>
     /// What is not as asked for without being wrong, each once: that plans are interpreted, or not kept, or resumed from weights only, and why.
     /// </summary>
-    public IReadOnlyList<string> Remarks => [.. _resumed, .. _code?.Remarks ?? []];
+    public IReadOnlyList<string> Remarks => [.. _resumed, .. _ranks.Remarks];
 
     /// <summary>Stages whose code was compiled for this trainer; the others were interpreted or kept from an earlier run.</summary>
-    public int CompiledStages => _code?.Compiled ?? 0;
+    public int CompiledStages => _ranks.CompiledStages;
 
     /// <summary>Bytes held at most, measured: by stage, the largest of its ranks.</summary>
     public IReadOnlyList<MemoryRow> PeakBytes => [.. Ranks.GroupBy(r => r.Rank.Stage).Select(Measured)];
@@ -172,37 +168,10 @@ public sealed class Trainer : IAsyncDisposable
             .ToDictionary(p => p.Name, p => Gathering.Sum(Ranks, p.Stages, "grad:" + p.Name));
 
     /// <summary>Runs work on every rank's own thread, as a checkpoint does; the first error is thrown.</summary>
-    public async Task OnAllAsync(System.Action<RankRunner> work, CancellationToken cancellationToken = default)
-    {
-        ThrowIfStopped();
-        using (cancellationToken.Register(() => _world.Abort(new OperationCanceledException(cancellationToken))))
-            await Task.WhenAll(_ranks.Select(r => r.RunAsync(work))).ContinueWith(static _ => { }, CancellationToken.None, TaskContinuationOptions.None, TaskScheduler.Default).ConfigureAwait(false);
-        ThrowIfStopped();
-    }
+    public Task OnAllAsync(System.Action<RankRunner> work, CancellationToken cancellationToken = default)
+        => _ranks.OnAllAsync(work, cancellationToken);
 
-    public async ValueTask DisposeAsync()
-    {
-        await Task.Run(() =>
-        {
-            foreach (var rank in _ranks)
-                rank.Dispose();
-        }).ConfigureAwait(false);
-        _code?.Dispose();
-        _world.Dispose();
-    }
-
-    private RankRunner Create(int stage, RankContext rank)
-        => new(Plan, Plan.Stages[stage], rank, _world.For(rank), _world.Stop, _code?.For(stage))
-        {
-            Trace = Options.Trace,
-            Profile = Options.Profile ? new StepProfile() : null,
-        };
-
-    private void ThrowIfStopped()
-    {
-        if (_world.FirstError is { } error)
-            ExceptionDispatchInfo.Throw(error);
-    }
+    public ValueTask DisposeAsync() => _ranks.DisposeAsync();
 
     /// One over the valid tokens of an objective is `inv_tokens`, or `inv_` and the objective: its mask is `loss_mask`, or the objective's.
     private static void SetScalars(RankRunner runner, long step, double rate, Func<string, long> tokens)
@@ -237,9 +206,9 @@ public sealed class Trainer : IAsyncDisposable
             Most(m => m.PeakOf(SlotKind.Parameter)),
             Most(m => m.PeakOf(SlotKind.Optimizer)),
             Most(m => m.PeakOf(SlotKind.Gradient)),
-            Most(m => m.PeakOf(SlotKind.Counter) + m.PeakOf(SlotKind.Scalar)),
+            Most(m => m.PeakOf(SlotKind.Counter) + m.PeakOf(SlotKind.Scalar) + m.PeakOf(SlotKind.Cache)),
             Most(m => m.Peak - m.LiveOf(SlotKind.Parameter) - m.LiveOf(SlotKind.Optimizer) - m.LiveOf(SlotKind.Gradient)
-                - m.LiveOf(SlotKind.Counter) - m.LiveOf(SlotKind.Scalar)),
+                - m.LiveOf(SlotKind.Counter) - m.LiveOf(SlotKind.Scalar) - m.LiveOf(SlotKind.Cache)),
             0,
             peak,
             peak,

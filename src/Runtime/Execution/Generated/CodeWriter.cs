@@ -183,6 +183,7 @@ public sealed class CodeWriter
             SlotKind.Tags.Gradient => "gradient",
             SlotKind.Tags.Counter => "counter",
             SlotKind.Tags.Scalar => "scalar",
+            SlotKind.Tags.Cache => "cache",
             SlotKind.Tags.Input => "input",
             SlotKind.Tags.Saved => "saved",
             SlotKind.Tags.Temporary => "temporary",
