@@ -17,6 +17,26 @@ public sealed record YarnScaling
         => factor <= 1 ? 1 : (0.1 * mscale * Math.Log(factor)) + 1;
 }
 
+/// What turns a router's logits into scores: each by itself, or over all experts.
+public enum ScoringFunc
+{
+    Sigmoid,
+    Softmax,
+}
+
+/// How experts are chosen by score.
+public enum TopkMethod
+{
+    /// By score plus a correction bias, among the groups with the largest sums of two best (DeepSeek-V3).
+    NoauxTc,
+
+    /// By score, among the groups with the largest scores (DeepSeek-V2).
+    GroupLimitedGreedy,
+
+    /// By score, among all (DeepSeek-V2-Lite).
+    Greedy,
+}
+
 /// arXiv 2412.19437, section 4.2, and config.json of the published checkpoint.
 public sealed record DeepSeekV3Config
 {
@@ -45,6 +65,8 @@ public sealed record DeepSeekV3Config
     public int NSharedExperts { get; init; } = 1;
     public int NRoutedExperts { get; init; } = 256;
     public int NumExpertsPerTok { get; init; } = 8;
+    public ScoringFunc ScoringFunc { get; init; } = ScoringFunc.Sigmoid;
+    public TopkMethod TopkMethod { get; init; } = TopkMethod.NoauxTc;
     public int NGroup { get; init; } = 8;
     public int TopkGroup { get; init; } = 4;
     public bool NormTopkProb { get; init; } = true;

@@ -102,8 +102,22 @@ public static class ConfigCheck
         within(1, MostNarrow, c.NGroup, "n_group");
         within(1, MostNarrow, c.TopkGroup, "topk_group");
         within(1, MostNarrow, c.NumExpertsPerTok, "num_experts_per_tok");
+        require(
+            Enum.IsDefined(c.ScoringFunc) && Enum.IsDefined(c.TopkMethod),
+            "topk_method",
+            $"scoring_func is {c.ScoringFunc}, topk_method is {c.TopkMethod}",
+            "choose from those that are named");
         if (c.NRoutedExperts is < 1 or > MostNarrow || c.NGroup is < 1 or > MostNarrow)
             return;
+        if (c.TopkMethod == TopkMethod.Greedy)
+        {
+            require(
+                c.NumExpertsPerTok <= c.NRoutedExperts,
+                "num_experts_per_tok",
+                $"num_experts_per_tok is {c.NumExpertsPerTok}, n_routed_experts is {c.NRoutedExperts}",
+                $"choose num_experts_per_tok from 1 to {c.NRoutedExperts}");
+            return;
+        }
 
         var divisors = Enumerable.Range(1, c.NRoutedExperts).Where(n => c.NRoutedExperts % n == 0);
         require(

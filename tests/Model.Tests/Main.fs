@@ -10,6 +10,7 @@ let main argv =
         argv
         (testList "Model" [
             ModelTests.tests
+            CheckpointTests.tests
             BalanceTests.tests
             GoldenTests.tests
             RecipeTests.tests

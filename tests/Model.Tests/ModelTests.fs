@@ -161,7 +161,7 @@ let private refused =
         Expect.equal (codes (changed "\"hidden_size\": 64" "\"hidden_size\": \"x\"")) [ Codes.ConfigUnreadable ] "type"
 
         Expect.equal (codes (changed "\"hidden_size\": 64," "")) [ Codes.ConfigUnreadable ] "absent"
-        Expect.equal (codes (changed "sigmoid" "softmax")) [ Codes.ConfigUnsupported ] "scores"
+        Expect.equal (codes (changed "sigmoid" "tanh")) [ Codes.ConfigUnsupported ] "scores"
         Expect.equal (codes (changed "\"yarn\"" "\"linear\"")) [ Codes.ConfigUnsupported ] "rope"
         Expect.equal (codes (changed "\"n_group\": 4" "\"n_group\": 5")) [ Codes.ConfigIllegal ] "groups"
 

@@ -5,7 +5,7 @@ using System.Text.Json;
 namespace DeepSeekGraph.Models.HuggingFace;
 
 /// config.json of a checkpoint. Mistakes are collected: DSG0702, DSG0703, then DSG0701.
-public static class ConfigJson
+public static partial class ConfigJson
 {
     private const long MostBytes = 1 << 20;
 
@@ -51,17 +51,18 @@ public static class ConfigJson
 
     private static DeepSeekV3Config Convert(Reader r)
     {
-        // what this model does not have, with the value that means "without"
-        r.MustBe("model_type", "deepseek_v3");
+        var family = Architectures.Of(r);
+
+        // what these models do not have, with the value that means "without"
         r.MustBe("hidden_act", "silu");
-        r.MustBe("scoring_func", "sigmoid");
-        r.MustBe("topk_method", "noaux_tc");
         r.MustBe("attention_bias", false);
+        r.MustBe("mlp_bias", false);
         r.MustBe("tie_word_embeddings", false);
         r.MustBe("rope_interleave", true);
         r.MustBe("moe_layer_freq", 1);
         var heads = r.Int("num_attention_heads");
         r.MustBe("num_key_value_heads", heads);
+        Quantization(r.In("quantization_config"));
 
         var defaults = new DeepSeekV3Config();
         return new DeepSeekV3Config
@@ -85,9 +86,11 @@ public static class ConfigJson
             NSharedExperts = r.Int("n_shared_experts", 0),
             NRoutedExperts = r.Int("n_routed_experts"),
             NumExpertsPerTok = r.Int("num_experts_per_tok"),
+            ScoringFunc = r.Choice("scoring_func", family.ScoringFunc),
+            TopkMethod = r.Choice("topk_method", family.TopkMethod),
             NGroup = r.Int("n_group", 1),
             TopkGroup = r.Int("topk_group", 1),
-            NormTopkProb = r.Flag("norm_topk_prob", true),
+            NormTopkProb = r.Flag("norm_topk_prob", family.NormTopkProb),
             RoutedScalingFactor = r.Number("routed_scaling_factor", 1),
             NumNextnPredictLayers = r.Int("num_nextn_predict_layers", 0),
         };
@@ -111,6 +114,14 @@ public static class ConfigJson
             Mscale = r.Number("mscale", 1),
             MscaleAllDim = r.Number("mscale_all_dim", 0),
         };
+    }
+
+    /// Weights as they are, or E4M3 in blocks of 128 x 128 as DeepSeek publishes them; no other quantisation is read.
+    private static void Quantization(Reader r)
+    {
+        r.MustBe("quant_method", "fp8");
+        r.MustBe("fmt", "e4m3");
+        r.MustBe("weight_block_size", (int[])[128, 128]);
     }
 
     private static DiagnosticException Unreadable(string source, string why)
@@ -168,22 +179,42 @@ public static class ConfigJson
                 { } other => Wrong(name, other, "a string", absent),
             };
 
+        /// The texts of an array; none where it is absent.
+        public IReadOnlyList<string> Texts(string name)
+            => Find(name) switch
+            {
+                { ValueKind: JsonValueKind.Array } e when e.EnumerateArray().All(item => item.ValueKind == JsonValueKind.String)
+                    => [.. e.EnumerateArray().Select(item => item.GetString()!)],
+                null => [],
+                { } other => Wrong<IReadOnlyList<string>>(name, other, "an array of strings", []),
+            };
+
+        /// One of an enumeration's names as config.json writes them; another is DSG0703.
+        public T Choice<T>(string name, T absent)
+            where T : struct, Enum
+        {
+            var names = Enum.GetNames<T>().Select(RecordFields.Snake).ToArray();
+            var given = Text(name, RecordFields.Snake(absent.ToString()));
+            var at = Array.IndexOf(names, given);
+            if (at >= 0)
+                return Enum.GetValues<T>()[at];
+            Refuse(name, $"{name} is \"{Clip(given)}\"", $"supported are {string.Join(", ", names)}");
+            return absent;
+        }
+
         /// Any other value than the one supported is DSG0703.
         public void MustBe(string name, object supported)
         {
             if (Find(name) is not { } e)
                 return;
 
-            var wanted = JsonSerializer.Serialize(supported);
-            if (e.GetRawText() != wanted)
-            {
-                Mistakes.Add(new Diagnostic(
-                    Codes.ConfigUnsupported,
-                    $"{source}, {name}",
-                    $"{name} is {Short(e)}, only {wanted} is supported",
-                    "give a checkpoint of the DeepSeek-V3 family"));
-            }
+            var wanted = JsonSerializer.SerializeToElement(supported);
+            if (!JsonElement.DeepEquals(e, wanted))
+                Refuse(name, $"{name} is {Short(e)}, only {wanted.GetRawText()} is supported", Architectures.Help);
         }
+
+        public void Refuse(string name, string message, string help)
+            => Mistakes.Add(new Diagnostic(Codes.ConfigUnsupported, $"{source}, {name}", message, help));
 
         private JsonElement? Find(string name)
             => element.ValueKind == JsonValueKind.Object
@@ -208,7 +239,8 @@ public static class ConfigJson
             return instead;
         }
 
-        private static string Short(JsonElement e)
-            => e.GetRawText() is { Length: > 60 } text ? text[..57] + "..." : e.GetRawText();
+        private static string Short(JsonElement e) => Clip(e.GetRawText());
+
+        private static string Clip(string text) => text.Length > 60 ? text[..57] + "..." : text;
     }
 }

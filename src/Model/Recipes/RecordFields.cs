@@ -14,6 +14,7 @@ public sealed record RecordField(string Key, Type Type, object? Value)
     {
         null => "none",
         bool flag => flag ? "true" : "false",
+        Enum choice => RecordFields.Snake(choice.ToString()),
         IEnumerable<string> many => string.Join(",", many),
         _ => Convert.ToString(Value, CultureInfo.InvariantCulture)!,
     };
@@ -23,6 +24,7 @@ public sealed record RecordField(string Key, Type Type, object? Value)
         => Type == typeof(bool) ? "true or false"
             : Type == typeof(double) ? "a number such as 0.001"
             : Type == typeof(int) || Type == typeof(ulong) ? "a whole number"
+            : Type.IsEnum ? $"one of {string.Join(" ", Enum.GetNames(Type).Select(RecordFields.Snake))}"
             : Type == typeof(YarnScaling) ? "none, or one of its own settings"
             : "text; commas between several";
 }
@@ -88,6 +90,8 @@ public static class RecordFields
             return double.TryParse(text, NumberStyles.Float, c, out var x) && double.IsFinite(x) ? x : null;
         if (type == typeof(bool))
             return text switch { "true" => true, "false" => false, _ => null };
+        if (type.IsEnum)
+            return Enum.GetNames(type).FirstOrDefault(name => Snake(name) == text) is { } name ? Enum.Parse(type, name) : null;
         if (type == typeof(string))
             return text == "" ? null : text;
         return type == typeof(IReadOnlyList<string>) ? text.Split(',', StringSplitOptions.RemoveEmptyEntries) : null;
@@ -97,7 +101,7 @@ public static class RecordFields
         => type.GetProperties().Where(property => property.CanWrite).OrderBy(property => property.MetadataToken);
 
     /// NumHiddenLayers -> num_hidden_layers
-    private static string Snake(string name)
+    internal static string Snake(string name)
     {
         var text = new StringBuilder();
         foreach (var letter in name)
