@@ -116,6 +116,38 @@ module Codes =
     [<Literal>]
     let UnknownModel = "DSG0706"
 
+    /// A checkpoint is no folder and not in the local cache of Hugging Face's hub.
+    [<Literal>]
+    let CheckpointMissing = "DSG0707"
+
+    /// A checkpoint has a tensor that the model has no part for.
+    [<Literal>]
+    let WeightsUnknown = "DSG0708"
+
+    /// A checkpoint declares multi-token prediction but lacks its tensors.
+    [<Literal>]
+    let MtpWeightsMissing = "DSG0709"
+
+    /// A checkpoint's tensor holds NaN or infinity.
+    [<Literal>]
+    let WeightsNotFinite = "DSG0710"
+
+    /// A copy of embedding or head in a checkpoint differs from the original.
+    [<Literal>]
+    let CopiesDiffer = "DSG0711"
+
+    /// A reference file lacks what a comparison needs, or contradicts the model.
+    [<Literal>]
+    let ReferenceMalformed = "DSG0712"
+
+    /// What a model computes is not what the reference has.
+    [<Literal>]
+    let ReferenceDiffers = "DSG0713"
+
+    /// A reference file has items that nothing is compared with.
+    [<Literal>]
+    let ReferenceNotCompared = "DSG0714"
+
     /// LibTorch is not where it is expected.
     [<Literal>]
     let LibTorchMissing = "DSG0801"
