@@ -9,10 +9,12 @@ namespace DeepSeekGraph.Cli;
 internal static class Jobs
 {
     /// The job that the command line asks for: the recipe, its shorthand options, then every `--set` in order.
-    /// Says which element type was measured to be faster where that was asked for.
-    public static NamedRecipe Chosen(JobChoices choices)
+    /// Says which element type was measured to be faster where that was asked for. `training` changes the recipe's own settings.
+    public static NamedRecipe Chosen(JobChoices choices, Func<TrainingSettings, TrainingSettings>? training = null)
     {
         var named = Named(choices.Recipe);
+        if (training is not null)
+            named = named with { Training = training(named.Training) };
         return Overrides.Apply(named with { Recipe = Change(named.Recipe, choices) }, choices.Set);
     }
 

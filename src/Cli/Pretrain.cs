@@ -18,7 +18,8 @@ internal static class Pretrain
 
     private static int Start(JobChoices choices, RunChoices run)
     {
-        var job = Jobs.Chosen(choices);
-        return Training.Run(job.Compile(), run.Over(job.Training), run.Executor);
+        using var resumed = Resumed.Open(run, choices);
+        var job = Jobs.Chosen(resumed?.Over(choices) ?? choices, settings => resumed?.Over(settings) ?? settings);
+        return Training.Run(job.Compile(), run.Over(job.Training), run.Executor, resumed);
     }
 }

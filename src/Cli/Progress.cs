@@ -6,7 +6,7 @@ using DeepSeekGraph.Runtime.Telemetry;
 
 namespace DeepSeekGraph.Cli;
 
-internal sealed class Progress(long steps)
+internal sealed class Progress(long steps, long done = 0)
 {
     /// Runs of up to so many steps print each; longer ones about as many lines.
     private const int PlainLines = 20;
@@ -18,18 +18,19 @@ internal sealed class Progress(long steps)
     public void Show(StepMetrics step)
     {
         var elapsed = Stopwatch.GetElapsedTime(_begin);
-        if (step.Step == 1)
+        var first = done + 1;
+        if (step.Step == first)
             _first = elapsed;
 
         // the first step is slower: code is compiled, memory is new
-        var each = step.Step == 1 ? elapsed : (elapsed - _first) / (step.Step - 1);
+        var each = step.Step == first ? elapsed : (elapsed - _first) / (step.Step - first);
         var line = Line(step, steps, each * (steps - step.Step));
         if (Render.IsTerminal)
         {
             Console.Write($"\r{line}\e[K");
             _open = true;
         }
-        else if (step.Step == 1 || step.Step == steps || step.Step % Math.Max(1, steps / PlainLines) == 0)
+        else if (step.Step == first || step.Step == steps || step.Step % Math.Max(1, steps / PlainLines) == 0)
         {
             Console.WriteLine(line);
         }

@@ -10,6 +10,9 @@ namespace DeepSeekGraph.Cli;
 internal sealed record Outcome(
     PlanSet Plan, int Steps, IReadOnlyList<StepMetrics> Seen, IReadOnlyList<MemoryRow> Measured, string Folder)
 {
+    /// Checkpoints in words; null where none were asked for.
+    public string? Saved { get; init; }
+
     public bool Stopped => Seen.Count < Steps;
 }
 
@@ -42,6 +45,8 @@ internal static class Report
     {
         var seen = outcome.Seen;
         yield return ("steps", $"{seen.Count}" + (outcome.Stopped ? $" of {outcome.Steps}, stopped by a signal" : ""));
+        if (outcome.Saved is { } saved)
+            yield return ("checkpoints", saved);
         if (seen.Count == 0)
             yield break;
 
@@ -64,6 +69,8 @@ internal static class Report
         {
             var steps = Math.Max(1, outcome.Seen.Count);
             yield return $"the run was stopped; for a short one: ./dsg pretrain {name} --steps {steps}";
+            if (outcome.Saved is not null)
+                yield return $"to go on:                  ./dsg pretrain {name} --resume {Path.GetDirectoryName(plan)}";
         }
 
         if (ranks > ThisMachine.Cores)

@@ -23,6 +23,7 @@ internal static class Run
         Jobs.Check(plan, path);
         // a plan file does not say how long it is trained: its recipe does
         var recipe = Recipes.All.FirstOrDefault(recipe => recipe.Name == PlanSummary.Name(plan)) ?? Recipes.Proxy;
-        return Training.Run(plan, choices.Over(recipe.Training), choices.Executor);
+        using var resumed = Resumed.Open(choices);
+        return Training.Run(plan, choices.Over(resumed?.Over(recipe.Training) ?? recipe.Training), choices.Executor, resumed);
     }
 }

@@ -16,6 +16,10 @@ internal sealed record RunChoices
     public ulong? Seed { get; init; }
     public double? LearningRate { get; init; }
     public Executor Executor { get; init; }
+    public string? Resume { get; init; }
+    public int? SaveInterval { get; init; }
+    public int? Keep { get; init; }
+    public bool? Background { get; init; }
 
     /// The recipe's settings with those that were given instead.
     public TrainingSettings Over(TrainingSettings recipe)
@@ -27,11 +31,24 @@ internal sealed record RunChoices
             Tokenizer = Tokenizer ?? recipe.Tokenizer,
             Dir = Out ?? recipe.Dir,
             Seed = Seed ?? recipe.Seed,
+            Load = Resume ?? recipe.Load,
+            SaveInterval = SaveInterval ?? recipe.SaveInterval,
+            MostRecentK = Keep ?? recipe.MostRecentK,
+            AsyncSave = Background ?? recipe.AsyncSave,
         };
         if (settings.TrainIters < 1)
         {
             throw DiagnosticException.Of(
                 Codes.OptionValue, "training.train_iters", $"{settings.TrainIters} steps are none", "give 1 or more");
+        }
+
+        if (settings is { SaveInterval: < 0 } or { MostRecentK: < 0 })
+        {
+            throw DiagnosticException.Of(
+                Codes.OptionValue,
+                "training.save_interval, training.most_recent_k",
+                $"checkpoints every {settings.SaveInterval} steps, of which {settings.MostRecentK} stay, are none",
+                "give 0 or more; 0 saves none, or keeps all");
         }
 
         // the rate falls to the same share of its peak
@@ -78,6 +95,24 @@ internal sealed class RunOptions
         Description = "Highest learning rate, instead of the recipe's: warm-up, then a cosine down to the recipe's share of it",
     };
 
+    private readonly Option<string?> _resume = new("--resume")
+    {
+        HelpName = "DIR",
+        Description = "Go on from a checkpoint: its folder, one that holds several, or a run's; saved by any layout. "
+            + "Steps, rates and seed are its own where not given",
+    };
+
+    private readonly Option<int?> _saveInterval = JobOptions.Number(
+        "--save-interval", "Save a checkpoint every N steps and after the last, in checkpoints of the run's folder");
+
+    private readonly Option<int?> _keep = JobOptions.Number("--keep", "Checkpoints that stay, the last ones; without, all");
+
+    private readonly Option<string?> _save = new("--save")
+    {
+        HelpName = "background|sync",
+        Description = "Write checkpoints while training goes on, from a copy of the state (the default), or wait for each",
+    };
+
     private readonly Option<string?> _executor = new("--executor")
     {
         HelpName = "compiled|interpreter",
@@ -86,7 +121,8 @@ internal sealed class RunOptions
 
     public void AddTo(Command command)
     {
-        foreach (var option in (Option[])[_steps, _data, _tokenizer, _out, _seed, _learningRate, _executor])
+        foreach (var option in (Option[])[
+            _steps, _data, _tokenizer, _out, _seed, _learningRate, _resume, _saveInterval, _keep, _save, _executor])
             command.Add(option);
     }
 
@@ -97,7 +133,13 @@ internal sealed class RunOptions
             throw Wrong("--steps", $"{steps}", "give 1 or more");
         if (rate is { } r && !(r >= 0 && double.IsFinite(r)))
             throw Wrong("--lr", $"{r}", "give a number such as 0.001");
-        foreach (var path in (Option<string?>[])[_data, _tokenizer, _out])
+        foreach (var count in (Option<int?>[])[_saveInterval, _keep])
+        {
+            if (parse.GetValue(count) < 1)
+                throw Wrong(count.Name, $"{parse.GetValue(count)}", "give 1 or more, or leave it out");
+        }
+
+        foreach (var path in (Option<string?>[])[_data, _tokenizer, _out, _resume])
         {
             if (parse.GetValue(path) == "")
                 throw Wrong(path.Name, "", "give a path, or leave it out");
@@ -111,6 +153,10 @@ internal sealed class RunOptions
             Out = parse.GetValue(_out),
             Seed = parse.GetValue(_seed),
             LearningRate = rate,
+            Resume = parse.GetValue(_resume),
+            SaveInterval = parse.GetValue(_saveInterval),
+            Keep = parse.GetValue(_keep),
+            Background = BackgroundOf(parse.GetValue(_save)),
             Executor = ExecutorOf(parse.GetValue(_executor)),
         };
     }
@@ -125,6 +171,15 @@ internal sealed class RunOptions
                 "--executor",
                 $"there is no executor '{name}'",
                 Nearest.Help(name, ["compiled", "interpreter"])),
+        };
+
+    private static bool? BackgroundOf(string? name)
+        => name switch
+        {
+            null => null,
+            "background" => true,
+            "sync" => false,
+            _ => throw Wrong("--save", name, Nearest.Help(name, ["background", "sync"])),
         };
 
     private static DiagnosticException Wrong(string option, string value, string help)

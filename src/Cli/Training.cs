@@ -3,6 +3,7 @@
 using System.Globalization;
 using DeepSeekGraph.Models;
 using DeepSeekGraph.Runtime;
+using DeepSeekGraph.Runtime.Checkpoints;
 using DeepSeekGraph.Runtime.Data;
 using DeepSeekGraph.Runtime.Data.Tokenizers;
 using DeepSeekGraph.Runtime.Telemetry;
@@ -13,18 +14,20 @@ namespace DeepSeekGraph.Cli;
 internal static class Training
 {
     /// Nothing is written before plan, data and ranks are known to be good.
-    public static int Run(PlanSet plan, TrainingSettings settings, Executor executor)
+    public static int Run(PlanSet plan, TrainingSettings settings, Executor executor, Resumed? resumed)
     {
         using var signals = new StopSignals();
-        return RunAsync(plan, settings, executor, signals).GetAwaiter().GetResult();
+        return RunAsync(plan, settings, executor, resumed, signals).GetAwaiter().GetResult();
     }
 
     private static async Task<int> RunAsync(
-        PlanSet plan, TrainingSettings settings, Executor executor, StopSignals signals)
+        PlanSet plan, TrainingSettings settings, Executor executor, Resumed? resumed, StopSignals signals)
     {
         ThisMachine.RequireRoomFor(plan);
         RefuseUsed(settings.Dir);
         var (steps, rate) = (settings.TrainIters, settings.Schedule());
+        var done = resumed?.Manifest.Step ?? 0;
+        RequireStepsLeft(steps, done);
 
         ITokenizer tokenizer = settings.Tokenizer is { } path ? HuggingFaceTokenizer.Load(path) : ByteTokenizer.Instance;
         RequireVocabularyOf(plan, tokenizer);
@@ -33,9 +36,11 @@ internal static class Training
         var tokens = TokenStream.Of(corpus, tokenizer);
         if (settings.Tokenizer is not null)
             Console.WriteLine(string.Create(CultureInfo.InvariantCulture, $"tokens: {tokens.Length:N0}, by {tokenizer.Name}"));
+        var data = new CheckpointData(tokenizer.Name, tokens.Length, tokens.Checksum, plan.SeqLength);
         var options = new TrainerOptions
         {
-            Batches = new SampledBatches(Sampler(plan, tokens, settings.Seed)),
+            Batches = new SampledBatches(Sampler(plan, tokens, settings.Seed), done, resumed?.Sequences(plan) ?? 0),
+            Checkpoint = resumed?.Checkpoint,
             Seed = settings.Seed,
             LearningRate = rate,
             ThreadsPerRank = ThisMachine.ThreadsPerRank(plan),
@@ -46,32 +51,38 @@ internal static class Training
         var trainer = await Trainer.StartAsync(plan, options, CancellationToken.None).ConfigureAwait(false);
         await using (trainer.ConfigureAwait(false))
         {
-            foreach (var remark in trainer.Remarks)
+            foreach (var remark in (resumed?.Remarks(plan, data, settings) ?? []).Concat(trainer.Remarks))
                 Console.WriteLine(remark);
             var folder = RunFolder.Create(settings.Dir);
-            signals.Arm();
-            PlanFile.Write(Path.Combine(folder, Files.Plan), plan);
-            var seen = await StepsAsync(trainer, steps, folder, signals.Token).ConfigureAwait(false);
-            Report.Print(new Outcome(plan, steps, seen, trainer.PeakBytes, folder));
+            var saving = new Saving(trainer, settings, folder, data, KeptFiles.Of(settings, resumed));
+            await using (saving.ConfigureAwait(false))
+            {
+                saving.Prepare();
+                signals.Arm();
+                PlanFile.Write(Path.Combine(folder, Files.Plan), plan);
+                var seen = await StepsAsync(trainer, steps, folder, saving, signals.Token).ConfigureAwait(false);
+                await saving.FinishAsync().ConfigureAwait(false);
+                Report.Print(new Outcome(plan, steps - (int)done, seen, trainer.PeakBytes, folder) { Saved = saving.Summary });
+                return signals.ExitCodeOfSignal != 0 ? signals.ExitCodeOfSignal : saving.ExitCode;
+            }
         }
-
-        return signals.ExitCodeOfSignal;
     }
 
     /// Trains until the last step or a signal; a line a step in metrics.jsonl.
     private static async Task<IReadOnlyList<StepMetrics>> StepsAsync(
-        Trainer trainer, int steps, string folder, CancellationToken stop)
+        Trainer trainer, int steps, string folder, Saving saving, CancellationToken stop)
     {
         var seen = new List<StepMetrics>();
-        var progress = new Progress(steps);
+        var progress = new Progress(steps, trainer.Step);
         using var metrics = new MetricsWriter(Path.Combine(folder, Files.Metrics));
         try
         {
-            await foreach (var step in trainer.RunAsync(steps, stop).ConfigureAwait(false))
+            await foreach (var step in trainer.RunAsync(steps - trainer.Step, stop).ConfigureAwait(false))
             {
                 metrics.Write(step);
                 seen.Add(step);
                 progress.Show(step);
+                await saving.AfterAsync(step.Step).ConfigureAwait(false);
             }
         }
         catch (OperationCanceledException) when (stop.IsCancellationRequested)
@@ -91,6 +102,19 @@ internal static class Training
         var columns = plan.Inputs.Single(input => input.Name == "tokens").Extents[1];
         return new BatchSampler(
             tokens, plan.Microbatches * plan.MicroBatch, plan.SeqLength, columns - plan.SeqLength, seed);
+    }
+
+    /// A run counts from its first step, not from where it was resumed.
+    private static void RequireStepsLeft(int steps, long done)
+    {
+        if (done >= steps)
+        {
+            throw DiagnosticException.Of(
+                Codes.NothingLeft,
+                "--resume",
+                $"the checkpoint is of step {done}, the run has {steps}",
+                $"give more with --steps: {steps} more are --steps {done + steps}");
+        }
     }
 
     /// Ids beyond the model's vocabulary would be looked up as zeros.

@@ -244,6 +244,38 @@ module Codes =
     [<Literal>]
     let VocabularySmaller = "DSG0835"
 
+    /// There is no whole checkpoint where one is to be read.
+    [<Literal>]
+    let NoCheckpoint = "DSG0840"
+
+    /// A checkpoint's manifest is damaged, or contradicts itself or its files.
+    [<Literal>]
+    let CheckpointMalformed = "DSG0841"
+
+    /// A checkpoint is of another version of the format.
+    [<Literal>]
+    let CheckpointVersion = "DSG0842"
+
+    /// A file of a checkpoint is missing or not what was written.
+    [<Literal>]
+    let CheckpointDamaged = "DSG0843"
+
+    /// A checkpoint is not of the model that the plan trains.
+    [<Literal>]
+    let CheckpointMismatch = "DSG0844"
+
+    /// Another process saves checkpoints to the same folder.
+    [<Literal>]
+    let CheckpointBusy = "DSG0845"
+
+    /// A checkpoint does not say which model it is of, or of one that has no published form.
+    [<Literal>]
+    let CheckpointModel = "DSG0847"
+
+    /// A run that is resumed has no steps left.
+    [<Literal>]
+    let NothingLeft = "DSG0848"
+
     /// A way of drawing tokens is none.
     [<Literal>]
     let SamplingIllegal = "DSG0850"

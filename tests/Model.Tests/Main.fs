@@ -28,4 +28,5 @@ let main argv =
             CollectiveTests.tests
             GenerationTests.tests
             AllocatorTests.tests
+            ResumeTests.tests
         ])

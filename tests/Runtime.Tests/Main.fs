@@ -18,6 +18,7 @@ let main argv =
             ShardTests.tests
             Fp8BlockTests.tests
             MetricsTests.tests
+            CheckpointTests.tests
             KernelTests.tests
             CacheTests.tests
             RowKernelTests.tests

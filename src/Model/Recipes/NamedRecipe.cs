@@ -47,6 +47,21 @@ public sealed record TrainingSettings
     /// New or empty folder for results; null: the next of runs/0001, runs/0002, ...
     public string? Dir { get; init; }
 
+    /// A checkpoint to go on from: its folder, the root that holds several, or a run's folder; null: from the start.
+    public string? Load { get; init; }
+
+    /// Root of the checkpoints that are saved; null: `checkpoints` in the run's folder.
+    public string? Save { get; init; }
+
+    /// Steps from one checkpoint to the next; the last step is saved too. 0: none.
+    public int SaveInterval { get; init; }
+
+    /// Training goes on while a copy of the state is written.
+    public bool AsyncSave { get; init; } = true;
+
+    /// Checkpoints that stay, the last ones; 0: all.
+    public int MostRecentK { get; init; }
+
     /// The schedule of a run of TrainIters steps; a short one warms up for at most a tenth of it.
     public LearningRate Schedule() => new(
         Peak: Lr,

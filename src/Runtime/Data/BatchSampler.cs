@@ -59,17 +59,25 @@ public sealed class BatchSampler
         ArgumentOutOfRangeException.ThrowIfNegative(first);
         ArgumentOutOfRangeException.ThrowIfNegative(rows);
         ArgumentOutOfRangeException.ThrowIfGreaterThan(rows, Batch - first);
-        var tokens = new long[checked(rows * Columns)];
-        for (var row = 0; row < rows; row++)
-        {
-            var sequence = SequenceAt(checked((step * Batch) + first + row));
-            _tokens.CopyTo(sequence * SequenceLength, tokens.AsSpan(row * Columns, Columns));
-        }
+        return new GlobalBatch(step, first, rows, Columns, Rows(checked((step * Batch) + first), rows));
+    }
 
-        return new GlobalBatch(step, first, rows, Columns, tokens);
+    /// The whole global batch of a step that begins at a place of the endless list of all passes.
+    public GlobalBatch From(long place, long step)
+    {
+        ArgumentOutOfRangeException.ThrowIfNegative(place);
+        return new GlobalBatch(step, 0, Batch, Columns, Rows(place, Batch));
     }
 
     /// The sequence at a place of the endless list of all passes, one after the other.
     public long SequenceAt(long place)
         => new Permutation(Sequences, _seed, place / Sequences)[place % Sequences];
+
+    private long[] Rows(long place, int rows)
+    {
+        var tokens = new long[checked(rows * Columns)];
+        for (var row = 0; row < rows; row++)
+            _tokens.CopyTo(SequenceAt(checked(place + row)) * SequenceLength, tokens.AsSpan(row * Columns, Columns));
+        return tokens;
+    }
 }

@@ -1,5 +1,7 @@
 // All tokens of a corpus in one array, documents one after the other with a separator behind each.
 
+using System.Runtime.InteropServices;
+
 namespace DeepSeekGraph.Runtime.Data;
 
 /// Kept as bytes where ids fit, an eighth of the size of the long tokens that a step takes, else as 32-bit numbers.
@@ -57,6 +59,10 @@ public sealed class TokenStream
         stream._ids.TrimExcess();
         return stream;
     }
+
+    /// Of all tokens, to tell whether two runs read the same.
+    public string Checksum => Checkpoints.Checksum.Of(
+        _narrow ? CollectionsMarshal.AsSpan(_bytes) : MemoryMarshal.AsBytes(CollectionsMarshal.AsSpan(_ids)));
 
     /// Copies tokens [start, start + target.Length).
     public void CopyTo(long start, Span<long> target)

@@ -22,12 +22,12 @@ public interface IBatchSource
     TrainingBatch Get(long step);
 }
 
-/// <summary>The batches of a corpus.</summary>
-public sealed class SampledBatches(BatchSampler sampler) : IBatchSource
+/// <summary>The batches of a corpus. A run that is resumed after `doneSteps` begins behind the `doneSequences` that those have read.</summary>
+public sealed class SampledBatches(BatchSampler sampler, long doneSteps = 0, long doneSequences = 0) : IBatchSource
 {
     public TrainingBatch Get(long step)
     {
-        var batch = sampler.Get(step);
+        var batch = sampler.From(checked(doneSequences + ((step - doneSteps) * sampler.Batch)), step);
         return new TrainingBatch(batch.Rows, batch.Columns, batch.Tokens);
     }
 }

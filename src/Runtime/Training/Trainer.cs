@@ -1,6 +1,7 @@
 // Trains: all ranks of a plan as threads of this process, one step after the other.
 using System.Diagnostics;
 using System.Runtime.CompilerServices;
+using DeepSeekGraph.Runtime.Checkpoints;
 using DeepSeekGraph.Runtime.Execution;
 using DeepSeekGraph.Runtime.Kernels;
 using DeepSeekGraph.Runtime.Memory;
@@ -15,6 +16,7 @@ namespace DeepSeekGraph.Runtime.Training;
 public sealed class Trainer : IAsyncDisposable
 {
     private readonly LocalRanks _ranks;
+    private IReadOnlyList<string> _resumed = [];
 
     private Trainer(PlanSet plan, TrainerOptions options)
     {
@@ -38,14 +40,19 @@ public sealed class Trainer : IAsyncDisposable
 
     public TrainerOptions Options { get; }
 
-    /// <summary>Steps completed; set it when a run is resumed.</summary>
+    /// <summary>Steps completed; a run that is resumed counts on from its checkpoint's.</summary>
     public long Step { get; set; }
+
+    /// <summary>Sequences that steps have read, over all ranks; counted on like Step.</summary>
+    public long Sequences { get; private set; }
 
     /// <summary>The ranks, by number; touch their slots between steps only.</summary>
     public IReadOnlyList<RankRunner> Ranks => _ranks.Runners;
 
-    /// <summary>What is not as asked for without being wrong, each once: that plans are interpreted, or not kept, and why.</summary>
-    public IReadOnlyList<string> Remarks => _ranks.Remarks;
+    /// <summary>
+    /// What is not as asked for without being wrong, each once: that plans are interpreted, or not kept, or resumed from weights only, and why.
+    /// </summary>
+    public IReadOnlyList<string> Remarks => [.. _resumed, .. _ranks.Remarks];
 
     /// <summary>Stages whose code was compiled for this trainer; the others were interpreted or kept from an earlier run.</summary>
     public int CompiledStages => _ranks.CompiledStages;
@@ -53,22 +60,33 @@ public sealed class Trainer : IAsyncDisposable
     /// <summary>Bytes held at most, measured: by stage, the largest of its ranks.</summary>
     public IReadOnlyList<MemoryRow> PeakBytes => [.. Ranks.GroupBy(r => r.Rank.Stage).Select(Measured)];
 
-    /// <summary>Allocates and initialises all ranks.</summary>
+    /// <summary>Allocates all ranks, and initialises them or loads them from the checkpoint; DSG0844 where that is of another model.</summary>
     public static async Task<Trainer> StartAsync(PlanSet plan, TrainerOptions options, CancellationToken cancellationToken = default)
     {
         LibTorch.Load();
         if (options.KeepFreedMemory)
             FreedMemory.Keep();
+        var sources = options.Checkpoint is { } checkpoint ? StateSources.Of(plan, checkpoint) : null;
         var trainer = new Trainer(plan, options);
         try
         {
-            await trainer.OnAllAsync(runner => ParameterState.Initialize(runner, options.Seed, options.Weights), cancellationToken).ConfigureAwait(false);
+            await trainer.OnAllAsync(Fill, cancellationToken).ConfigureAwait(false);
+            if (options.Checkpoint is { Manifest: var manifest })
+                (trainer.Step, trainer.Sequences, trainer._resumed) = (manifest.Step, manifest.Sequences, sources!.Remarks);
             return trainer;
         }
         catch
         {
             await trainer.DisposeAsync().ConfigureAwait(false);
             throw;
+        }
+
+        void Fill(RankRunner runner)
+        {
+            if (sources is null)
+                ParameterState.Initialize(runner, options.Seed, options.Weights);
+            else
+                sources.Load(runner);
         }
     }
 
@@ -91,6 +109,7 @@ public sealed class Trainer : IAsyncDisposable
                 },
                 cancellationToken).ConfigureAwait(false);
             Step = step;
+            Sequences += (long)Plan.Microbatches * Plan.MicroBatch;
             var seconds = Stopwatch.GetElapsedTime(begin).TotalSeconds;
             yield return new StepMetrics
             {

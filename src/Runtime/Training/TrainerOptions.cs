@@ -1,4 +1,5 @@
 // What a training run needs besides its plan.
+using DeepSeekGraph.Runtime.Checkpoints;
 using DeepSeekGraph.Runtime.Collectives;
 using DeepSeekGraph.Runtime.Execution;
 using static TorchSharp.torch;
@@ -29,6 +30,9 @@ public sealed record TrainerOptions
 
     /// <summary>Initial values by parameter name, whole; null keeps the plan's own initial value.</summary>
     public Func<string, Tensor?>? Weights { get; init; }
+
+    /// <summary>The open checkpoint to go on from, whatever plan wrote it; it may be closed once the trainer has started.</summary>
+    public CheckpointReader? Checkpoint { get; init; }
 
     /// <summary>LibTorch threads of each rank; results are the same bits for the same number.</summary>
     public int ThreadsPerRank { get; init; } = 1;
