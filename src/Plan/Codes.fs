@@ -246,7 +246,7 @@ module Codes =
 
     /// There is no whole checkpoint where one is to be read.
     [<Literal>]
-    let CheckpointMissing = "DSG0840"
+    let NoCheckpoint = "DSG0840"
 
     /// A checkpoint's manifest is damaged, or contradicts itself or its files.
     [<Literal>]

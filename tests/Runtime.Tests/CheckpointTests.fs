@@ -295,7 +295,7 @@ let private roots =
                 File.WriteAllText(Path.Combine(root, "file"), "")
 
                 for path in [ root; Path.Combine(root, "file"); Path.Combine(root, "none") ] do
-                    Expect.equal (code (opens path)) Codes.CheckpointMissing path)
+                    Expect.equal (code (opens path)) Codes.NoCheckpoint path)
         }
         test "keep 2: older ones go, newer ones of another run stay until they are replaced" {
             inFolder (fun root ->

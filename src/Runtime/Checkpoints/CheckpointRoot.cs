@@ -168,7 +168,7 @@ public static partial class CheckpointRoot
                 : null;
 
     private static DiagnosticException Missing(string path, string what) => DiagnosticException.Of(
-        Codes.CheckpointMissing,
+        Codes.NoCheckpoint,
         path,
         what,
         "give a folder iter_N of a checkpoint, the folder that holds several, or that of a run that saved (--save-interval N)");
