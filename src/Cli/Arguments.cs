@@ -36,6 +36,8 @@ internal static class Arguments
         Pretrain.Verb(),
         Compile.Verb(),
         Run.Verb(),
+        Import.Verb(),
+        Export.Verb(),
         Show.Verb(),
         Diff.Verb(),
         Check.Verb(),

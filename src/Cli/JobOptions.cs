@@ -155,8 +155,15 @@ internal sealed class JobOptions
     public static Option<int?> Number(string name, string description)
         => new(name) { HelpName = "N", Description = description };
 
+    /// The value of an option that a verb cannot do without.
+    public static string Required(ParseResult parse, Option<string?> option)
+        => parse.GetValue(option) is { Length: > 0 } value
+            ? value
+            : throw DiagnosticException.Of(
+                Codes.OptionValue, option.Name, $"'{option.Name} {option.HelpName}' is not given", $"{option.Name}: {option.Description}");
+
     /// A recipe takes 0 for a degree that is not given; on the command line it is a mistake.
-    private static int? Degree(ParseResult parse, Option<int?> option)
+    public static int? Degree(ParseResult parse, Option<int?> option)
         => parse.GetValue(option) is { } degree && degree < 1
             ? throw DiagnosticException.Of(
                 Codes.MeshDegree,

@@ -68,11 +68,35 @@ public sealed class AutoBridge : IDisposable
     /// Writes a trained model as a checkpoint of the same form, with the tokenizer's files: in the type of the original's
     /// weights unless `options` says otherwise. Parameters are gathered one at a time, from fp32 masters where there are any.
     public void ExportCheckpoint(Trainer trainer, string folder, ExportOptions? options = null)
-        => CheckpointExport.Write(Config, name => Whole(trainer, name), folder, (options ?? Original()) with
+    {
+        // the tensors of a parameter follow one another
+        var (name, whole) = ("", (torch.Tensor?)null);
+        try
         {
-            Basis = options?.Basis ?? JsonNode.Parse(File.ReadAllText(Path.Combine(Folder, "config.json")))?.AsObject(),
-            Files = options is { Files.Count: > 0 } ? options.Files : OwnFiles(),
-        });
+            CheckpointExport.Write(Config, Values, folder, (options ?? Original()) with
+            {
+                Basis = options?.Basis ?? JsonNode.Parse(File.ReadAllText(Path.Combine(Folder, "config.json")))?.AsObject(),
+                Files = options is { Files.Count: > 0 } ? options.Files : OwnFiles(),
+            });
+        }
+        finally
+        {
+            whole?.Dispose();
+        }
+
+        torch.Tensor Values(WeightPlace place)
+        {
+            if (name != place.Entry.Parameter || whole is null)
+            {
+                whole?.Dispose();
+                (name, whole) = (place.Entry.Parameter, Whole(trainer, place.Entry.Parameter));
+            }
+
+            using var flat = whole.reshape(-1);
+            using var part = flat.narrow(0, place.Piece.Offset, place.Piece.Elements);
+            return part.reshape([.. place.Piece.Shape]);
+        }
+    }
 
     public void Dispose()
     {

@@ -36,9 +36,9 @@ public sealed partial class CheckpointWeights : IDisposable
             ? _parameters.GetOrAdd(name, n => new Lazy<torch.Tensor>(() => Assemble(Map[n]))).Value
             : null;
 
-    /// Everything that is wrong, by tensor; reads all of it. DSG0704 missing, or of another shape or type; DSG0708 unknown;
+    /// Everything that is wrong, by tensor; reads all of it, or without `values` only names, shapes, types and copies. DSG0704 missing, or of another shape or type; DSG0708 unknown;
     /// DSG0709 no multi-token prediction; DSG0710 not finite; DSG0711 a copy that differs; DSG0826 scales that do not fit.
-    public IReadOnlyList<Diagnostic> Check()
+    public IReadOnlyList<Diagnostic> Check(bool values = true)
     {
         var found = new List<Diagnostic>();
         var expected = Map.Tensors(_config).ToList();
@@ -58,8 +58,8 @@ public sealed partial class CheckpointWeights : IDisposable
         {
             if (Unfit(tensor) is { } unfit)
                 found.Add(unfit);
-            else if (!IsFinite(tensor.Name))
-                found.Add(Wrong(Codes.WeightsNotFinite, tensor.Name, "the tensor holds NaN or infinity", "the checkpoint is damaged: copy or download it again"));
+            else if (values && !IsFinite(tensor.Name))
+                found.Add(NotFinite(tensor.Name));
             else if (tensor.Original is { } original && _set.Contains(original) && !Same(tensor.Name, original))
             {
                 found.Add(Wrong(
@@ -83,7 +83,12 @@ public sealed partial class CheckpointWeights : IDisposable
         _parameters.Clear();
     }
 
-    private Diagnostic? Unfit(CheckpointTensor tensor)
+    /// What to say of a tensor that is not finite.
+    internal Diagnostic NotFinite(string tensor) => Wrong(
+        Codes.WeightsNotFinite, tensor, "the tensor holds NaN or infinity", "the checkpoint is damaged: copy or download it again");
+
+    /// Why a tensor cannot be read as the model's; null where it can.
+    internal Diagnostic? Unfit(CheckpointTensor tensor)
     {
         if (!_set.Contains(tensor.Name))
             return Wrong(Codes.WeightsMismatch, tensor.Name, "the checkpoint has no such tensor", "copy or download the checkpoint again");

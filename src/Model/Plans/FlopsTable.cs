@@ -34,13 +34,16 @@ public static class FlopsTable
     }
 
     /// The model's settings that a plan records; null where it records none, or not all of them.
-    public static DeepSeekV3Config? ConfigOf(PlanSet plan)
+    public static DeepSeekV3Config? ConfigOf(PlanSet plan) => ConfigOf(plan.Recipe);
+
+    /// The same of a plan's recipe.
+    public static DeepSeekV3Config? ConfigOf(IReadOnlyList<string> recipe)
     {
         const string prefix = "model.";
         var config = new DeepSeekV3Config { RopeScaling = null };
         var known = RecordFields.Of(new DeepSeekV3Config()).Select(field => field.Key).Append("rope_scaling").ToHashSet();
         var given = 0;
-        foreach (var line in plan.Recipe.Where(l => l.StartsWith(prefix, StringComparison.Ordinal)))
+        foreach (var line in recipe.Where(l => l.StartsWith(prefix, StringComparison.Ordinal)))
         {
             if (line[prefix.Length..].Split('=', 2) is not [var key, var text] || !known.Contains(key)
                 || RecordFields.With(config, key, text) is not { } changed)

@@ -1,8 +1,10 @@
 // An open checkpoint: manifest, mapped files whose checksums hold, and boxes of global tensors out of their blocks.
 
+using DeepSeekGraph.Runtime.Memory;
 using DeepSeekGraph.Runtime.Native;
 using DeepSeekGraph.Runtime.Parameters;
 using DeepSeekGraph.Runtime.Weights;
+using static TorchSharp.torch;
 
 namespace DeepSeekGraph.Runtime.Checkpoints;
 
@@ -86,22 +88,27 @@ public sealed unsafe class CheckpointReader : IDisposable
         return bytes;
     }
 
-    /// Where the elements of a box lie in one piece of memory; 0 when they do not.
-    internal nint Contiguous(StoredTensor tensor, Shard box)
+    /// A box of a tensor in another shape of as many elements: on the mapped file where it lies there in one piece, else copied.
+    public Tensor Tensor(StoredTensor tensor, Shard box, IReadOnlyList<int> shape)
     {
-        nint found = 0;
-        var runs = 0;
-        foreach (var (index, block, common) in tensor.Grid.Overlapping(box).Take(2))
+        LibTorch.Load();
+        long[] extents = [.. shape.Select(e => (long)e)];
+        if (tensor.Grid.Overlapping(box).Take(2).ToArray() is [var (index, block, common)])
         {
-            var start = _files[tensor.Files[index]].Pointer(tensor.Name);
-            BlockGrid.ForEachRun(common, block, box, (from, _, _) =>
+            var (runs, first) = (0, 0L);
+            BlockGrid.ForEachRun(common, block, box, (from, _, _) => (runs, first) = (runs + 1, from));
+            if (runs == 1)
             {
-                if (runs++ == 0)
-                    found = start + (nint)(from * SafeTensorTypes.BytesOf(tensor.Dtype));
-            });
+                using var stored = _files[tensor.Files[index]].Tensor(tensor.Name);
+                using var flat = stored.view(-1);
+                using var part = flat.narrow(0, first, extents.Aggregate(1L, (n, extent) => n * extent));
+                return part.view(extents);
+            }
         }
 
-        return runs == 1 ? found : 0;
+        var copy = empty(extents, dtype: SafeTensorTypes.ScalarTypeOf(tensor.Dtype));
+        CopyBox(tensor, box, tensor.Dtype, copy.Pointer());
+        return copy;
     }
 
     public void Dispose()

@@ -16,6 +16,9 @@ internal sealed class CheckpointWriter : IDisposable
 
     private CheckpointWriter(string root, long step, StagedFolder stage) => (_root, _step, _stage) = (root, step, stage);
 
+    /// The folder that holds this checkpoint and others.
+    public string Root => _root;
+
     /// A checkpoint of a step that is there already is replaced whole.
     public static CheckpointWriter Create(string root, long step)
         => OnDisk(root, () => new CheckpointWriter(

@@ -5,7 +5,7 @@ using DeepSeekGraph.Runtime.Weights;
 
 namespace DeepSeekGraph.Runtime.Checkpoints;
 
-/// Types by their names of safetensors. fp32 and bf16 turn into each other, fp16 into both; integers stay what they are.
+/// Types by their names of safetensors. fp32 and bf16 turn into each other, fp16 and fp64 into both; integers stay what they are.
 internal static unsafe class Elements
 {
     public static string NameOf(DType type) => type.Tag switch
@@ -43,6 +43,14 @@ internal static unsafe class Elements
             case ("F16", "BF16"):
                 for (long i = 0; i < n; i++)
                     ((ushort*)target)[toAt + i] = BF16.Round((float)((Half*)source)[fromAt + i]);
+                break;
+            case ("F64", "F32"):
+                for (long i = 0; i < n; i++)
+                    ((float*)target)[toAt + i] = (float)((double*)source)[fromAt + i];
+                break;
+            case ("F64", "BF16"):
+                for (long i = 0; i < n; i++)
+                    ((ushort*)target)[toAt + i] = BF16.Round((float)((double*)source)[fromAt + i]);
                 break;
             default:
                 if (from != to)

@@ -102,6 +102,25 @@ public static unsafe class Fp8Blocks
         }
     }
 
+    /// Elements [first, first + n) of a matrix in row-major order, to fp32 or (`narrow`) bf16, rounded once; runs may begin and end
+    /// anywhere, in blocks or between them.
+    internal static void DequantizeRun(byte* weight, float* scales, long columns, long first, long n, void* to, bool narrow)
+    {
+        var grid = (columns + Extent - 1) / Extent;
+        for (long done = 0; done < n;)
+        {
+            var (row, column) = Math.DivRem(first + done, columns);
+            var end = Math.Min(Math.Min(columns, ((column / Extent) + 1) * Extent), column + n - done);
+            var scale = scales[(row / Extent * grid) + (column / Extent)];
+            var count = (int)(end - column);
+            if (narrow)
+                Scale<BF16>(weight + first + done, scale, to, done, count);
+            else
+                Scale<F32>(weight + first + done, scale, to, done, count);
+            done += count;
+        }
+    }
+
     /// A matrix of fp32 or bf16 as E4M3 and scales: scale = max|block| / 448, elements rounded to nearest even. A block
     /// of zeros has scale 1. DSG0826 for a value that is not finite: E4M3 has no infinity.
     public static Fp8Weight Quantize(Tensor source, string name = "")

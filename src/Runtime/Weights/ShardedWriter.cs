@@ -1,5 +1,6 @@
 // Writes a checkpoint tensor by tensor into shards of bounded size; the folder changes in one step, at the end.
 
+using DeepSeekGraph.Runtime.Memory;
 using DeepSeekGraph.Runtime.Native;
 using Microsoft.Win32.SafeHandles;
 using static TorchSharp.torch;
@@ -60,6 +61,18 @@ public sealed class ShardedWriter : IDisposable
         if (bytes.Length != info.Bytes)
             throw new ArgumentException($"'{name}' has {info.Bytes} bytes, {bytes.Length} are given", nameof(bytes));
         WriteSlice(name, 0, bytes);
+    }
+
+    /// A whole tensor of the declared type, contiguous and of any size.
+    public unsafe void Write(string name, Tensor values)
+    {
+        var (_, info) = Place(name);
+        if (!values.is_contiguous() || values.dtype != SafeTensorTypes.ScalarTypeOf(info.DType) || values.numel() != info.Elements)
+            throw new ArgumentException($"'{name}' is not {info.DType} [{string.Join(", ", info.Shape)}]", nameof(values));
+        var start = (byte*)values.Pointer();
+        const int part = 1 << 28;
+        for (long at = 0; at < info.Bytes; at += part)
+            WriteSlice(name, at, new ReadOnlySpan<byte>(start + at, (int)Math.Min(part, info.Bytes - at)));
     }
 
     /// Bytes [offset, offset + bytes.Length) of a tensor; parts may come in any order, each byte once.

@@ -1,0 +1,90 @@
+// dsg import: a published checkpoint becomes one that runs start from, cut for any layout.
+
+using System.CommandLine;
+using DeepSeekGraph.Compiler;
+using DeepSeekGraph.Models;
+using DeepSeekGraph.Models.HuggingFace;
+
+namespace DeepSeekGraph.Cli;
+
+internal static class Import
+{
+    public static Command Verb()
+    {
+        var folder = new Option<string?>("--hf") { HelpName = "DIR", Description = "A checkpoint of Hugging Face, or its name in the local cache" };
+        var root = new Option<string?>("--out")
+        {
+            HelpName = "DIR",
+            Description = "Root of checkpoints: iter_0000000 is written there, for --resume and dsg export",
+        };
+        var dtype = new Option<string?>("--dtype")
+        {
+            HelpName = "fp32|bf16",
+            Description = "Type of the weights; without, as they are (fp8 becomes bf16)",
+        };
+        var notStrict = new Option<bool>("--not-strict")
+        {
+            Description = "Go on where tensors are missing, unknown, of another shape or not finite: what is missing starts as in a new model",
+        };
+        var noMtp = new Option<bool>("--no-mtp") { Description = "Leave multi-token prediction out" };
+        Option<int?>[] degrees =
+        [
+            JobOptions.Number("--tp", "Tensor parallel degree of the files' cut; any other plan reads them too"),
+            JobOptions.Number("--pp", "Pipeline parallel degree"),
+            JobOptions.Number("--ep", "Expert parallel degree"),
+            JobOptions.Number("--dp", "Data parallel degree"),
+            JobOptions.Number("--etp", "Tensor parallel degree of the experts"),
+            JobOptions.Number("--vp", "Chunks of the model on each pipeline rank"),
+        ];
+        var layout = new Option<string?>("--layout") { HelpName = "LAYOUT", Description = "What each stage holds, such as 'Et|tL'" };
+        var verb = new Command("import", "Make a checkpoint of published weights") { folder, root, dtype, notStrict, noMtp, layout };
+        foreach (var degree in degrees)
+            verb.Add(degree);
+        verb.SetAction(parse => Start(
+            JobOptions.Required(parse, folder),
+            JobOptions.Required(parse, root),
+            Recipe([.. degrees.Select(degree => JobOptions.Degree(parse, degree) ?? 0)], parse.GetValue(layout)),
+            parse.GetValue(noMtp),
+            new ImportOptions { DType = DTypeOf(parse.GetValue(dtype)), Strict = !parse.GetValue(notStrict) }));
+        return verb;
+    }
+
+    private static int Start(string folder, string root, Recipe recipe, bool noMtp, ImportOptions options)
+    {
+        using var bridge = AutoBridge.FromHfPretrained(folder, noMtp);
+        var progress = new ByteProgress("import");
+        var outcome = CheckpointImport.Write(bridge, root, model => model.Compile(recipe), options with
+        {
+            Kept = KeptFiles.In(bridge.Folder),
+            Progress = progress.Show,
+        });
+        progress.Close(outcome.Bytes);
+        foreach (var warning in outcome.Warnings)
+            Console.WriteLine($"warning {warning.Code}: {warning.Message}\n  at   {warning.At}");
+        Console.WriteLine($"{PlanSummary.Name(outcome.Plan)}: {PlanSummary.Parameters(outcome.Plan):N0} parameters, cut for "
+            + $"{PlanSummary.Count(PlanSummary.Ranks(outcome.Plan), "rank")}, in {root}");
+        return ExitCode.Ok;
+    }
+
+    /// Only where parameters lie matters: a short sequence, and as many microbatches as the schedule wants.
+    private static Recipe Recipe(int[] degrees, string? layout)
+    {
+        var (tensor, pipeline, chunks) = (Math.Max(degrees[0], 1), Math.Max(degrees[1], 1), Math.Max(degrees[5], 1));
+        var recipe = Compiler.Recipe.Default
+            .WithName("imported")
+            .WithParallelism(tensor, pipeline, Math.Max(degrees[2], 1), degrees[3])
+            .WithExpertTensorParallel(degrees[4])
+            .WithVirtualPipeline(chunks)
+            .WithLayout(layout ?? "");
+        return recipe.WithBatch(Compilation.Mesh(recipe).Data * pipeline, 1, 2 * tensor);
+    }
+
+    internal static DType? DTypeOf(string? name) => name switch
+    {
+        null => null,
+        "fp32" => DType.Float32,
+        "bf16" => DType.BFloat16,
+        _ => throw DiagnosticException.Of(
+            Codes.OptionValue, "--dtype", $"there is no dtype '{name}' of checkpoints", Nearest.Help(name, ["fp32", "bf16"])),
+    };
+}
