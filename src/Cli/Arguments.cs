@@ -38,6 +38,7 @@ internal static class Arguments
         Run.Verb(),
         Import.Verb(),
         Export.Verb(),
+        Generate.Verb(),
         Show.Verb(),
         Diff.Verb(),
         Check.Verb(),

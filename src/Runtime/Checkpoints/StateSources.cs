@@ -20,10 +20,10 @@ public sealed unsafe class StateSources
     /// What is not as a resumed run would have it, without being wrong.
     public IReadOnlyList<string> Remarks { get; private init; } = [];
 
-    /// Everything that does not fit, in one diagnostic: DSG0844.
-    public static StateSources Of(PlanSet plan, CheckpointReader checkpoint)
+    /// Everything that does not fit, in one diagnostic: DSG0844. `isUnused`: parameters that the plan may go without.
+    public static StateSources Of(PlanSet plan, CheckpointReader checkpoint, Func<string, bool>? isUnused = null)
     {
-        var tensors = checkpoint.Manifest.Tensors;
+        var tensors = checkpoint.Manifest.Tensors.Where(tensor => isUnused?.Invoke(StateSlot.ParameterOf(tensor.Name)) != true).ToList();
         var hasOptimizer = tensors.Any(tensor => tensor.Kind == StoredTensor.Optimizer);
         var sources = new StateSources(checkpoint)
         {
