@@ -19,6 +19,7 @@ internal sealed record GenerateChoices
     public bool Chat { get; init; }
     public bool Json { get; init; }
     public string? DType { get; init; }
+    public string? Plans { get; init; }
     public required Recipe Recipe { get; init; }
     public required Sampling Sampling { get; init; }
     public Executor Executor { get; init; }
@@ -52,10 +53,11 @@ internal static class Generate
             JobOptions.Number("--dp", "Data parallel degree: prompts are shared out; without, the smallest that lets experts fit"),
             JobOptions.Number("--etp", "Tensor parallel degree of the experts"),
         ];
+        var plans = Path("--plans", "DIR", "Also write prefill.txt and decode.txt, the plans, for dsg show, check and explain");
         var layout = Path("--layout", "LAYOUT", "What each stage holds, such as 'Et|tL'");
         var verb = new Command("generate", "Go on with prompts: token after token, over a cache of latents")
         {
-            published, checkpoint, tokenizer, prompts, ids, most, temperature, topP, topK, seed, chat, json, dtype, executor, layout,
+            published, checkpoint, tokenizer, prompts, ids, most, temperature, topP, topK, seed, chat, json, dtype, executor, layout, plans,
         };
         foreach (var degree in degrees)
             verb.Add(degree);
@@ -73,6 +75,7 @@ internal static class Generate
                 Chat = parse.GetValue(chat),
                 Json = parse.GetValue(json),
                 DType = parse.GetValue(dtype),
+                Plans = parse.GetValue(plans),
                 Executor = RunOptions.ExecutorOf(parse.GetValue(executor)),
                 Recipe = Recipe.Default
                     .WithName("generate")

@@ -2,6 +2,7 @@
 
 using System.Globalization;
 using DeepSeekGraph.Models;
+using DeepSeekGraph.Runtime;
 using DeepSeekGraph.Runtime.Generation;
 
 namespace DeepSeekGraph.Cli;
@@ -29,6 +30,13 @@ internal static class Generation
         var places = Up(longest + choices.MaxNewTokens, PlacesStep);
         var plans = GenerationPlans.Compile(
             new DeepSeekV3(source.Config), choices.Recipe.WithDType(source.DTypeOf(choices.DType)), prompts.Count, longest, places);
+        if (choices.Plans is { } folder)
+        {
+            folder = RunFolder.Create(folder);
+            PlanFile.Write(Path.Combine(folder, "prefill.txt"), plans.Prefill);
+            PlanFile.Write(Path.Combine(folder, "decode.txt"), plans.Decode);
+        }
+
         ThisMachine.RequireRoomFor(plans.Prefill);
 
         var generator = await Generator.StartAsync(plans.Prefill, plans.Decode, source.Options with
