@@ -156,7 +156,7 @@ internal sealed class JobOptions
         => new(name) { HelpName = "N", Description = description };
 
     /// A recipe takes 0 for a degree that is not given; on the command line it is a mistake.
-    private static int? Degree(ParseResult parse, Option<int?> option)
+    public static int? Degree(ParseResult parse, Option<int?> option)
         => parse.GetValue(option) is { } degree && degree < 1
             ? throw DiagnosticException.Of(
                 Codes.MeshDegree,
