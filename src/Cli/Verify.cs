@@ -54,7 +54,7 @@ internal static class Verify
     private static readonly Option<double?> Tolerance = new("--tolerance")
     {
         HelpName = "X",
-        Description = "Largest max|a-b| / max|b| of an item; without, 0.0001 in fp32 and 0.1 in bf16. Tokens must be equal",
+        Description = "Largest max|a-b| / max|b| of an item; without, 0.0001 in fp32 and 0.5 in bf16. Tokens must be equal",
     };
 
     private static readonly Option<bool> Strict = new("--strict") { Description = "Fail on items that nothing is compared with" };

@@ -6,6 +6,9 @@ namespace DeepSeekGraph.Models;
 /// Attention blocks.
 public static class Attention
 {
+    /// Of the latents' norms: the published code gives rms_norm_eps to the other norms only (it differs in Moonlight).
+    private const double LatentEps = 1e-6;
+
     /// Queries and keys have a part without position (nope) and a rotated one (rope); the rotated key serves all heads.
     public static Tensor Mla(ModelScope m, Tensor x_BSH, DeepSeekV3Config c)
     {
@@ -16,7 +19,7 @@ public static class Attention
             ? m.Linear("q_proj", x_BSH, ("heads", c.NumAttentionHeads), ("qk_dim", c.QkHeadDim))
             : m.Linear(
                 "q_b_proj",
-                m.RmsNorm("q_a_layernorm", m.Linear("q_a_proj", x_BSH, ("q_lora", c.QLoraRank)), c.RmsNormEps),
+                m.RmsNorm("q_a_layernorm", m.Linear("q_a_proj", x_BSH, ("q_lora", c.QLoraRank)), LatentEps),
                 ("heads", c.NumAttentionHeads),
                 ("qk_dim", c.QkHeadDim));
         q_BSND = RotateQueries(q_BSND, table, c);
@@ -27,7 +30,7 @@ public static class Attention
         var kPe_BSR = compressed.Slice("kv_a", c.KvLoraRank, c.QkRopeHeadDim).Rename("kv_a", "rope");
         var kv_BSND = m.Linear(
             "kv_b_proj",
-            m.RmsNorm("kv_a_layernorm", latent_BSL, c.RmsNormEps),
+            m.RmsNorm("kv_a_layernorm", latent_BSL, LatentEps),
             ("heads", c.NumAttentionHeads),
             ("kv_dim", c.QkNopeHeadDim + c.VHeadDim));
         var k_BSND = RotateKeys(kv_BSND, kPe_BSR, table, c);

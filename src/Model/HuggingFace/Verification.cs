@@ -28,8 +28,8 @@ public sealed class Verification : IDisposable
     /// Largest relative error where nothing else is said.
     public const double Float32Tolerance = 1e-4;
 
-    /// The same for bf16: products of 8 bits of mantissa, through all layers.
-    public const double BFloat16Tolerance = 0.1;
+    /// The same for bf16, where near-ties send tokens to other experts: those differ by up to a third of the largest logit.
+    public const double BFloat16Tolerance = 0.5;
 
     private const string GradientPrefix = "grad.";
     private static readonly string[] Given = ["input_ids", "prompt_ids", "mtp_scale"];
