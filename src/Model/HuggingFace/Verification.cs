@@ -130,10 +130,9 @@ public sealed class Verification : IDisposable
         {
             "loss" or "main_loss" => Loss(name, trainer.GatherMetric("metric:loss")),
             "mtp_loss" when extra.Length > 0 => Loss(name, extra.Average(trainer.GatherMetric)),
-            "total_loss" => Loss(
+            "total_loss" when extra.Length > 0 => Loss(
                 name,
-                trainer.GatherMetric("metric:loss")
-                    + (_config.MtpLossScalingFactor * extra.Select(trainer.GatherMetric).DefaultIfEmpty().Average())),
+                trainer.GatherMetric("metric:loss") + (_config.MtpLossScalingFactor * extra.Average(trainer.GatherMetric))),
             "generated_ids" when _batch.Generated is { } generated => Tokens(trainer, generated),
             _ => Observed(trainer, "observe:" + name) is { } ours ? Positions(name, ours) : null,
         };
