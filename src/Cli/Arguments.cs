@@ -42,6 +42,7 @@ internal static class Arguments
         Show.Verb(),
         Diff.Verb(),
         Check.Verb(),
+        Verify.Verb(),
         ListRecipes.Verb(),
         ListPasses.Verb(),
         Explain.Verb(),

@@ -122,7 +122,11 @@ public sealed record DeepSeekV3(DeepSeekV3Config Config) : Model
                 m.Output($"hidden_{index + 1}", x_BSH);
         }
 
-        return m.Layer(c.NumHiddenLayers - 1, "model", s => s.RmsNorm("norm", x_BSH, c.RmsNormEps));
+        var h_BSH = m.Layer(c.NumHiddenLayers - 1, "model", s => s.RmsNorm("norm", x_BSH, c.RmsNormEps));
+        if (Observe)
+            m.Output("hidden_last", h_BSH);
+
+        return h_BSH;
     }
 
     private Tensor? TokenMask(ModelScope m, Tensor ids_BS)

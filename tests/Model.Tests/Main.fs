@@ -11,6 +11,7 @@ let main argv =
         (testList "Model" [
             ModelTests.tests
             CheckpointTests.tests
+            RouterTests.tests
             BalanceTests.tests
             GoldenTests.tests
             RecipeTests.tests
@@ -23,6 +24,7 @@ let main argv =
             RecomputeTests.tests
             PaddingTests.tests
             MaskTests.tests
+            BridgeTests.tests
             MemoryTests.tests
             TrafficTests.tests
             CollectiveTests.tests
