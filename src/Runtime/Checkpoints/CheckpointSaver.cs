@@ -148,7 +148,7 @@ public sealed class CheckpointSaver : IAsyncDisposable
         return CheckpointWriter.OnDisk(_options.Root, () =>
         {
             foreach (var tensor in file.Tensors)
-                file.Append((byte*)memory(byName[tensor.Name]), tensor.Bytes);
+                file.AppendStable((byte*)memory(byName[tensor.Name]), tensor.Bytes);
             return file.Finish();
         });
     }

@@ -82,22 +82,25 @@ internal sealed class CheckpointWriter : IDisposable
     }
 }
 
-/// One file of tensors, written from its first byte to its last, so that its checksum grows with it.
+/// One file of tensors, appended to from its first byte to its last, so that its checksum grows with it. Throws what the disk throws.
 internal sealed unsafe class RankFile : IDisposable
 {
     /// What is handed to the system at once: large enough for speed, small enough to be still in the cache when it is hashed.
     private const int Part = 1 << 20;
 
+    /// What one of several threads writes at once.
+    private const int Share = 1 << 21;
+
     private readonly Microsoft.Win32.SafeHandles.SafeFileHandle _file;
     private readonly XxHash128 _hash = new();
+    private readonly List<Task> _writes = [];
     private readonly SafeTensorsLayout _layout;
-    private readonly string _path;
     private readonly string _name;
     private long _at;
 
     internal RankFile(string path, string name, SafeTensorsLayout layout)
     {
-        (_path, _name, _layout) = (path, name, layout);
+        (_name, _layout) = (name, layout);
         _file = File.OpenHandle(path, FileMode.CreateNew, FileAccess.Write);
         try
         {
@@ -125,11 +128,18 @@ internal sealed unsafe class RankFile : IDisposable
         }
     }
 
-    /// The next bytes, from memory of any size.
-    public void Append(byte* start, long length)
+    /// The next bytes, from memory of any size that stays as it is until Finish or Dispose: other threads write it while this one goes on.
+    public void AppendStable(byte* start, long length)
     {
-        for (long at = 0; at < length; at += Part)
-            Append(new ReadOnlySpan<byte>(start + at, (int)Math.Min(Part, length - at)));
+        for (long at = 0; at < length; at += Share)
+        {
+            var from = start + at;
+            var (bytes, place) = ((int)Math.Min(Share, length - at), _at);
+            _writes.Add(Task.Run(() => RandomAccess.Write(_file, new ReadOnlySpan<byte>(from, bytes), place)));
+            for (var part = 0; part < bytes; part += Part)
+                _hash.Append(new ReadOnlySpan<byte>(from + part, Math.Min(Part, bytes - part)));
+            _at += bytes;
+        }
     }
 
     /// On disk, with what the manifest says of it.
@@ -137,13 +147,14 @@ internal sealed unsafe class RankFile : IDisposable
     {
         if (_at != _layout.FileBytes)
             throw new InvalidOperationException($"{_at} bytes of '{_name}' are written, it has {_layout.FileBytes}");
-        CheckpointWriter.OnDisk(_path, () =>
-        {
-            RandomAccess.FlushToDisk(_file);
-            return true;
-        });
+        Task.WhenAll(_writes).GetAwaiter().GetResult();
+        RandomAccess.FlushToDisk(_file);
         return new StoredFile(_name, _at, Checksum.Text(_hash.GetCurrentHash()));
     }
 
-    public void Dispose() => _file.Dispose();
+    public void Dispose()
+    {
+        Task.WhenAll(_writes).ContinueWith(static _ => { }, CancellationToken.None, TaskContinuationOptions.None, TaskScheduler.Default).Wait();
+        _file.Dispose();
+    }
 }

@@ -16,11 +16,12 @@ internal readonly unsafe struct RunSource(string name, string dtype, byte* eleme
     public readonly long Columns = columns;
 }
 
-/// Long runs that need no conversion go straight from the map; others through one megabyte of memory.
+/// Long runs that need no conversion go straight from the map, which stays until the file is finished; others through one megabyte of memory.
 internal sealed unsafe class RunStream(RankFile file, System.Action<string> notFinite, System.Action<long>? progress) : IDisposable
 {
     private const int BufferBytes = 1 << 20;
     private const int Straight = 1 << 16;
+    private const int MappedBytes = 1 << 21;
 
     private readonly byte* _buffer = (byte*)NativeMemory.AlignedAlloc(BufferBytes, 64);
     private RunSource _source;
@@ -39,7 +40,7 @@ internal sealed unsafe class RunStream(RankFile file, System.Action<string> notF
         if (_source.DType == _dtype && n * _width >= Straight)
         {
             Flush();
-            Send(_source.Elements + (from * _width), n * _width);
+            SendMapped(_source.Elements + (from * _width), n * _width);
             return;
         }
 
@@ -68,26 +69,33 @@ internal sealed unsafe class RunStream(RankFile file, System.Action<string> notF
 
     private void Flush()
     {
-        if (_filled > 0)
-            Send(_buffer, _filled);
+        if (_filled == 0)
+            return;
+        Look(_buffer, _filled);
+        file.Append(new ReadOnlySpan<byte>(_buffer, _filled));
+        progress?.Invoke(_filled);
         _filled = 0;
     }
 
-    /// A part at a time, so that what is looked at is still in the cache when it is hashed and written.
-    private void Send(byte* bytes, long length)
+    /// A part at a time, so that what is looked at is still in the cache when it is hashed.
+    private void SendMapped(byte* bytes, long length)
     {
-        for (long at = 0; at < length; at += BufferBytes)
+        for (long at = 0; at < length; at += MappedBytes)
         {
-            var part = (int)Math.Min(BufferBytes, length - at);
-            if (!_told && !IsFinite(bytes + at, part))
-            {
-                _told = true;
-                notFinite(_source.Name);
-            }
-
-            file.Append(new ReadOnlySpan<byte>(bytes + at, part));
+            var part = (int)Math.Min(MappedBytes, length - at);
+            for (var i = 0; i < part; i += BufferBytes)
+                Look(bytes + at + i, Math.Min(BufferBytes, part - i));
+            file.AppendStable(bytes + at, part);
             progress?.Invoke(part);
         }
+    }
+
+    private void Look(byte* bytes, int length)
+    {
+        if (_told || IsFinite(bytes, length))
+            return;
+        _told = true;
+        notFinite(_source.Name);
     }
 
     private bool IsFinite(byte* bytes, int length)

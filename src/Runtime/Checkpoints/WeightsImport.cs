@@ -137,7 +137,10 @@ public sealed unsafe class WeightsImport
         using var values = empty([.. common.Extents.Select(e => (long)e)], dtype: ScalarType.Float32);
         ParameterInit.Fill(values, common, init, weight.Name, seed);
         stream.Begin(new RunSource(weight.Name, "F32", (byte*)values.Pointer(), null, values.numel()), weight.Dtype);
-        stream.Add(0, values.numel());
+        // short runs are copied before the memory goes away
+        const int run = 1 << 12;
+        for (long at = 0; at < values.numel(); at += run)
+            stream.Add(at, Math.Min(run, values.numel() - at));
         stream.End();
         return values.numel();
     }
