@@ -6,8 +6,13 @@ module DeepSeekGraph.Compiler.Generation
 open DeepSeekGraph
 
 /// Outputs that training needs.
-let private isObjective (name: string) =
-    name = "loss" || name.StartsWith "metric:" || name.StartsWith "count:"
+let private isObjective (name: string) = name = "loss" || name.StartsWith "metric:" || name.StartsWith "count:"
+
+/// A parameter that no update changes; None for any other op.
+let private frozen (op: Op) : Op option =
+    match op with
+    | Op.Parameter(spec, t) -> Some(Op.Parameter({ spec with Update = Update.Frozen }, t))
+    | _other -> None
 
 let run (graph: Graph) : Result<Graph, Diagnostic list> =
     match graph.Outputs |> Array.filter (fun (name, _) -> not (isObjective name)) with
@@ -25,7 +30,7 @@ let run (graph: Graph) : Result<Graph, Diagnostic list> =
         Graph(graph.Nodes, graph.Types, kept, graph.Primals)
         |> Rewrite.prune
         |> Rewrite.fold (fun rebuild node ->
-            match node.Op with
-            | Op.Parameter(spec, t) -> rebuild.Put(node, Op.Parameter({ spec with Update = Update.Frozen }, t), [])
-            | _other -> rebuild.Copy node)
+            match frozen node.Op with
+            | Some op -> rebuild.Put(node, op, [])
+            | None -> rebuild.Copy node)
         |> Ok

@@ -31,8 +31,7 @@ let private commands (heading: string) =
 /// Words of a command without quotes.
 let private words (command: string) =
     command.Split '"'
-    |> Seq.mapi (fun i part ->
-        if i % 2 = 1 then [| part |] else part.Split(' ', StringSplitOptions.RemoveEmptyEntries))
+    |> Seq.mapi (fun i part -> if i % 2 = 1 then [| part |] else part.Split(' ', StringSplitOptions.RemoveEmptyEntries))
     |> Array.concat
     |> List.ofArray
     |> List.tail
@@ -62,7 +61,13 @@ let private conversions =
                 succeed folder (short @ [ "--data"; data ]) |> ignore
                 succeed folder export |> ignore
 
-                for file in [ "config.json"; "generation_config.json"; "model.safetensors"; "tokenizer.json" ] do
+                for file in
+                    [
+                        "config.json"
+                        "generation_config.json"
+                        "model.safetensors"
+                        "tokenizer.json"
+                    ] do
                     Expect.isTrue (File.Exists(Path.Combine(folder, "exported", file))) file
 
                 succeed folder import |> ignore
@@ -104,7 +109,10 @@ let private ids =
             let golden = Path.Combine(root, "tests", "golden", "v3_tiny_plain")
 
             let run more =
-                (succeed folder ([ "generate"; "--hf"; golden; "--prompt-ids"; "1,2,3"; "--max-new-tokens"; "5" ] @ more)).Out
+                (succeed
+                    folder
+                    ([ "generate"; "--hf"; golden; "--prompt-ids"; "1,2,3"; "--max-new-tokens"; "5" ] @ more))
+                    .Out
 
             let greedy = run []
             Expect.equal (greedy.Trim().Split(' ').Length) 5 greedy

@@ -8,4 +8,14 @@ open DeepSeekGraph.Testing
 let main argv =
     TestMain.run
         argv
-        (testSequenced (testList "Cli" [ LossCurveTests.tests; ArgumentsTests.tests; PlanTests.tests; RunTests.tests; CheckpointTests.tests; VerifyTests.tests; GenerateTests.tests ]))
+        (testSequenced (
+            testList "Cli" [
+                LossCurveTests.tests
+                ArgumentsTests.tests
+                PlanTests.tests
+                RunTests.tests
+                CheckpointTests.tests
+                VerifyTests.tests
+                GenerateTests.tests
+            ]
+        ))

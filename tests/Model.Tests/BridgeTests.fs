@@ -56,7 +56,11 @@ let private changed (case: string) (change: SafeTensorEntry list -> SafeTensorEn
         for file in [ "config.json"; "reference.safetensors" ] do
             File.Copy(path case file, Path.Combine(folder, file))
 
-        SafeTensorsWriter.Write(Path.Combine(folder, "model.safetensors"), change (entries (path case "model.safetensors")))
+        SafeTensorsWriter.Write(
+            Path.Combine(folder, "model.safetensors"),
+            change (entries (path case "model.safetensors"))
+        )
+
         body folder)
 
 let private on name (f: SafeTensorEntry -> SafeTensorEntry) (all: SafeTensorEntry list) =
@@ -83,17 +87,25 @@ let private spoilt =
             >> on $"%s{layer}.gate.weight" (setFloat 5 nanf)
             >> on "model.layers.3.shared_head.head.weight" (setFloat 0 0.5f)
             >> fun all ->
-                SafeTensorEntry($"%s{layer}.experts.16.up_proj.weight", "F32", [| 1L |], ReadOnlyMemory(Array.zeroCreate<byte> 4))
-                :: SafeTensorEntry("model.layers.1.self_attn.rotary_emb.inv_freq", "F32", [| 1L |], ReadOnlyMemory(Array.zeroCreate<byte> 4))
+                SafeTensorEntry(
+                    $"%s{layer}.experts.16.up_proj.weight",
+                    "F32",
+                    [| 1L |],
+                    ReadOnlyMemory(Array.zeroCreate<byte> 4)
+                )
+                :: SafeTensorEntry(
+                    "model.layers.1.self_attn.rotary_emb.inv_freq",
+                    "F32",
+                    [| 1L |],
+                    ReadOnlyMemory(Array.zeroCreate<byte> 4)
+                )
                 :: all
 
         changed "v3_tiny_mtp" spoil (fun folder ->
             use bridge = AutoBridge.FromHfPretrained folder
             let found = diagnostics (fun () -> bridge.Load)
 
-            let told = [
-                for d in found -> d.Code, d.At.Substring(d.At.IndexOf ", " + 2)
-            ]
+            let told = [ for d in found -> d.Code, d.At.Substring(d.At.IndexOf ", " + 2) ]
 
             Expect.equal
                 (List.sort told)
@@ -140,7 +152,12 @@ let private hub =
             for file in [ "config.json"; "model.safetensors" ] do
                 let blob = Path.Combine(blobs, file + ".blob")
                 File.Copy(path "v3_tiny_plain" file, blob)
-                File.CreateSymbolicLink(Path.Combine(snapshot, file), Path.Combine("..", "..", "blobs", file + ".blob")) |> ignore
+
+                File.CreateSymbolicLink(
+                    Path.Combine(snapshot, file),
+                    Path.Combine("..", "..", "blobs", file + ".blob")
+                )
+                |> ignore
 
             let before = Environment.GetEnvironmentVariable "HF_HUB_CACHE"
             Environment.SetEnvironmentVariable("HF_HUB_CACHE", cache)
@@ -180,7 +197,11 @@ let private loaded (bridge: AutoBridge) (recipe: Recipe) (body: Trainer -> unit)
 
 let private bytesOf (folder: string) =
     use set = SafeTensorsSet.Open folder
-    Map [ for name in set.Names -> name, ((set.Info name).DType, List.ofSeq (set.Info name).Shape, set.FileOf(name).Bytes(name).ToArray()) ]
+
+    Map [
+        for name in set.Names ->
+            name, ((set.Info name).DType, List.ofSeq (set.Info name).Shape, set.FileOf(name).Bytes(name).ToArray())
+    ]
 
 let private roundTrip =
     testList "imported, then exported, is the same bits" [
@@ -206,7 +227,12 @@ let private roundTrip =
                         Expect.isTrue (bytes.AsSpan().SequenceEqual(bytes'.AsSpan())) pair.Key
 
                     Expect.equal (ConfigJson.Read out) bridge.Config "config"
-                    Expect.stringContains (File.ReadAllText(Path.Combine(out, "config.json"))) "eos_token_id" "its other fields"
+
+                    Expect.stringContains
+                        (File.ReadAllText(Path.Combine(out, "config.json")))
+                        "eos_token_id"
+                        "its other fields"
+
                     use again = AutoBridge.FromHfPretrained out
                     Expect.isEmpty (codes (fun () -> again.Load)) "it loads")
     ]
@@ -247,7 +273,7 @@ let private fp8 =
             let out = Path.Combine(folder, "out")
 
             let given (place: WeightPlace) =
-                use flat = values[place.Entry.Parameter].reshape (-1L)
+                use flat = values[place.Entry.Parameter].reshape(-1L)
                 use part = flat.narrow (0L, place.Piece.Offset, place.Piece.Elements)
                 part.reshape [| for n in place.Piece.Shape -> int64 n |]
 
@@ -261,7 +287,7 @@ let private fp8 =
 
             for entry in map.Entries do
                 use read = load.Invoke entry.Parameter |> nonNull |> _.reshape(-1L)
-                use flat = values[entry.Parameter].reshape (-1L)
+                use flat = values[entry.Parameter].reshape(-1L)
 
                 for piece in entry.Pieces do
                     let blocks = (map.Tensors ragged |> Seq.find (fun t -> t.Name = piece.Tensor)).Blocks
@@ -272,11 +298,14 @@ let private fp8 =
                         inBlocks <- inBlocks + 1
                         use matrix = original.reshape [| for n in piece.Shape -> int64 n |]
                         use quantised = Fp8Blocks.Quantize(matrix, piece.Tensor)
-                        use expected = Fp8Blocks.Dequantize(quantised.Weight, quantised.Scales, torch.ScalarType.Float32)
-                        Expect.isTrue (expected.reshape(-1L).equal(mine).all().item<bool> ()) piece.Tensor
+
+                        use expected =
+                            Fp8Blocks.Dequantize(quantised.Weight, quantised.Scales, torch.ScalarType.Float32)
+
+                        Expect.isTrue (expected.reshape(-1L).equal(mine).all().item<bool>()) piece.Tensor
                         Expect.equal (bridge.Tensors.Info piece.Tensor).DType "F8_E4M3" piece.Tensor
                     else
-                        Expect.isTrue (original.equal(mine).all().item<bool> ()) piece.Tensor
+                        Expect.isTrue (original.equal(mine).all().item<bool>()) piece.Tensor
                         Expect.equal (bridge.Tensors.Info piece.Tensor).DType "F32" piece.Tensor
 
             Expect.isGreaterThan inBlocks 40 "blocks")
@@ -311,14 +340,23 @@ let private agrees =
 
                         let result = verify folder grads (tp, pp, ep) (Nullable())
                         let isGradient (item: VerifiedItem) = item.Name.StartsWith "grad."
-                        let names = [ for item in result.Items do if not (isGradient item) then item.Name ]
+
+                        let names = [
+                            for item in result.Items do
+                                if not (isGradient item) then
+                                    item.Name
+                        ]
+
                         Expect.equal (List.sort names) items "items"
                         Expect.equal (result.Items |> Seq.filter isGradient |> Seq.length) gradients "gradients"
                         Expect.isEmpty result.NotCompared "all compared"
 
                         for item in result.Items do
                             // 1e-4 is asked for
-                            Expect.isLessThanOrEqual item.Relative (if item.Name = "generated_ids" then 0.0 else 1e-5) item.Name
+                            Expect.isLessThanOrEqual
+                                item.Relative
+                                (if item.Name = "generated_ids" then 0.0 else 1e-5)
+                                item.Name
 
                         Expect.isTrue result.IsWithin "within"
     ]
@@ -362,7 +400,13 @@ let private differs =
             // a wrong token is wrong by itself, and misleads the one after it
             Expect.isGreaterThanOrEqual (item "generated_ids").MaxAbs 1.0 "tokens"
             Expect.stringContains (item "generated_ids").Remark "first at row 0, position 20" "which"
-            Expect.isTrue (verify folder null (1, 1, 1) (Nullable 0.5) |> _.Items |> Seq.find (fun i -> i.Name = "logits") |> _.IsWithin) "tolerance")
+
+            Expect.isTrue
+                (verify folder null (1, 1, 1) (Nullable 0.5)
+                 |> _.Items
+                 |> Seq.find (fun i -> i.Name = "logits")
+                 |> _.IsWithin)
+                "tolerance")
 
 let private malformed =
     testCase "verify: a reference without ids, or with ids that are none, is refused"
@@ -377,7 +421,9 @@ let private malformed =
                 "no prompt", without "prompt_ids"
             ] do
             against "v3_tiny_plain" change (fun folder ->
-                Expect.equal (codes (fun () -> verify folder null (1, 1, 1) (Nullable()))) [ Codes.ReferenceMalformed ] name)
+                Expect.equal
+                    (codes (fun () -> verify folder null (1, 1, 1) (Nullable())))
+                    [ Codes.ReferenceMalformed ]
+                    name)
 
-let tests =
-    testList "bridge" [ spoilt; withoutMtp; hub; roundTrip; fp8; agrees; differs; malformed ]
+let tests = testList "bridge" [ spoilt; withoutMtp; hub; roundTrip; fp8; agrees; differs; malformed ]

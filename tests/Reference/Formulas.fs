@@ -61,7 +61,8 @@ let rope inverse (seq: int) (x: DenseTensor) (table: DenseTensor) =
 /// The same with a table [batch, seq, width] of positions that differ by sequence: x begins with batch and seq.
 let ropeEach inverse (x: DenseTensor) (table: DenseTensor) =
     let tables =
-        Array.init table.Extents[0] (fun b -> Dense.init table.Extents[1..] (fun i -> Dense.at table [| b; i[0]; i[1] |]))
+        Array.init table.Extents[0] (fun b ->
+            Dense.init table.Extents[1..] (fun i -> Dense.at table [| b; i[0]; i[1] |]))
 
     let last = x.Extents.Length - 1
     Dense.init x.Extents (fun i -> rotated inverse tables[i[0]] i[1] i[last] (fun r -> Dense.at x (set i last r)))
@@ -154,7 +155,9 @@ let cacheAttention scale value (q: DenseTensor) (cache: DenseTensor) (positions:
         let scores = [
             for c in 0..seen ->
                 scale
-                * List.sum [ for w in 0 .. width - 1 -> Dense.at q [| b; s; n; w |] * Dense.at cache [| b; c; w |] ]
+                * List.sum [
+                    for w in 0 .. width - 1 -> Dense.at q [| b; s; n; w |] * Dense.at cache [| b; c; w |]
+                ]
         ]
 
         if scores.IsEmpty then

@@ -212,7 +212,10 @@ let samples (op: Op) : Sample list =
             }
 
             let angles = s.On(Op.RotaryTable spec, [ s.In("positions", DType.Int64, bs) ])
-            s.Loss [ s.On(Op.Rope false, [ s.Param("x", bs @ [ "heads", 2; "rope", 4 ]); angles ]) ])
+
+            s.Loss [
+                s.On(Op.Rope false, [ s.Param("x", bs @ [ "heads", 2; "rope", 4 ]); angles ])
+            ])
         sample "position not second" (fun s ->
             let x = s.Param("x", [ "seq", 3; "batch", 2; "heads", 2; "rope", 4 ])
             s.Loss [ s.On(Op.Rope false, [ x; table s "seq" 3 4 1.0 ]) ])
