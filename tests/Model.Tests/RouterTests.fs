@@ -56,6 +56,7 @@ let private chosen (c: DeepSeekV3Config) (bias: float[]) (logits: float[]) : (in
     List.zip best weights
 
 let private random = Random 5
+
 let private normal (extents: int list) = {
     Extents = Array.ofList extents
     Data = Array.init (List.fold (*) 1 extents) (fun _ -> 2.0 * random.NextDouble() - 1.0)
@@ -97,8 +98,7 @@ let private declared (c: DeepSeekV3Config) =
     let declaration = Declaration()
     let m = ModelScope declaration
 
-    let x =
-        m.Input("x", DType.Float32, struct ("batch", 2), struct ("seq", 5), struct ("hidden", hidden))
+    let x = m.Input("x", DType.Float32, struct ("batch", 2), struct ("seq", 5), struct ("hidden", hidden))
 
     m.Output("y", Experts.Moe(m, x, c))
     declaration.ToGraph()
