@@ -25,6 +25,7 @@ let main argv =
             PaddingTests.tests
             MaskTests.tests
             BridgeTests.tests
+            VerificationTests.tests
             MemoryTests.tests
             TrafficTests.tests
             CollectiveTests.tests

@@ -112,8 +112,38 @@ let private layouts = [
     "tensor parallel, two stages", Recipe.Default.WithParallelism(2, 2, 2, 1).WithLayout "Et|tmL"
 ]
 
+/// Losses of two steps of training on batches with this token mask.
+let private trainedOn masked (mask: float32[] | null) =
+    let plan = DeepSeekV3(config, Masked = masked).Compile(Recipe.Default.WithParallelism(1, 1, 1, 1).WithBatch(2, 1, seqLength))
+    let rows = Array.append (tokens 1) (tokens 2)
+
+    let batches =
+        { new IBatchSource with
+            member _.Get _ = TrainingBatch(2, columns, rows, TokenMask = mask)
+        }
+
+    task {
+        use! trainer = Trainer.StartAsync(plan, TrainerOptions(Executor = Executor.Interpreter, Batches = batches))
+        let run = trainer.RunAsync(2L).GetAsyncEnumerator()
+        let! _ = run.MoveNextAsync()
+        let first = run.Current.Loss
+        let! _ = run.MoveNextAsync()
+        return first, run.Current.Loss
+    }
+    |> _.GetAwaiter().GetResult()
+
+let private training =
+    testCase "training: a batch without a token mask has no padding, and one with a mask routes fewer tokens"
+    <| fun () ->
+        Expect.equal (trainedOn true null) (trainedOn false null) "none"
+        Expect.equal (trainedOn true (Array.create (2 * seqLength) 1f)) (trainedOn false null) "all ones"
+        let half = Array.init (2 * seqLength) (fun i -> if i % 2 = 0 then 1f else 0f)
+        Expect.notEqual (trainedOn true half) (trainedOn false null) "half"
+
 let tests =
     testList "token mask" [
+        training
+
         for name, recipe in layouts do
             testCase name
             <| fun () ->

@@ -32,7 +32,7 @@ public sealed partial class CheckpointWeights : IDisposable
     /// A parameter in the model's shape, on the file's own memory where it is one tensor; null for another name. The tensor
     /// belongs to this object. Any thread.
     public torch.Tensor? Parameter(string name)
-        => Map.Entries.Any(entry => entry.Parameter == name)
+        => Map.Has(name)
             ? _parameters.GetOrAdd(name, n => new Lazy<torch.Tensor>(() => Assemble(Map[n]))).Value
             : null;
 

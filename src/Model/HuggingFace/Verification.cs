@@ -230,10 +230,25 @@ public sealed class Verification : IDisposable
         return new(name, shape, apart, largest > 0 ? apart / largest : apart, _tolerance);
     }
 
+    /// An observed output [rows, sequence, width], whole; context parallelism keeps sequences in another order.
     private static torch.Tensor? Observed(Trainer trainer, string slot)
-        => trainer.Ranks.FirstOrDefault(rank => rank.Find(slot) is not null) is { } holder
-            ? Gathering.Slot(trainer.Ranks, holder.Rank.Stage, slot)
-            : null;
+    {
+        if (trainer.Ranks.FirstOrDefault(rank => rank.Find(slot) is not null) is not { } holder)
+            return null;
+        var whole = Gathering.Slot(trainer.Ranks, holder.Rank.Stage, slot);
+        var context = trainer.Plan.Mesh.Context;
+        if (context == 1)
+            return whole;
+        using (whole)
+        {
+            var length = (int)whole.shape[1];
+            var places = new long[length];
+            for (var s = 0; s < length; s++)
+                places[ZigzagOrder.natural(context, length, s)] = s;
+            using var order = torch.tensor(places);
+            return whole.index_select(1, order);
+        }
+    }
 
     private static float[] Floats(torch.Tensor tensor)
     {

@@ -46,6 +46,9 @@ public sealed class WeightMap
     /// The entry of a parameter.
     public WeightEntry this[string parameter] => _byParameter[parameter];
 
+    /// Is this a parameter of the model?
+    public bool Has(string parameter) => _byParameter.ContainsKey(parameter);
+
     /// Where a checkpoint tensor belongs; null for one that is no part of a parameter: a copy, scales, or a stranger.
     public WeightPlace? Find(string tensor) => _byTensor.GetValueOrDefault(tensor);
 
