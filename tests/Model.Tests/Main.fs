@@ -28,4 +28,5 @@ let main argv =
             GenerationTests.tests
             AllocatorTests.tests
             ResumeTests.tests
+            ImportTests.tests
         ])
