@@ -307,9 +307,55 @@ let tests =
                     Expect.equal whole.Manifest.Step 1L "the one before")
         }
 
-        onSmallDisk
-            "a disk that has room for one checkpoint: the first is whole, the second is told, the first is resumed"
-            14
+        test "the README's commands on checkpoints do what they say" {
+            let rec up (folder: DirectoryInfo) =
+                if File.Exists(Path.Combine(folder.FullName, "DeepSeekGraph.sln")) then
+                    folder.FullName
+                else
+                    up (nonNull folder.Parent)
+
+            let readme = File.ReadAllText(Path.Combine(up (DirectoryInfo AppContext.BaseDirectory), "README.md"))
+            let section = Regex.Match(readme, "\n## Checkpoints\n(.*?)\n## ", RegexOptions.Singleline).Groups[1].Value
+
+            let commands = [
+                for line in section.Split '\n' do
+                    if line.StartsWith("    ./dsg ", StringComparison.Ordinal) then
+                        line.Trim().Split(' ', StringSplitOptions.RemoveEmptyEntries) |> List.ofArray |> List.tail
+            ]
+
+            Expect.equal commands.Length 6 "commands"
+
+            Dsg.inFolder (fun folder ->
+                let out = commands |> List.map (succeed folder)
+                Expect.stringContains out[1] "resumed: run/checkpoints/iter_0000010, step 10, behind 80 sequences" "goes on"
+                Expect.stringContains out[3] "cut for 4 ranks, in imported" "imports"
+
+                // one rank goes on with the published form alike
+                let text = succeed folder [ "generate"; "--hf"; "published"; "--prompt"; "Returns"; "--max-new-tokens"; "100" ]
+                Expect.equal text out[4] "the text of the checkpoint on four ranks"
+                Expect.isNonEmpty (text.Trim()) "a text"
+                Expect.stringContains out[5] "weights only: moments of the optimizer start at zero" "starts from it"
+                // the loss of the first step after the import is that of trained weights, not of new ones
+                let first run =
+                    let _, loss, _, _ = List.head (losses folder run)
+                    loss
+
+                Expect.isLessThan (first "again") (0.9 * first "run") "trained weights"
+
+                let files = Directory.GetFiles(Path.Combine(folder, "published")) |> Array.map Path.GetFileName |> Array.sort
+
+                Expect.sequenceEqual
+                    files
+                    [ "config.json"; "generation_config.json"; "model.safetensors"; "tokenizer.json"; "tokenizer_config.json" ]
+                    "published form"
+
+                let refused = Dsg.run folder [ "import"; "--hf"; "run"; "--out"; "x" ]
+                Expect.stringContains refused.Error "error DSG07" "a run is no published checkpoint"
+                let refused = Dsg.run folder [ "export"; "--checkpoint"; "run" ]
+                Expect.stringContains refused.Error "error DSG0902: '--out DIR' is not given" "options")
+        }
+
+        onSmallDisk "a disk that has room for one checkpoint: the first is whole, the second is told, the first is resumed" 14
         <| fun run folder ->
             let data = Dsg.writeText folder
 

@@ -1,9 +1,8 @@
-/// The README's conversions, run as they stand there; and what dsg generate says of what it cannot do.
+/// dsg generate over token ids, and what it says of what it cannot do.
 module DeepSeekGraph.Cli.Tests.GenerateTests
 
 open System
 open System.IO
-open System.Text.Json
 open Expecto
 open DeepSeekGraph
 open DeepSeekGraph.Cli.Tests
@@ -18,67 +17,10 @@ let private root =
 
     up (DirectoryInfo AppContext.BaseDirectory)
 
-/// The indented commands of a section.
-let private commands (heading: string) =
-    File.ReadAllLines(Path.Combine(root, "README.md"))
-    |> Seq.skipWhile ((<>) heading)
-    |> Seq.skip 1
-    |> Seq.takeWhile (fun line -> not (line.StartsWith "## "))
-    |> Seq.filter _.StartsWith("    ./dsg ")
-    |> Seq.map _.Trim()
-    |> List.ofSeq
-
-/// Words of a command without quotes.
-let private words (command: string) =
-    command.Split '"'
-    |> Seq.mapi (fun i part -> if i % 2 = 1 then [| part |] else part.Split(' ', StringSplitOptions.RemoveEmptyEntries))
-    |> Array.concat
-    |> List.ofArray
-    |> List.tail
-
 let private succeed folder arguments =
     let result = Dsg.run folder arguments
     Expect.equal result.Code 0 $"dsg %A{arguments}: %s{result.Out} %s{result.Error}"
     result
-
-let private conversions =
-    testCase "README: train, export, import and generate, as written"
-    <| fun () ->
-        Dsg.inFolder (fun folder ->
-            let data = Dsg.writeText folder
-
-            match commands "## Checkpoints, Hugging Face and back" |> List.map words with
-            | [ pretrain; export; import; generate ] ->
-                // fewer steps, over a text of the test's own
-                let short =
-                    pretrain
-                    |> List.map (fun word ->
-                        match word with
-                        | "100" -> "4"
-                        | "50" -> "2"
-                        | word -> word)
-
-                succeed folder (short @ [ "--data"; data ]) |> ignore
-                succeed folder export |> ignore
-
-                for file in
-                    [
-                        "config.json"
-                        "generation_config.json"
-                        "model.safetensors"
-                        "tokenizer.json"
-                    ] do
-                    Expect.isTrue (File.Exists(Path.Combine(folder, "exported", file))) file
-
-                succeed folder import |> ignore
-                let text = (succeed folder generate).Out
-
-                // one rank, from the published form, in the same element type: the same text
-                let from source = [ "--prompt"; "Returns the"; "--max-new-tokens"; "100"; "--json" ] @ source
-                let json = (succeed folder ("generate" :: from [ "--hf"; "exported" ])).Out
-                let told = JsonDocument.Parse(json.Split('\n') |> Array.find _.StartsWith('{'))
-                Expect.stringContains text (nonNull (told.RootElement.GetProperty("text").GetString())) "the same text"
-            | other -> failtest $"the README has other commands: %A{other}")
 
 let private fails folder arguments (code: string) =
     let result = Dsg.run folder ("generate" :: arguments)
@@ -120,4 +62,4 @@ let private ids =
             Expect.equal (run [ "--temperature"; "2"; "--seed"; "7"; "--tp"; "2"; "--ep"; "2" ]) drawn "on other ranks"
             Expect.notEqual drawn greedy "not the likeliest")
 
-let tests = testList "generate" [ conversions; mistakes; ids ]
+let tests = testList "generate" [ mistakes; ids ]

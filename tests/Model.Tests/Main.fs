@@ -32,4 +32,5 @@ let main argv =
             GenerationTests.tests
             AllocatorTests.tests
             ResumeTests.tests
+            ImportTests.tests
         ])

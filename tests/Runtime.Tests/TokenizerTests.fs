@@ -350,4 +350,30 @@ let private real =
             Expect.sequenceEqual (tokenizer.Encode(chat, false)) [ 0; 128803; 23166; 128804 ] "tokens")
     ]
 
-let tests = testList "Tokenizers" [ small; damaged; real ]
+let private bytes =
+    testList "bytes" [
+        test "the byte-level tokenizer as files of Hugging Face encodes and decodes as it does itself" {
+            inFolder (fun folder ->
+                for struct (name, bytes) in ByteTokenizerFiles.All do
+                    File.WriteAllBytes(Path.Combine(folder, name), bytes)
+
+                let files = HuggingFaceTokenizer.Load folder
+                Expect.equal files.Vocabulary 256 "ids"
+
+                for text in
+                    [
+                        ""
+                        "plans are data"
+                        "  two spaces,\n\n a tab\t and 1234567"
+                        "\u00e4\u4e2d\u6587\U0001F600"
+                        "\u0001\u001f\u007f\u00ad"
+                        "<s></s>"
+                    ] do
+                    let ids = (ByteTokenizer.Instance :> ITokenizer).EncodeText text
+                    Expect.sequenceEqual (files.Encode(text, false)) ids text
+                    Expect.sequenceEqual (files.Encode text) ids "nothing is added"
+                    Expect.equal (files.Decode(ReadOnlySpan ids)) text text)
+        }
+    ]
+
+let tests = testList "Tokenizers" [ small; damaged; real; bytes ]

@@ -110,7 +110,7 @@ public static class StoredExport
             var json = JsonNode.Parse(text)!.AsObject();
             var type = (json["torch_dtype"] ?? json["dtype"])?.GetValue<string>();
             return !options.Fp8 && !json.ContainsKey("quantization_config")
-                && type == (main == torch.ScalarType.Float32 ? "float32" : "bfloat16")
+                && (type is null || type == (main == torch.ScalarType.Float32 ? "float32" : "bfloat16"))
                 && ConfigJson.Write(config) == ConfigJson.Write(ConfigJson.Parse(System.Text.Encoding.UTF8.GetString(text)));
         }
     }
