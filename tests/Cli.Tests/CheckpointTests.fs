@@ -327,11 +327,26 @@ let tests =
 
             Dsg.inFolder (fun folder ->
                 let out = commands |> List.map (succeed folder)
-                Expect.stringContains out[1] "resumed: run/checkpoints/iter_0000010, step 10, behind 80 sequences" "goes on"
+
+                Expect.stringContains
+                    out[1]
+                    "resumed: run/checkpoints/iter_0000010, step 10, behind 80 sequences"
+                    "goes on"
+
                 Expect.stringContains out[3] "cut for 4 ranks, in imported" "imports"
 
                 // one rank goes on with the published form alike
-                let text = succeed folder [ "generate"; "--hf"; "published"; "--prompt"; "Returns"; "--max-new-tokens"; "100" ]
+                let text =
+                    succeed folder [
+                        "generate"
+                        "--hf"
+                        "published"
+                        "--prompt"
+                        "Returns"
+                        "--max-new-tokens"
+                        "100"
+                    ]
+
                 Expect.equal text out[4] "the text of the checkpoint on four ranks"
                 Expect.isNonEmpty (text.Trim()) "a text"
                 Expect.stringContains out[5] "weights only: moments of the optimizer start at zero" "starts from it"
@@ -342,11 +357,18 @@ let tests =
 
                 Expect.isLessThan (first "again") (0.9 * first "run") "trained weights"
 
-                let files = Directory.GetFiles(Path.Combine(folder, "published")) |> Array.map Path.GetFileName |> Array.sort
+                let files =
+                    Directory.GetFiles(Path.Combine(folder, "published")) |> Array.map Path.GetFileName |> Array.sort
 
                 Expect.sequenceEqual
                     files
-                    [ "config.json"; "generation_config.json"; "model.safetensors"; "tokenizer.json"; "tokenizer_config.json" ]
+                    [
+                        "config.json"
+                        "generation_config.json"
+                        "model.safetensors"
+                        "tokenizer.json"
+                        "tokenizer_config.json"
+                    ]
                     "published form"
 
                 let refused = Dsg.run folder [ "import"; "--hf"; "run"; "--out"; "x" ]
@@ -355,7 +377,9 @@ let tests =
                 Expect.stringContains refused.Error "error DSG0902: '--out DIR' is not given" "options")
         }
 
-        onSmallDisk "a disk that has room for one checkpoint: the first is whole, the second is told, the first is resumed" 14
+        onSmallDisk
+            "a disk that has room for one checkpoint: the first is whole, the second is told, the first is resumed"
+            14
         <| fun run folder ->
             let data = Dsg.writeText folder
 

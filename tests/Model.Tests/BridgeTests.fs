@@ -367,4 +367,40 @@ let private fp8 =
 
             Expect.isGreaterThan inBlocks 40 "blocks")
 
-let tests = testList "bridge" [ spoilt; withoutMtp; hub; roundTrip; trained; fp8 ]
+let private spoiltFp8 =
+    testCase "fp8: a code or a scale that is NaN, and scales that are missing or of another grid, are told by weight"
+    <| fun () ->
+        inFolder (fun folder ->
+            let source = Path.Combine(folder, "source")
+            let ones (place: WeightPlace) = torch.ones [| for n in place.Piece.Shape -> int64 n |]
+            CheckpointExport.Write(ragged, Func<_, _> ones, source, ExportOptions(Fp8 = true))
+            let all = entries (Path.Combine(source, "model.safetensors"))
+            let weight = "model.layers.1.mlp.experts.2.up_proj.weight"
+            let scales = WeightMap.ScalesOf weight
+
+            let setCode (e: SafeTensorEntry) =
+                let bytes = e.Data.ToArray()
+                bytes[77] <- 0xFFuy
+                SafeTensorEntry(e.Name, e.DType, e.Shape, ReadOnlyMemory bytes)
+
+            for name, code, spoil in
+                [
+                    "as it is", None, id
+                    "code", Some Codes.WeightsNotFinite, on weight setCode
+                    "scale", Some Codes.WeightsNotFinite, on scales (setFloat 1 nanf)
+                    "no scales", Some Codes.Fp8Blocks, without scales
+                    "grid",
+                    Some Codes.Fp8Blocks,
+                    on scales (fun e -> SafeTensorEntry(e.Name, e.DType, [| 4L; 1L |], e.Data))
+                ] do
+                let changed = Path.Combine(folder, name)
+                Directory.CreateDirectory changed |> ignore
+                File.Copy(Path.Combine(source, "config.json"), Path.Combine(changed, "config.json"))
+                SafeTensorsWriter.Write(Path.Combine(changed, "model.safetensors"), spoil all)
+                use bridge = AutoBridge.FromHfPretrained changed
+
+                let told = [ for d in diagnostics (fun () -> bridge.Load) -> d.Code, d.At.EndsWith weight ]
+
+                Expect.equal told [ for c in Option.toList code -> c, true ] name)
+
+let tests = testList "bridge" [ spoilt; withoutMtp; hub; roundTrip; trained; fp8; spoiltFp8 ]

@@ -114,13 +114,16 @@ let private layouts = [
 
 /// Losses of two steps of training on batches with this token mask.
 let private trainedOn masked (mask: float32[] | null) =
-    let plan = DeepSeekV3(config, Masked = masked).Compile(Recipe.Default.WithParallelism(1, 1, 1, 1).WithBatch(2, 1, seqLength))
+    let plan =
+        DeepSeekV3(config, Masked = masked)
+            .Compile(Recipe.Default.WithParallelism(1, 1, 1, 1).WithBatch(2, 1, seqLength))
+
     let rows = Array.append (tokens 1) (tokens 2)
 
-    let batches =
-        { new IBatchSource with
+    let batches = {
+        new IBatchSource with
             member _.Get _ = TrainingBatch(2, columns, rows, TokenMask = mask)
-        }
+    }
 
     task {
         use! trainer = Trainer.StartAsync(plan, TrainerOptions(Executor = Executor.Interpreter, Batches = batches))
