@@ -29,15 +29,16 @@ let private succeed folder arguments =
     Expect.equal (result.Code, result.Error) (0, "") $"dsg %A{arguments}: %s{result.Out}"
     result.Out
 
-let private losses folder run =
-    [
-        for step in MetricsFile.Read(Path.Combine(folder, run, "metrics.jsonl")) -> step.Step, step.Loss, step.MtpLoss, step.Lr
-    ]
+let private losses folder run = [
+    for step in MetricsFile.Read(Path.Combine(folder, run, "metrics.jsonl")) ->
+        step.Step, step.Loss, step.MtpLoss, step.Lr
+]
 
 /// A save that is under way, or that was killed.
 let private half (root: string) =
     Directory.Exists root
-    && Directory.EnumerateDirectories root |> Seq.exists (fun f -> f.EndsWith(".tmp", StringComparison.Ordinal))
+    && Directory.EnumerateDirectories root
+       |> Seq.exists (fun f -> f.EndsWith(".tmp", StringComparison.Ordinal))
 
 let private kills =
     match Int32.TryParse(Environment.GetEnvironmentVariable "DSG_KILLS") with
@@ -59,7 +60,8 @@ let private latest root =
     if File.Exists file then File.ReadAllText(file).Trim() else ""
 
 let private killed =
-    testCase $"kill -9 at %d{kills} random moments of a save: latest is whole each time, and the next run goes on from it"
+    testCase
+        $"kill -9 at %d{kills} random moments of a save: latest is whole each time, and the next run goes on from it"
     <| fun () ->
         Dsg.inFolder (fun folder ->
             let data = Dsg.writeText folder
@@ -126,7 +128,8 @@ let private killed =
                 Expect.isGreaterThanOrEqual whole.Manifest.Step step $"kill %d{i}: nothing is lost"
 
             if kills > 8 then
-                printfn $"%d{kills} kills, %d{inside} of them left a half-written folder; the last step is %s{latest root}"
+                printfn
+                    $"%d{kills} kills, %d{inside} of them left a half-written folder; the last step is %s{latest root}"
 
             Expect.isGreaterThan inside (kills / 4) "kills in the middle of a save"
             Expect.isFalse (half root) "what they left is taken away")
@@ -149,7 +152,9 @@ let private quoted (arguments: string list) = arguments |> List.map (fun a -> $"
 
 /// A shell whose programs cannot write files beyond so many 512-byte blocks.
 let private limited folder (blocks: int) (arguments: string list) =
-    shell folder $"trap '' XFSZ; ulimit -f %d{blocks}; DOTNET_EnableWriteXorExecute=0 exec dotnet '%s{Dsg.program}' %s{quoted arguments}"
+    shell
+        folder
+        $"trap '' XFSZ; ulimit -f %d{blocks}; DOTNET_EnableWriteXorExecute=0 exec dotnet '%s{Dsg.program}' %s{quoted arguments}"
 
 /// Can this user mount a small disk for a shell of its own?
 let private mounts =
@@ -161,7 +166,9 @@ let private onSmallDisk (name: string) (megabytes: int) (test: (string -> Dsg.Re
         <| fun () ->
             Dsg.inFolder (fun folder ->
                 let run script =
-                    shell folder $"unshare -rm sh -ec 'mkdir disk; mount -t tmpfs -o size=%d{megabytes}m none disk; %s{script}'"
+                    shell
+                        folder
+                        $"unshare -rm sh -ec 'mkdir disk; mount -t tmpfs -o size=%d{megabytes}m none disk; %s{script}'"
 
                 test run folder)
     else
@@ -178,7 +185,9 @@ let tests =
                 let checkpoints = Path.Combine(folder, "a", "checkpoints")
                 Expect.sequenceEqual (CheckpointRoot.Steps checkpoints) [ 2L; 4L; 5L ] "every second and the last"
 
-                let out = succeed folder (run @ [ "--resume"; "a/checkpoints/iter_0000002"; "--out"; "b"; "--save"; "sync" ])
+                let out =
+                    succeed folder (run @ [ "--resume"; "a/checkpoints/iter_0000002"; "--out"; "b"; "--save"; "sync" ])
+
                 Expect.stringContains out "resumed: a/checkpoints/iter_0000002, step 2, behind 8 sequences" "said"
                 Expect.stringContains out "2 in b/checkpoints, the last of step 5" "report"
                 Expect.equal (losses folder "b") (losses folder "a" |> List.skip 2) "losses and rates"
@@ -211,7 +220,11 @@ let tests =
                 Expect.stringContains more "TP 1 x PP 1" "one rank"
                 Expect.stringContains more "step 5, behind 10 sequences" "5 x 4 sequences of half the length"
                 Expect.stringContains more "sequences of 32 tokens, the checkpoint's had 16" "longer"
-                Expect.stringContains more "other data: 3,801 tokens by bytes of UTF-8, the checkpoint read" "other data"
+
+                Expect.stringContains
+                    more
+                    "other data: 3,801 tokens by bytes of UTF-8, the checkpoint read"
+                    "other data"
 
                 let more =
                     succeed folder [
@@ -240,7 +253,12 @@ let tests =
                 succeed folder (run @ [ "--save-interval"; "9"; "--out"; "a" ]) |> ignore
                 let again = Dsg.run folder (run @ [ "--resume"; "a" ])
                 Expect.equal again.Code 1 "exit code"
-                Expect.stringContains again.Error "error DSG0848: the checkpoint is of step 1, the run has 1" "none left"
+
+                Expect.stringContains
+                    again.Error
+                    "error DSG0848: the checkpoint is of step 1, the run has 1"
+                    "none left"
+
                 let other = Dsg.run folder (run @ [ "--resume"; "runs" ])
                 Expect.stringContains other.Error "error DSG0840" "none there"
                 let other = Dsg.run folder [ "pretrain"; "--tp"; "1"; "--data"; data; "--steps"; "2"; "--resume"; "a" ]
@@ -253,13 +271,24 @@ let tests =
                     Expect.stringContains wrong.Error "error DSG0902" option)
         }
 
-        test "files that cannot be written whole: a diagnostic for each save, the run goes on, the checkpoint before stays" {
+        test
+            "files that cannot be written whole: a diagnostic for each save, the run goes on, the checkpoint before stays" {
             Dsg.inFolder (fun folder ->
                 let data = Dsg.writeText folder
                 let root = Path.Combine(folder, "saved")
 
                 let run =
-                    [ "pretrain"; "--data"; data; "--save-interval"; "1"; "--set"; $"training.save=%s{root}" ] @ one @ small
+                    [
+                        "pretrain"
+                        "--data"
+                        data
+                        "--save-interval"
+                        "1"
+                        "--set"
+                        $"training.save=%s{root}"
+                    ]
+                    @ one
+                    @ small
 
                 succeed folder (run @ [ "--steps"; "1"; "--out"; "a" ]) |> ignore
 
@@ -298,7 +327,12 @@ let tests =
 
             Dsg.inFolder (fun folder ->
                 let out = commands |> List.map (succeed folder)
-                Expect.stringContains out[1] "resumed: run/checkpoints/iter_0000010, step 10, behind 80 sequences" "goes on"
+
+                Expect.stringContains
+                    out[1]
+                    "resumed: run/checkpoints/iter_0000010, step 10, behind 80 sequences"
+                    "goes on"
+
                 Expect.stringContains out[3] "cut for 4 ranks, in imported" "imports"
                 Expect.stringContains out[4] "weights only: moments of the optimizer start at zero" "starts from it"
                 // the loss of the first step after the import is that of trained weights, not of new ones
@@ -308,11 +342,18 @@ let tests =
 
                 Expect.isLessThan (first "again") (0.9 * first "run") "trained weights"
 
-                let files = Directory.GetFiles(Path.Combine(folder, "published")) |> Array.map Path.GetFileName |> Array.sort
+                let files =
+                    Directory.GetFiles(Path.Combine(folder, "published")) |> Array.map Path.GetFileName |> Array.sort
 
                 Expect.sequenceEqual
                     files
-                    [ "config.json"; "generation_config.json"; "model.safetensors"; "tokenizer.json"; "tokenizer_config.json" ]
+                    [
+                        "config.json"
+                        "generation_config.json"
+                        "model.safetensors"
+                        "tokenizer.json"
+                        "tokenizer_config.json"
+                    ]
                     "published form"
 
                 let refused = Dsg.run folder [ "import"; "--hf"; "run"; "--out"; "x" ]
@@ -321,13 +362,23 @@ let tests =
                 Expect.stringContains refused.Error "error DSG0902: '--out DIR' is not given" "options")
         }
 
-        onSmallDisk "a disk that has room for one checkpoint: the first is whole, the second is told, the first is resumed" 14
+        onSmallDisk
+            "a disk that has room for one checkpoint: the first is whole, the second is told, the first is resumed"
+            14
         <| fun run folder ->
             let data = Dsg.writeText folder
 
             let dsg arguments =
                 let arguments =
-                    [ "pretrain"; "--data"; data; "--save-interval"; "1"; "--set"; "training.save=disk" ]
+                    [
+                        "pretrain"
+                        "--data"
+                        data
+                        "--save-interval"
+                        "1"
+                        "--set"
+                        "training.save=disk"
+                    ]
                     @ arguments
                     @ one
                     @ small
@@ -336,7 +387,10 @@ let tests =
 
             let first = dsg [ "--steps"; "3"; "--out"; "a" ]
             let again = dsg [ "--steps"; "3"; "--resume"; "disk"; "--out"; "b" ]
-            let result = run $"%s{first} || echo code $?; ls -a disk; cat disk/latest; %s{again} || echo code $?; ls disk"
+
+            let result =
+                run $"%s{first} || echo code $?; ls -a disk; cat disk/latest; %s{again} || echo code $?; ls disk"
+
             Expect.equal result.Code 0 $"script: %s{result.Error}"
             Expect.stringContains result.Error "error DSG0816: the checkpoint cannot be written: No space left" "told"
             Expect.stringContains result.Out "1 in disk, the last of step 1; 2 saves failed" "the first stays"

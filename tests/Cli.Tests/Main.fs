@@ -8,4 +8,12 @@ open DeepSeekGraph.Testing
 let main argv =
     TestMain.run
         argv
-        (testSequenced (testList "Cli" [ LossCurveTests.tests; ArgumentsTests.tests; PlanTests.tests; RunTests.tests; CheckpointTests.tests ]))
+        (testSequenced (
+            testList "Cli" [
+                LossCurveTests.tests
+                ArgumentsTests.tests
+                PlanTests.tests
+                RunTests.tests
+                CheckpointTests.tests
+            ]
+        ))

@@ -70,7 +70,13 @@ let private through (hf: string) (compare: string -> unit) (first: Recipe) (seco
         task {
             use bridge = AutoBridge.FromHfPretrained hf
             use checkpoint = CheckpointReader.Open root
-            let type' = if (nonNull (checkpoint.Find "lm_head.weight")).Dtype = "F32" then DType.Float32 else DType.BFloat16
+
+            let type' =
+                if (nonNull (checkpoint.Find "lm_head.weight")).Dtype = "F32" then
+                    DType.Float32
+                else
+                    DType.BFloat16
+
             let plan = bridge.ToModel().Compile(second.WithDType type')
             let options = TrainerOptions(Executor = Executor.Interpreter, Checkpoint = checkpoint)
             use! trainer = Trainer.StartAsync(plan, options)
@@ -145,12 +151,28 @@ let private fp8 =
                 use first = SafeTensorsSet.Open case
                 Expect.sequenceEqual set.Names first.Names "the same names, scales among them"
                 Expect.equal (ConfigJson.Read out) (ConfigJson.Read case) "configuration"
-                Expect.stringContains (File.ReadAllText(Path.Combine(out, "config.json"))) "quantization_config" "said"
+
+                Expect.stringContains
+                    (File.ReadAllText(Path.Combine(out, "config.json")))
+                    "quantization_config"
+                    "said"
 
                 for name in set.Names do
                     if (set.Info name).DType = "F8_E4M3" then
-                        use a = Fp8Blocks.Dequantize(set.Tensor name, set.Tensor(name + "_scale_inv"), torch.ScalarType.Float32)
-                        use b = Fp8Blocks.Dequantize(first.Tensor name, first.Tensor(name + "_scale_inv"), torch.ScalarType.Float32)
+                        use a =
+                            Fp8Blocks.Dequantize(
+                                set.Tensor name,
+                                set.Tensor(name + "_scale_inv"),
+                                torch.ScalarType.Float32
+                            )
+
+                        use b =
+                            Fp8Blocks.Dequantize(
+                                first.Tensor name,
+                                first.Tensor(name + "_scale_inv"),
+                                torch.ScalarType.Float32
+                            )
+
                         let most = (a - b).abs().max().item<float32>() / b.abs().max().item<float32>()
                         Expect.isLessThan most (1.0f / 16.0f) name))
     ]
@@ -165,7 +187,9 @@ let private damaged (folder: string) (case: string) (change: string -> SafeTenso
     let entries = [
         for name in set.Names do
             let info = set.Info name
-            let entry = SafeTensorEntry(name, info.DType, info.Shape, ReadOnlyMemory(set.FileOf(name).Bytes(name).ToArray()))
+
+            let entry =
+                SafeTensorEntry(name, info.DType, info.Shape, ReadOnlyMemory(set.FileOf(name).Bytes(name).ToArray()))
 
             match change name entry with
             | Some entry -> entry
@@ -193,12 +217,21 @@ let private everyMistake folder =
         folder
         "v3_tiny_mtp"
         (fun name entry ->
-            if name = lost then None
-            elif name = narrow then Some(SafeTensorEntry(name, entry.DType, Array.rev (Array.ofSeq entry.Shape), entry.Data))
-            elif name = nan then Some(withNaN entry)
-            elif name = copied then Some(SafeTensorEntry(name, entry.DType, entry.Shape, ReadOnlyMemory(Array.zeroCreate entry.Data.Length)))
-            else Some entry)
-        [ SafeTensorEntry("model.layers.0.extra.weight", "F32", [| 1L |], ReadOnlyMemory(Array.zeroCreate 4)) ]
+            if name = lost then
+                None
+            elif name = narrow then
+                Some(SafeTensorEntry(name, entry.DType, Array.rev (Array.ofSeq entry.Shape), entry.Data))
+            elif name = nan then
+                Some(withNaN entry)
+            elif name = copied then
+                Some(
+                    SafeTensorEntry(name, entry.DType, entry.Shape, ReadOnlyMemory(Array.zeroCreate entry.Data.Length))
+                )
+            else
+                Some entry)
+        [
+            SafeTensorEntry("model.layers.0.extra.weight", "F32", [| 1L |], ReadOnlyMemory(Array.zeroCreate 4))
+        ]
 
 let private mistakes =
     testList "mistakes" [
@@ -215,14 +248,20 @@ let private mistakes =
                     for name in [ lost; narrow; nan; copied; "model.layers.0.extra.weight" ] do
                         Expect.stringContains told name "by name"
 
-                    Expect.equal (e.Diagnostics |> Seq.distinctBy _.Code |> Seq.length) e.Diagnostics.Count "one a code"
+                    Expect.equal
+                        (e.Diagnostics |> Seq.distinctBy _.Code |> Seq.length)
+                        e.Diagnostics.Count
+                        "one a code"
 
                 Expect.isFalse (Directory.Exists root) "nothing")
         }
         test "not strict: the same as warnings; what is missing starts as in a new model" {
             inFolder (fun folder ->
                 let root, out = Path.Combine(folder, "in"), Path.Combine(folder, "out")
-                let outcome = import (everyMistake folder) root (recipe (2, 1, 2, 1) "") (ImportOptions(Strict = false))
+
+                let outcome =
+                    import (everyMistake folder) root (recipe (2, 1, 2, 1) "") (ImportOptions(Strict = false))
+
                 let told = String.Join("\n", outcome.Warnings)
 
                 for name in [ lost; narrow; nan; copied; "model.layers.0.extra.weight" ] do
@@ -230,7 +269,13 @@ let private mistakes =
 
                 export root out (StoredExportOptions())
                 let expected, found = tensors (golden "v3_tiny_mtp"), tensors out
-                let differ = [ for name in expected.Keys do if expected[name] <> found[name] then name ]
+
+                let differ = [
+                    for name in expected.Keys do
+                        if expected[name] <> found[name] then
+                            name
+                ]
+
                 Expect.sequenceEqual (List.sort differ) (List.sort [ lost; narrow; nan ]) "only these"
                 let _, _, bytes = found[lost]
                 let values = Runtime.InteropServices.MemoryMarshal.Cast<byte, float32>(ReadOnlySpan bytes).ToArray()
@@ -254,7 +299,10 @@ let private mistakes =
         test "a checkpoint that is of no published model is not exported" {
             inFolder (fun folder ->
                 task {
-                    let plan = (ModelTests.tinyMoe 32 8).Compile(Recipe.Default.WithParallelism(1, 1, 1, 1).WithBatch(2, 1, 8))
+                    let plan =
+                        (ModelTests.tinyMoe 32 8)
+                            .Compile(Recipe.Default.WithParallelism(1, 1, 1, 1).WithBatch(2, 1, 8))
+
                     use! trainer = Trainer.StartAsync(plan, TrainerOptions(Executor = Executor.Interpreter))
                     use saver = new CheckpointSaver(trainer, CheckpointOptions(Root = folder))
                     do! saver.SaveAsync()
@@ -274,37 +322,38 @@ let private mistakes =
         }
     ]
 
-let private types =
-    test "fp32 weights as bf16, and back as fp32: rounded once, biases as they are" {
-        inFolder (fun folder ->
-            let root, out = Path.Combine(folder, "in"), Path.Combine(folder, "out")
-            import (golden "v3_tiny_plain") root (recipe (2, 1, 2, 1) "") (ImportOptions(DType = DType.BFloat16)) |> ignore
-            export root out (StoredExportOptions(DType = DType.Float32))
-            use set = SafeTensorsSet.Open(golden "v3_tiny_plain")
-            use ours = SafeTensorsSet.Open out
+let private types = test "fp32 weights as bf16, and back as fp32: rounded once, biases as they are" {
+    inFolder (fun folder ->
+        let root, out = Path.Combine(folder, "in"), Path.Combine(folder, "out")
 
-            for name in set.Names do
-                use stored = set.Tensor name
-                use found = ours.Tensor name
-                use narrow = stored.to_type torch.ScalarType.BFloat16
-                use rounded = narrow.to_type torch.ScalarType.Float32
-                let expected = if name.EndsWith "e_score_correction_bias" then stored else rounded
-                Expect.isTrue (expected.bytes.ToArray() = found.bytes.ToArray()) name)
-    }
+        import (golden "v3_tiny_plain") root (recipe (2, 1, 2, 1) "") (ImportOptions(DType = DType.BFloat16))
+        |> ignore
 
-let private files =
-    test "small files come back as they were; none that runs" {
-        inFolder (fun folder ->
-            let root, out = Path.Combine(folder, "in"), Path.Combine(folder, "out")
-            let config = File.ReadAllBytes(Path.Combine(golden "v3_tiny_plain", "config.json"))
-            let kept = [| struct ("config.json", config); struct ("tokenizer.json", "{\"a\": 1}"B) |]
-            import (golden "v3_tiny_plain") root (recipe (1, 1, 1, 1) "") (ImportOptions(Kept = kept)) |> ignore
-            export root out (StoredExportOptions())
-            Expect.sequenceEqual (File.ReadAllBytes(Path.Combine(out, "config.json"))) config "config.json"
-            Expect.equal (File.ReadAllText(Path.Combine(out, "tokenizer.json"))) "{\"a\": 1}" "tokenizer.json"
-            Expect.isFalse (CheckpointManifest.MayBeKept "modeling_deepseek.py") "code"
-            Expect.isFalse (CheckpointManifest.MayBeKept "../config.json") "paths")
-    }
+        export root out (StoredExportOptions(DType = DType.Float32))
+        use set = SafeTensorsSet.Open(golden "v3_tiny_plain")
+        use ours = SafeTensorsSet.Open out
+
+        for name in set.Names do
+            use stored = set.Tensor name
+            use found = ours.Tensor name
+            use narrow = stored.to_type torch.ScalarType.BFloat16
+            use rounded = narrow.to_type torch.ScalarType.Float32
+            let expected = if name.EndsWith "e_score_correction_bias" then stored else rounded
+            Expect.isTrue (expected.bytes.ToArray() = found.bytes.ToArray()) name)
+}
+
+let private files = test "small files come back as they were; none that runs" {
+    inFolder (fun folder ->
+        let root, out = Path.Combine(folder, "in"), Path.Combine(folder, "out")
+        let config = File.ReadAllBytes(Path.Combine(golden "v3_tiny_plain", "config.json"))
+        let kept = [| struct ("config.json", config); struct ("tokenizer.json", "{\"a\": 1}"B) |]
+        import (golden "v3_tiny_plain") root (recipe (1, 1, 1, 1) "") (ImportOptions(Kept = kept)) |> ignore
+        export root out (StoredExportOptions())
+        Expect.sequenceEqual (File.ReadAllBytes(Path.Combine(out, "config.json"))) config "config.json"
+        Expect.equal (File.ReadAllText(Path.Combine(out, "tokenizer.json"))) "{\"a\": 1}" "tokenizer.json"
+        Expect.isFalse (CheckpointManifest.MayBeKept "modeling_deepseek.py") "code"
+        Expect.isFalse (CheckpointManifest.MayBeKept "../config.json") "paths")
+}
 
 let tests =
     testList "import" [

@@ -52,44 +52,41 @@ let private equal what (a: ((int * string) * byte[]) list) (b: ((int * string) *
             failtest $"%s{what}: %s{name} of rank %i{rank} differs"
 
 /// A started trainer on random tokens; from a checkpoint where one is given.
-let private start (config: DeepSeekV3Config) (plan: PlanSet) (from: string) =
-    task {
-        let tokens = plan.Inputs |> Seq.find (fun i -> i.Name = "tokens")
-        use checkpoint = if from = "" then null else CheckpointReader.Open from
+let private start (config: DeepSeekV3Config) (plan: PlanSet) (from: string) = task {
+    let tokens = plan.Inputs |> Seq.find (fun i -> i.Name = "tokens")
+    use checkpoint = if from = "" then null else CheckpointReader.Open from
 
-        let options =
-            TrainerOptions(
-                Batches = RandomTokens(plan.Microbatches * plan.MicroBatch, tokens.Extents[1], config.VocabSize),
-                LearningRate = LearningRate(1e-2, 1e-3, 2L, 6L),
-                Executor = Executor.Interpreter,
-                Checkpoint = checkpoint
-            )
+    let options =
+        TrainerOptions(
+            Batches = RandomTokens(plan.Microbatches * plan.MicroBatch, tokens.Extents[1], config.VocabSize),
+            LearningRate = LearningRate(1e-2, 1e-3, 2L, 6L),
+            Executor = Executor.Interpreter,
+            Checkpoint = checkpoint
+        )
 
-        return! Trainer.StartAsync(plan, options)
-    }
+    return! Trainer.StartAsync(plan, options)
+}
 
 /// The losses of so many steps; `between` runs behind each.
-let private train (trainer: Trainer) (steps: int64) (between: int64 -> Threading.Tasks.Task) =
-    task {
-        let run = trainer.RunAsync(steps).GetAsyncEnumerator()
-        let losses = ResizeArray<float>()
+let private train (trainer: Trainer) (steps: int64) (between: int64 -> Threading.Tasks.Task) = task {
+    let run = trainer.RunAsync(steps).GetAsyncEnumerator()
+    let losses = ResizeArray<float>()
 
-        while! run.MoveNextAsync() do
-            losses.Add run.Current.Loss
-            do! between run.Current.Step
+    while! run.MoveNextAsync() do
+        losses.Add run.Current.Loss
+        do! between run.Current.Step
 
-        return List.ofSeq losses
-    }
+    return List.ofSeq losses
+}
 
 let private nothing (_: int64) = Threading.Tasks.Task.CompletedTask
 
-let private save (trainer: Trainer) (root: string) background =
-    task {
-        let options = CheckpointOptions(Root = root, Background = background, Training = [| "lr=0.01" |])
-        use saver = new CheckpointSaver(trainer, options)
-        do! saver.SaveAsync()
-        do! saver.FinishAsync()
-    }
+let private save (trainer: Trainer) (root: string) background = task {
+    let options = CheckpointOptions(Root = root, Background = background, Training = [| "lr=0.01" |])
+    use saver = new CheckpointSaver(trainer, options)
+    do! saver.SaveAsync()
+    do! saver.FinishAsync()
+}
 
 let private wait (task: Threading.Tasks.Task<'a>) = task.GetAwaiter().GetResult()
 
@@ -110,7 +107,12 @@ let private resumes (config: DeepSeekV3Config) (recipe: Recipe) =
             do! first.DisposeAsync()
 
             let! second = start config plan root
-            Expect.equal (second.Step, second.Sequences) (2L, 2L * int64 recipe.GlobalBatch) "step and place in the data"
+
+            Expect.equal
+                (second.Step, second.Sequences)
+                (2L, 2L * int64 recipe.GlobalBatch)
+                "step and place in the data"
+
             let! losses = train second 2L nothing
             Expect.equal losses (List.skip 2 expected) "losses of later steps"
             equal "resumed" (states second) final
@@ -195,8 +197,7 @@ let tests =
             <| fun () -> resumes Presets.Tiny (tiny.WithDType dtype)
 
         for i, (a, b) in List.indexed pairs do
-            testCase $"pair %i{i}: %s{describe a} -> %s{describe b} and back, bitwise"
-            <| fun () -> reshards a b
+            testCase $"pair %i{i}: %s{describe a} -> %s{describe b} and back, bitwise" <| fun () -> reshards a b
 
         test "saved in the background while training goes on = saved at once" {
             inFolder (fun folder ->
@@ -213,13 +214,12 @@ let tests =
                     let one, two = saver atOnce false, saver behind true
 
                     let! _ =
-                        train trainer 4L (fun _ ->
-                            task {
-                                do! one.SaveAsync()
-                                // a second save waits for the first
-                                do! two.SaveAsync()
-                                do! two.SaveAsync()
-                            })
+                        train trainer 4L (fun _ -> task {
+                            do! one.SaveAsync()
+                            // a second save waits for the first
+                            do! two.SaveAsync()
+                            do! two.SaveAsync()
+                        })
 
                     do! one.DisposeAsync()
                     do! two.DisposeAsync()
@@ -269,7 +269,9 @@ let tests =
                 let one = Recipe.Default.WithParallelism(1, 1, 1, 1).WithBatch(4, 1, 16)
                 let config = Presets.Tiny
 
-                let set (key: string) (value: int) (c: DeepSeekV3Config) = RecordFields.With(c, key, string value) |> nonNull
+                let set (key: string) (value: int) (c: DeepSeekV3Config) =
+                    RecordFields.With(c, key, string value) |> nonNull
+
                 let other = config |> set "num_hidden_layers" 3 |> set "kv_lora_rank" (config.KvLoraRank * 2)
 
                 task {

@@ -28,35 +28,34 @@ let private places (shape: int[]) (start: int[]) (extents: int[]) =
 
     walk 0 0
 
-let private grid =
-    test "200 random boxes: the runs of the blocks they meet are their elements, each once" {
-        for seed in 1..200 do
-            let random = Random seed
-            let rank = random.Next 5
-            let block = Array.init rank (fun _ -> 1 + random.Next 4)
-            let shape = block |> Array.map (fun b -> b * (1 + random.Next 3))
-            let start = shape |> Array.map random.Next
-            let extents = Array.map2 (fun e s -> 1 + random.Next(e - s)) shape start
-            let grid = BlockGrid(ints shape, ints block)
-            let box = Shard(ints start, ints extents, ints shape)
-            let found = Array.create (Array.fold (*) 1 extents) -1
+let private grid = test "200 random boxes: the runs of the blocks they meet are their elements, each once" {
+    for seed in 1..200 do
+        let random = Random seed
+        let rank = random.Next 5
+        let block = Array.init rank (fun _ -> 1 + random.Next 4)
+        let shape = block |> Array.map (fun b -> b * (1 + random.Next 3))
+        let start = shape |> Array.map random.Next
+        let extents = Array.map2 (fun e s -> 1 + random.Next(e - s)) shape start
+        let grid = BlockGrid(ints shape, ints block)
+        let box = Shard(ints start, ints extents, ints shape)
+        let found = Array.create (Array.fold (*) 1 extents) -1
 
-            for struct (index, from, common) in grid.Overlapping box do
-                Expect.equal (grid.IndexOf from.Start) index "blocks are counted in order"
-                let source = places shape (Array.ofSeq from.Start) block |> Array.ofList
+        for struct (index, from, common) in grid.Overlapping box do
+            Expect.equal (grid.IndexOf from.Start) index "blocks are counted in order"
+            let source = places shape (Array.ofSeq from.Start) block |> Array.ofList
 
-                BlockGrid.ForEachRun(
-                    common,
-                    from,
-                    box,
-                    fun a b n ->
-                        for i in 0 .. int n - 1 do
-                            Expect.equal found[int b + i] -1 "once"
-                            found[int b + i] <- source[int a + i]
-                )
+            BlockGrid.ForEachRun(
+                common,
+                from,
+                box,
+                fun a b n ->
+                    for i in 0 .. int n - 1 do
+                        Expect.equal found[int b + i] -1 "once"
+                        found[int b + i] <- source[int a + i]
+            )
 
-            Expect.sequenceEqual found (places shape start extents) $"seed %d{seed}"
-    }
+        Expect.sequenceEqual found (places shape start extents) $"seed %d{seed}"
+}
 
 let private bytesOf (name: string) count width = Array.init (count * width) (fun i -> byte (i * 7 + name.Length))
 
@@ -70,7 +69,9 @@ let private write (root: string) (step: int64) (keep: int) =
         use file = writer.Begin(rank, specs)
 
         for info in file.Tensors do
-            file.Append(ReadOnlySpan(bytesOf $"%s{info.Name}%d{rank}" (int info.Elements) (SafeTensorTypes.BytesOf info.DType)))
+            file.Append(
+                ReadOnlySpan(bytesOf $"%s{info.Name}%d{rank}" (int info.Elements) (SafeTensorTypes.BytesOf info.DType))
+            )
 
         file.Finish()
 
@@ -133,7 +134,18 @@ let private hostile = [|
     String('[', 100) + String(']', 100)
 |]
 
-let private words = [| "../a"; "/etc/passwd"; "\\u0000"; "\\ud800"; ""; "rank_00000.safetensors"; "a"; "x.py"; "manifest.json"; "F64" |]
+let private words = [|
+    "../a"
+    "/etc/passwd"
+    "\\u0000"
+    "\\ud800"
+    ""
+    "rank_00000.safetensors"
+    "a"
+    "x.py"
+    "manifest.json"
+    "F64"
+|]
 
 /// One thing wrong in a manifest's JSON, or in its bytes.
 let private damaged (random: Random) (text: string) : byte[] =
@@ -227,7 +239,11 @@ let private files =
                 let tensor = reader.Find "a" |> nonNull
                 let memory = reader.Box(tensor, Shard(ints [ 1; 2 ], ints [ 2; 3 ], ints [ 4; 6 ]))
                 let row rank r = (bytesOf $"a%d{rank}" 12 2)[(r * 6 + 2) * 2 .. (r * 6 + 5) * 2 - 1]
-                Expect.sequenceEqual memory (Array.append (row 0 1) (row 3 0)) "last row of the first, first of the second")
+
+                Expect.sequenceEqual
+                    memory
+                    (Array.append (row 0 1) (row 3 0))
+                    "last row of the first, first of the second")
         }
         test "a flipped bit, a missing, a shorter and a linked file are DSG0843, by name" {
             for damage in [ "flip"; "delete"; "cut"; "link" ] do
@@ -267,6 +283,7 @@ let private roots =
         test "latest names the one to go on from; without it, or where it names none, the newest" {
             inFolder (fun run ->
                 let root = Path.Combine(run, "checkpoints")
+
                 for step in [ 5L; 10L; 15L ] do
                     write root step 0 |> ignore
 
