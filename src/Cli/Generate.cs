@@ -45,52 +45,35 @@ internal static class Generate
         var json = new Option<bool>("--json") { Description = "One JSON object a prompt, at the end, instead of text as it comes" };
         var dtype = Path("--dtype", "fp32|bf16", "What is computed in; without, fp32 for fp32 weights, else what is faster here");
         var executor = Path("--executor", "compiled|interpreter", "As of dsg pretrain");
-        Option<int?>[] degrees =
-        [
-            JobOptions.Number("--tp", "Tensor parallel degree"),
-            JobOptions.Number("--pp", "Pipeline parallel degree: stages"),
-            JobOptions.Number("--ep", "Expert parallel degree"),
-            JobOptions.Number("--dp", "Data parallel degree: prompts are shared out; without, the smallest that lets experts fit"),
-            JobOptions.Number("--etp", "Tensor parallel degree of the experts"),
-        ];
+        var degrees = new DegreeOptions();
         var plans = Path("--plans", "DIR", "Also write prefill.txt and decode.txt, the plans, for dsg show, check and explain");
-        var layout = Path("--layout", "LAYOUT", "What each stage holds, such as 'Et|tL'");
         var verb = new Command("generate", "Go on with prompts: token after token, over a cache of latents")
         {
-            published, checkpoint, tokenizer, prompts, ids, most, temperature, topP, topK, seed, chat, json, dtype, executor, layout, plans,
+            published, checkpoint, tokenizer, prompts, ids, most, temperature, topP, topK, seed, chat, json, dtype, executor, plans,
         };
-        foreach (var degree in degrees)
-            verb.Add(degree);
-        verb.SetAction(parse =>
+        degrees.AddTo(verb);
+        verb.SetAction(parse => Generation.Run(new GenerateChoices
         {
-            var d = degrees.Select(degree => JobOptions.Degree(parse, degree) ?? 0).ToArray();
-            return Generation.Run(new GenerateChoices
+            HuggingFace = parse.GetValue(published),
+            Checkpoint = parse.GetValue(checkpoint),
+            Tokenizer = parse.GetValue(tokenizer),
+            Prompts = parse.GetValue(prompts) ?? [],
+            PromptIds = parse.GetValue(ids) ?? [],
+            MaxNewTokens = parse.GetValue(most) ?? DefaultTokens,
+            Chat = parse.GetValue(chat),
+            Json = parse.GetValue(json),
+            DType = parse.GetValue(dtype),
+            Plans = parse.GetValue(plans),
+            Executor = RunOptions.ExecutorOf(parse.GetValue(executor)),
+            Recipe = degrees.Over(Recipe.Default.WithName("generate"), parse),
+            Sampling = new Sampling
             {
-                HuggingFace = parse.GetValue(published),
-                Checkpoint = parse.GetValue(checkpoint),
-                Tokenizer = parse.GetValue(tokenizer),
-                Prompts = parse.GetValue(prompts) ?? [],
-                PromptIds = parse.GetValue(ids) ?? [],
-                MaxNewTokens = parse.GetValue(most) ?? DefaultTokens,
-                Chat = parse.GetValue(chat),
-                Json = parse.GetValue(json),
-                DType = parse.GetValue(dtype),
-                Plans = parse.GetValue(plans),
-                Executor = RunOptions.ExecutorOf(parse.GetValue(executor)),
-                Recipe = Recipe.Default
-                    .WithName("generate")
-                    .WithParallelism(d[0], d[1], d[2], d[3])
-                    .WithExpertTensorParallel(d[4])
-                    .WithLayout(parse.GetValue(layout) ?? ""),
-                Sampling = new Sampling
-                {
-                    Temperature = parse.GetValue(temperature) ?? 0,
-                    TopP = parse.GetValue(topP) ?? 1,
-                    TopK = parse.GetValue(topK) ?? 0,
-                    Seed = parse.GetValue(seed) ?? 1234,
-                },
-            });
-        });
+                Temperature = parse.GetValue(temperature) ?? 0,
+                TopP = parse.GetValue(topP) ?? 1,
+                TopK = parse.GetValue(topK) ?? 0,
+                Seed = parse.GetValue(seed) ?? 1234,
+            },
+        }));
         return verb;
     }
 

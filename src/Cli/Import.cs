@@ -27,23 +27,14 @@ internal static class Import
             Description = "Go on where tensors are missing, unknown, of another shape or not finite: what is missing starts as in a new model",
         };
         var noMtp = new Option<bool>("--no-mtp") { Description = "Leave multi-token prediction out" };
-        Option<int?>[] degrees =
-        [
-            JobOptions.Number("--tp", "Tensor parallel degree of the files' cut; any other plan reads them too"),
-            JobOptions.Number("--pp", "Pipeline parallel degree"),
-            JobOptions.Number("--ep", "Expert parallel degree"),
-            JobOptions.Number("--dp", "Data parallel degree"),
-            JobOptions.Number("--etp", "Tensor parallel degree of the experts"),
-            JobOptions.Number("--vp", "Chunks of the model on each pipeline rank"),
-        ];
-        var layout = new Option<string?>("--layout") { HelpName = "LAYOUT", Description = "What each stage holds, such as 'Et|tL'" };
-        var verb = new Command("import", "Make a checkpoint of published weights") { folder, root, dtype, notStrict, noMtp, layout };
-        foreach (var degree in degrees)
-            verb.Add(degree);
+        var degrees = new DegreeOptions();
+        var chunks = JobOptions.Number("--vp", "Chunks of the model on each pipeline rank");
+        var verb = new Command("import", "Make a checkpoint of published weights") { folder, root, dtype, notStrict, noMtp, chunks };
+        degrees.AddTo(verb);
         verb.SetAction(parse => Start(
             JobOptions.Required(parse, folder),
             JobOptions.Required(parse, root),
-            Recipe([.. degrees.Select(degree => JobOptions.Degree(parse, degree) ?? 0)], parse.GetValue(layout)),
+            RecipeOf(degrees, JobOptions.Degree(parse, chunks) ?? 1, parse),
             parse.GetValue(noMtp),
             new ImportOptions { DType = DTypeOf(parse.GetValue(dtype)), Strict = !parse.GetValue(notStrict) }));
         return verb;
@@ -67,16 +58,11 @@ internal static class Import
     }
 
     /// Only where parameters lie matters: a short sequence, and as many microbatches as the schedule wants.
-    private static Recipe Recipe(int[] degrees, string? layout)
+    private static Recipe RecipeOf(DegreeOptions degrees, int chunks, ParseResult parse)
     {
-        var (tensor, pipeline, chunks) = (Math.Max(degrees[0], 1), Math.Max(degrees[1], 1), Math.Max(degrees[5], 1));
-        var recipe = Compiler.Recipe.Default
-            .WithName("imported")
-            .WithParallelism(tensor, pipeline, Math.Max(degrees[2], 1), degrees[3])
-            .WithExpertTensorParallel(degrees[4])
-            .WithVirtualPipeline(chunks)
-            .WithLayout(layout ?? "");
-        return recipe.WithBatch(Compilation.Mesh(recipe).Data * pipeline, 1, 2 * tensor);
+        var recipe = degrees.Over(Recipe.Default.WithName("imported"), parse).WithVirtualPipeline(chunks);
+        var mesh = Compilation.Mesh(recipe);
+        return recipe.WithBatch(mesh.Data * mesh.Pipeline, 1, 2 * mesh.Tensor);
     }
 
     internal static DType? DTypeOf(string? name) => name switch

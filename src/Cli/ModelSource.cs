@@ -28,7 +28,6 @@ internal sealed class ModelSource : IDisposable
     {
         Weights = _bridge?.Load,
         Checkpoint = _checkpoint,
-        IsUnused = name => Enumerable.Range(0, 64).Any(depth => name.StartsWith($"model.layers.{Config.NumHiddenLayers + depth}.", StringComparison.Ordinal)),
     };
 
     public static ModelSource Open(GenerateChoices choices)

@@ -35,13 +35,8 @@ internal static class Verify
         Description = "Gradients of the loss by tensor, named grad.TENSOR",
     };
 
-    private static readonly Option<int?>
-        Tensor = JobOptions.Number("--tp", "Tensor parallel degree"),
-        Pipeline = JobOptions.Number("--pp", "Pipeline parallel degree: stages"),
-        Expert = JobOptions.Number("--ep", "Expert parallel degree"),
-        Data = JobOptions.Number("--dp", "Data parallel degree; without, the smallest for which etp x ep divides tp x cp x dp"),
-        ExpertTensor = JobOptions.Number("--etp", "Tensor parallel degree of the experts"),
-        Context = JobOptions.Number("--cp", "Context parallel degree");
+    private static readonly DegreeOptions Degrees = new();
+    private static readonly Option<int?> Context = JobOptions.Number("--cp", "Context parallel degree");
 
     private static readonly Option<string> DTypeName = new("--dtype")
     {
@@ -65,9 +60,9 @@ internal static class Verify
     {
         var verb = new Command("verify", "Compare logits, losses, gradients and greedy tokens of a checkpoint with a reference");
         foreach (var option in (Option[])[
-            Folder, Reference, Gradients, Tensor, Pipeline, Expert, Data, ExpertTensor, Context, DTypeName, Tolerance, Strict,
-            NoMtp, Json])
+            Folder, Reference, Gradients, Context, DTypeName, Tolerance, Strict, NoMtp, Json])
             verb.Add(option);
+        Degrees.AddTo(verb);
         verb.SetAction(Start);
         return verb;
     }
@@ -89,7 +84,6 @@ internal static class Verify
 
     private static Recipe RecipeOf(ParseResult parse)
     {
-        int Given(Option<int?> option) => JobOptions.Degree(parse, option) ?? 0;
         var name = parse.GetValue(DTypeName)!;
         var dtype = name switch
         {
@@ -98,11 +92,8 @@ internal static class Verify
             _ => throw DiagnosticException.Of(
                 Codes.OptionValue, "--dtype", $"there is no dtype '{name}' here", Nearest.Help(name, ["fp32", "bf16"])),
         };
-        return Recipe.Default
-            .WithName("verify")
-            .WithParallelism(Given(Tensor), Given(Pipeline), Given(Expert), Given(Data))
-            .WithExpertTensorParallel(Given(ExpertTensor))
-            .WithContextParallel(Given(Context))
+        return Degrees.Over(Recipe.Default.WithName("verify"), parse)
+            .WithContextParallel(JobOptions.Degree(parse, Context) ?? 0)
             .WithDType(dtype);
     }
 

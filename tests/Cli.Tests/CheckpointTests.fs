@@ -246,6 +246,27 @@ let tests =
                 Expect.stringContains more "seed 7, the checkpoint's is 1234" "another order")
         }
 
+        test "Ctrl-C while checkpoints are saved: the save under way is finished, the last one is whole and resumed" {
+            Dsg.inFolder (fun folder ->
+                let data = Dsg.writeText folder
+
+                let run = [ "pretrain"; "--data"; data; "--save-interval"; "1"; "--keep"; "3" ] @ one @ small
+                let child = Dsg.start folder Dsg.program (run @ [ "--steps"; "5000"; "--out"; "a" ])
+                let root = Path.Combine(folder, "a", "checkpoints")
+                Expect.isTrue (waitFor child (fun () -> latest root > "iter_0000003" && half root)) "saves"
+                Dsg.interrupt child
+                let result = Dsg.finish child
+                Expect.equal (result.Code, result.Error) (130, "") "exit code of SIGINT"
+                Expect.stringContains result.Out "3 in a/checkpoints, the last of step" "report"
+                Expect.stringContains result.Out "./dsg pretrain deepseek_v3_tiny --resume a" "how to go on"
+                Expect.isFalse (half root) "nothing half"
+                use whole = CheckpointReader.Open root
+                let trained = (losses folder "a").Length
+                Expect.equal whole.Manifest.Step (int64 trained) "the last step"
+                let more = [ "--steps"; string (trained + 1); "--resume"; "a"; "--out"; "b" ]
+                Expect.stringContains (succeed folder (run @ more)) $"step %d{trained + 1}/%d{trained + 1}" "goes on")
+        }
+
         test "nothing left to train, and no checkpoint, are diagnostics before anything is written" {
             Dsg.inFolder (fun folder ->
                 let data = Dsg.writeText folder
@@ -308,13 +329,7 @@ let tests =
         }
 
         test "the README's commands on checkpoints do what they say" {
-            let rec up (folder: DirectoryInfo) =
-                if File.Exists(Path.Combine(folder.FullName, "DeepSeekGraph.sln")) then
-                    folder.FullName
-                else
-                    up (nonNull folder.Parent)
-
-            let readme = File.ReadAllText(Path.Combine(up (DirectoryInfo AppContext.BaseDirectory), "README.md"))
+            let readme = File.ReadAllText(Path.Combine(Dsg.root, "README.md"))
             let section = Regex.Match(readme, "\n## Checkpoints\n(.*?)\n## ", RegexOptions.Singleline).Groups[1].Value
 
             let commands = [

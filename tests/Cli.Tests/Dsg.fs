@@ -13,6 +13,16 @@ type Result = {
     Error: string
 }
 
+/// The repository's folder, above the test program's.
+let root =
+    let rec up (folder: DirectoryInfo) =
+        if File.Exists(Path.Combine(folder.FullName, "DeepSeekGraph.sln")) then
+            folder.FullName
+        else
+            up (nonNull folder.Parent)
+
+    up (DirectoryInfo AppContext.BaseDirectory)
+
 let program = Path.Combine(AppContext.BaseDirectory, "dsg.dll")
 
 /// An empty folder; gone afterwards.

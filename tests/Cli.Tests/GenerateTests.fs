@@ -7,16 +7,6 @@ open Expecto
 open DeepSeekGraph
 open DeepSeekGraph.Cli.Tests
 
-/// The repository's folder, above the test program's.
-let private root =
-    let rec up (folder: DirectoryInfo) =
-        if File.Exists(Path.Combine(folder.FullName, "DeepSeekGraph.sln")) then
-            folder.FullName
-        else
-            up (nonNull folder.Parent)
-
-    up (DirectoryInfo AppContext.BaseDirectory)
-
 let private succeed folder arguments =
     let result = Dsg.run folder arguments
     Expect.equal result.Code 0 $"dsg %A{arguments}: %s{result.Out} %s{result.Error}"
@@ -31,7 +21,7 @@ let private mistakes =
     testCase "mistakes are one diagnostic each"
     <| fun () ->
         Dsg.inFolder (fun folder ->
-            let golden = Path.Combine(root, "tests", "golden", "v3_tiny_plain")
+            let golden = Path.Combine(Dsg.root, "tests", "golden", "v3_tiny_plain")
             fails folder [ "--prompt"; "x" ] Codes.OptionValue
             fails folder [ "--hf"; golden; "--checkpoint"; "y"; "--prompt"; "x" ] Codes.OptionValue
             fails folder [ "--hf"; golden ] Codes.OptionValue
@@ -48,7 +38,7 @@ let private ids =
     testCase "token ids go in and come out, and drawn tokens are the same twice"
     <| fun () ->
         Dsg.inFolder (fun folder ->
-            let golden = Path.Combine(root, "tests", "golden", "v3_tiny_plain")
+            let golden = Path.Combine(Dsg.root, "tests", "golden", "v3_tiny_plain")
 
             let run more =
                 (succeed

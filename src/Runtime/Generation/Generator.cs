@@ -23,9 +23,6 @@ public sealed record GeneratorOptions
     /// Weights from a checkpoint of any layout, instead; open until the generator has started.
     public CheckpointReader? Checkpoint { get; init; }
 
-    /// Parameters of the checkpoint that generation goes without: those of multi-token prediction.
-    public Func<string, bool>? IsUnused { get; init; }
-
     /// Seed of initial values, where there are no weights.
     public ulong Seed { get; init; } = 1234;
 
@@ -84,11 +81,12 @@ public sealed class Generator : IAsyncDisposable
         PlanSet prefill, PlanSet decode, GeneratorOptions options, CancellationToken cancellationToken = default)
     {
         LibTorch.Load();
-        var sources = options.Checkpoint is { } checkpoint ? StateSources.Of(prefill, checkpoint, options.IsUnused) : null;
+        var sources = options.Checkpoint is { } checkpoint ? StateSources.Of(prefill, checkpoint, part: true) : null;
         var generator = new Generator(prefill, decode, options);
         try
         {
-            await generator._prefill.OnAllAsync(Fill, cancellationToken).ConfigureAwait(false);
+            await generator._prefill.OnAllAsync(
+                ParameterState.Filler(sources, options.Seed, options.Weights), cancellationToken).ConfigureAwait(false);
             await generator._decode.OnAllAsync(RequireSameState, cancellationToken).ConfigureAwait(false);
             generator.Places = generator._prefill.Runners
                 .SelectMany(r => r.Persistent)
@@ -100,14 +98,6 @@ public sealed class Generator : IAsyncDisposable
         {
             await generator.DisposeAsync().ConfigureAwait(false);
             throw;
-        }
-
-        void Fill(RankRunner runner)
-        {
-            if (sources is null)
-                ParameterState.Initialize(runner, options.Seed, options.Weights);
-            else
-                sources.Load(runner);
         }
     }
 

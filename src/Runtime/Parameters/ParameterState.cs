@@ -1,4 +1,5 @@
 // Initial values of a rank's parameters and of the optimizer's copies of them.
+using DeepSeekGraph.Runtime.Checkpoints;
 using DeepSeekGraph.Runtime.Execution;
 using DeepSeekGraph.Runtime.Memory;
 using static TorchSharp.torch;
@@ -8,6 +9,10 @@ namespace DeepSeekGraph.Runtime.Parameters;
 /// <summary>Fills parameter and `master:` slots, each by its own layout; moments and the rest start at zero.</summary>
 public static class ParameterState
 {
+    /// <summary>What fills a rank: a checkpoint's states where there is one, else as Initialize says.</summary>
+    internal static System.Action<RankRunner> Filler(StateSources? sources, ulong seed, Func<string, Tensor?>? weights)
+        => sources is null ? runner => Initialize(runner, seed, weights) : sources.Load;
+
     /// <summary>Draws each parameter from (seed, name, global element), or takes it from `weights`; DSG0806 when a shape differs.</summary>
     public static void Initialize(RankRunner runner, ulong seed, Func<string, Tensor?>? weights = null)
     {

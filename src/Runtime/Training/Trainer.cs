@@ -70,7 +70,7 @@ public sealed class Trainer : IAsyncDisposable
         var trainer = new Trainer(plan, options);
         try
         {
-            await trainer.OnAllAsync(Fill, cancellationToken).ConfigureAwait(false);
+            await trainer.OnAllAsync(ParameterState.Filler(sources, options.Seed, options.Weights), cancellationToken).ConfigureAwait(false);
             if (options.Checkpoint is { Manifest: var manifest })
                 (trainer.Step, trainer.Sequences, trainer._resumed) = (manifest.Step, manifest.Sequences, sources!.Remarks);
             return trainer;
@@ -79,14 +79,6 @@ public sealed class Trainer : IAsyncDisposable
         {
             await trainer.DisposeAsync().ConfigureAwait(false);
             throw;
-        }
-
-        void Fill(RankRunner runner)
-        {
-            if (sources is null)
-                ParameterState.Initialize(runner, options.Seed, options.Weights);
-            else
-                sources.Load(runner);
         }
     }
 
