@@ -54,6 +54,8 @@ internal sealed class Completions
 
         if (IsStreaming)
             Console.WriteLine();
+        if (Console.IsErrorRedirected)
+            return;
         var made = _tokens.Sum(tokens => tokens.Count);
         var steps = _tokens.Max(tokens => tokens.Count) - 1;
         var each = steps > 0 ? $", then {(seconds - _first) / steps * 1e3:F1} ms a token" : "";
