@@ -118,6 +118,15 @@ let tests =
 
             Expect.equal (top spec scores) [ 1.0; 1.0; 0.0; 0.0 ] "minus infinity"
             Expect.equal (top { spec with ZeroMasked = true } scores) [ 0.0; 0.0; 1.0; 1.0 ] "zero")
+        testCase "cast: to whole numbers towards zero, to a bool by whether it is not zero" (fun () ->
+            let s = Sketch()
+            let x = s.Param("x", [ "m", 4 ])
+            s.Output("int", s.On(Op.Cast DType.Int64, [ x ]))
+            s.Output("bool", s.On(Op.Cast DType.Bool, [ x ]))
+            let given _ = Dense.ofList [ 0.0; 0.5; -1.5; 2.0 ]
+            let run = Evaluator.run (s.ToGraph()) given given
+            close [ 0.0; 0.0; -1.0; 2.0 ] (run.Output "int")
+            close [ 0.0; 1.0; 1.0; 1.0 ] (run.Output "bool"))
         testCase "attention: the first query sees the first key only" (fun () ->
             let at n values = {
                 Extents = [| 1; n; 1; 1 |]

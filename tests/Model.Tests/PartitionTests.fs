@@ -587,6 +587,9 @@ let private covered () =
             "one group of experts", 0.1
             "dropped groups score zero", 0.05
             "weights not normalised", 0.1
+            "scores by softmax", 0.1
+            "groups by their best", 0.1
+            "experts without bias or groups", 0.1
             "several depths of MTP", 0.05
             "no balance loss", 0.2
             "several sequences a rank", 0.1

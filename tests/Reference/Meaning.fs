@@ -136,6 +136,7 @@ let apply (op: Op) (types: TensorType[]) (rule: Rule) (results: TensorType[]) (x
     | Op.Silu -> unary Formulas.silu
     | Op.Scale factor -> unary ((*) factor)
     | Op.Offset addend -> unary ((+) addend)
+    | Op.Cast dtype when dtype.IsBool -> unary (fun v -> if v = 0.0 then 0.0 else 1.0)
     | Op.Cast dtype -> if dtype.IsFloat || not types[0].DType.IsFloat then x else unary truncate
     | Op.Anchor _
     | Op.Detach

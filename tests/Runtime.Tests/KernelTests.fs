@@ -440,6 +440,10 @@ let private router =
 
             Expect.equal mask [| 0.0; 1.0; 0.0; 1.0; 1.0; 0.0 |] "mask")
 
+        testCase "a number as a bool is whether it is not zero" (fun () ->
+            let x = filled DType.Float32 [ 5 ] [| 0.0; -0.0; 0.5; -2.0; 1e-30 |]
+            Expect.equal (apply KernelId.Cast [] [ x ] (slot DType.Bool [ 5 ])) [| 0.0; 0.0; 1.0; 1.0; 1.0 |] "mask")
+
         testCase "router bias moves against the load" (fun () ->
             let bias = filled DType.Float32 [ 4 ] [| 0.0; 0.0; 1.0; 0.0 |]
             run KernelId.RouterBias [ Attribute.Float 0.5 ] [ ids [ 4 ] [| 3L; 1L; 2L; 2L |] ] [ bias ]
