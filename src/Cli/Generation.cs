@@ -46,6 +46,7 @@ internal static class Generation
         }).ConfigureAwait(false);
         await using (generator.ConfigureAwait(false))
         {
+            source.Dispose();
             foreach (var remark in generator.Remarks)
                 Console.Error.WriteLine(remark);
             signals.Arm();

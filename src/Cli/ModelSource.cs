@@ -13,6 +13,7 @@ internal sealed class ModelSource : IDisposable
 {
     private readonly AutoBridge? _bridge;
     private readonly CheckpointReader? _checkpoint;
+    private bool _closed;
 
     private ModelSource(AutoBridge? bridge, CheckpointReader? checkpoint, DeepSeekV3Config config)
         => (_bridge, _checkpoint, Config) = (bridge, checkpoint, config);
@@ -58,8 +59,12 @@ internal sealed class ModelSource : IDisposable
         ? bridge.Tensors.Info("lm_head.weight").DType == "F32"
         : _checkpoint!.Manifest.Tensors.Any(tensor => tensor.Name == "lm_head.weight" && tensor.Dtype == "F32");
 
+    /// Once the ranks have their weights: what was read of the files is theirs twice until then. May be called again.
     public void Dispose()
     {
+        if (_closed)
+            return;
+        _closed = true;
         _bridge?.Dispose();
         _checkpoint?.Dispose();
     }
