@@ -143,5 +143,12 @@ internal sealed partial class DirectStep
     private IReadOnlyList<Attribute> PlainChoice() => Choice(1, 1);
 
     private IReadOnlyList<Attribute> Choice(int groups, int keep)
-        => [Attribute.NewInt(_c.NumExpertsPerTok), Attribute.NewInt(groups), Attribute.NewInt(keep), Attribute.NewInt(_c.ZeroMaskedGroups ? 1 : 0)];
+        =>
+        [
+            Attribute.NewInt(_c.NumExpertsPerTok),
+            Attribute.NewInt(groups),
+            Attribute.NewInt(keep),
+            Attribute.NewInt(_c.ZeroMaskedGroups ? 1 : 0),
+            Attribute.NewInt(0),
+        ];
 }

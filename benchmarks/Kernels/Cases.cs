@@ -35,8 +35,8 @@ internal static class Cases
         const int T = 2048, E = 256;
         var axes = Ints(0, 1, 2);
         SlotValue logits = Normal(1, 1, T, E), bias = Normal(0.01, E), dp = Normal(1, 1, T, E);
-        Attribute[] choice = [Int(8), Int(8), Int(4), Int(0)];
-        Attribute[] routing = [.. choice, Int(1), Float(1e-20), Float(2.5)];
+        Attribute[] choice = [Int(8), Int(8), Int(4), Int(0), Int(0)];
+        Attribute[] routing = [.. choice, Int(1), Float(1e-20), Float(2.5), Int(0)];
         var kept = new Run();
         SlotValue scores = kept.One(KernelId.Sigmoid, kept.Floats(1, T, E), [], logits);
         SlotValue mask = kept.Slot(DType.Bool, 1, T, E), p = kept.Floats(1, T, E);
@@ -106,7 +106,7 @@ internal static class Cases
             run =>
             {
                 var s = run.One(KernelId.Sigmoid, run.Floats(1, T, E), [], logits);
-                var m = run.One(KernelId.GroupTopK, run.Slot(DType.Bool, 1, T, E), [Int(8), Int(1), Int(1), Int(0)], s);
+                var m = run.One(KernelId.GroupTopK, run.Slot(DType.Bool, 1, T, E), [Int(8), Int(1), Int(1), Int(0), Int(0)], s);
                 var chosen = run.One(KernelId.Cast, run.Floats(1, T, E), [], m);
                 var counted = run.One(KernelId.Mul, run.Floats(1, T, E), [Ints(0, 1)], chosen, w);
                 run.One(KernelId.Sum, run.Floats(1, E), [Ints(1)], counted);
@@ -183,7 +183,7 @@ internal static class Cases
         const int T = 512, H = 2048, E = 32, K = 8;
         var kept = new Run();
         SlotValue x = Normal(1, 1, T, H), p = Normal(1, 1, T, E);
-        var mask = kept.One(KernelId.GroupTopK, kept.Slot(DType.Bool, 1, T, E), [Int(K), Int(1), Int(1), Int(0)], p);
+        var mask = kept.One(KernelId.GroupTopK, kept.Slot(DType.Bool, 1, T, E), [Int(K), Int(1), Int(1), Int(0), Int(0)], p);
         var route = kept.One(KernelId.Route, kept.Rows(1, T, E), [], mask);
         var rows = kept.One(KernelId.PermuteFused, kept.Rows(1, T, E, H), [], x, route);
         yield return new(

@@ -36,6 +36,7 @@ internal static class Overrides
         ["model.moe_router_topk"] = "model.num_experts_per_tok",
         ["model.moe_router_num_groups"] = "model.n_group",
         ["model.moe_router_group_topk"] = "model.topk_group",
+        ["model.moe_router_score_function"] = "model.scoring_func",
         ["model.moe_router_topk_scaling_factor"] = "model.routed_scaling_factor",
         ["model.moe_router_bias_update_rate"] = "model.bias_update_speed",
         ["model.moe_aux_loss_coeff"] = "model.seq_aux_loss_alpha",

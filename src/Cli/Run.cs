@@ -1,6 +1,7 @@
 // dsg run: executes a plan file.
 
 using System.CommandLine;
+using DeepSeekGraph.Compiler;
 using DeepSeekGraph.Models;
 
 namespace DeepSeekGraph.Cli;
@@ -21,6 +22,12 @@ internal static class Run
     {
         var plan = PlanFile.Read(path);
         Jobs.Check(plan, path);
+        if (plan.Recipe.Contains($"mode={Mode.Generate.Name}"))
+        {
+            throw DiagnosticException.Of(
+                Codes.PlanMode, path, "the plan generates, it does not train", "give a plan of mode train; dsg generate compiles the plans that generate");
+        }
+
         // a plan file does not say how long it is trained: its recipe does
         var recipe = Recipes.All.FirstOrDefault(recipe => recipe.Name == PlanSummary.Name(plan)) ?? Recipes.Proxy;
         using var resumed = Resumed.Open(choices);

@@ -161,7 +161,7 @@ internal sealed class RunOptions
         };
     }
 
-    private static Executor ExecutorOf(string? name)
+    internal static Executor ExecutorOf(string? name)
         => name switch
         {
             null or "compiled" => Executor.Compiled,

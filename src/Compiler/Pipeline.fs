@@ -166,10 +166,21 @@ module Pipeline =
             Rewrite.prune)
         onGraph "precision" "before fusion and gradients, which then see final element types" (fun progress ->
             Precision.run progress.Recipe.DType)
-        onGraph
-            "generate"
-            "after precision, which goes by how parameters change: without objectives there is no backward pass, and none does"
-            (fun progress -> if progress.Recipe.Mode.IsGenerate then Generation.run else id)
+        {
+            Name = "generate"
+            Why =
+                "after precision, which goes by how parameters change: without objectives there is no backward pass, and none does"
+            Run =
+                fun progress ->
+                    if progress.Recipe.Mode.IsTrain then
+                        Ok progress
+                    else
+                        Generation.run (logical progress)
+                        |> Result.map (fun graph -> {
+                            progress with
+                                Form = Form.Logical graph
+                        })
+        }
         {
             Name = "fuse"
             Why = "before gradients: a fused op brings its own gradient rule"

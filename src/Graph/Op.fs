@@ -15,17 +15,33 @@ type RotarySpec = {
     Mscale: float
 }
 
-/// Group-limited top-k of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2): group score = sum of the group's two best.
+/// What a router's logits become: each by itself (DeepSeek-V3), or shares of all experts (DeepSeek-V2).
+[<RequireQualifiedAccess>]
+type ScoreFunction =
+    | Sigmoid
+    | Softmax
+
+/// What a group of experts scores.
+[<RequireQualifiedAccess>]
+type GroupScore =
+    /// The sum of its two best (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+    | BestTwo
+    /// Its best (DeepSeek-V2, arXiv 2405.04434, section 2.2.2).
+    | Best
+
+/// Group-limited top-k: the best experts of the best groups.
 type TopKSpec = {
     TopK: int
     Groups: int
     KeepGroups: int
     /// Unselected groups score zero (Hugging Face) instead of minus infinity.
     ZeroMasked: bool
+    GroupScore: GroupScore
 }
 
-/// The router of DeepSeek-V3 in one op: sigmoid, biased choice, and the weights of the chosen.
+/// A router in one op: scores, biased choice, and the weights of the chosen.
 type RouterSpec = {
+    Score: ScoreFunction
     Choice: TopKSpec
     /// Weights of a token's experts are divided by their sum plus Eps.
     Normalize: bool

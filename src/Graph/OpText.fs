@@ -115,6 +115,7 @@ module internal OpText =
         int "groups" spec.Groups
         int "keep_groups" spec.KeepGroups
         flag "zero_masked" spec.ZeroMasked
+        word "group_score" (if spec.GroupScore.IsBest then "best" else "best_two")
     ]
 
     /// Attributes of an op; element type and axes of sources and collectives stand in the result type.
@@ -175,6 +176,7 @@ module internal OpText =
                 flag "normalize" spec.Normalize
                 float "eps" spec.Eps
                 float "factor" spec.Factor
+                word "score" (if spec.Score.IsSoftmax then "softmax" else "sigmoid")
             ]
         | Op.Balance(topK, eps) -> [ int "top_k" topK; float "eps" eps ]
         | Op.LinearLogSumExp block
@@ -284,9 +286,19 @@ module internal OpText =
         Groups = a.Int "groups"
         KeepGroups = a.Int "keep_groups"
         ZeroMasked = a.Flag "zero_masked"
+        GroupScore =
+            match a.Word "group_score" with
+            | "best_two" -> GroupScore.BestTwo
+            | "best" -> GroupScore.Best
+            | other -> raise (BadText $"'%s{other}' is no score of a group: best_two or best")
     }
 
     let private readRouter (a: Attrs) = {
+        Score =
+            match a.Word "score" with
+            | "sigmoid" -> ScoreFunction.Sigmoid
+            | "softmax" -> ScoreFunction.Softmax
+            | other -> raise (BadText $"'%s{other}' is no score function: sigmoid or softmax")
         Choice = readTopK a
         Normalize = a.Flag "normalize"
         Eps = a.Float "eps"

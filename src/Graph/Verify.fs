@@ -44,7 +44,10 @@ let check (graph: Graph) : Diagnostic list =
                     wrong node.Origin.Path $"%s{(Catalog.define node.Op).Name} reads a cache before it is written"
 
         let written =
-            graph.Nodes |> Array.filter _.Op.IsCacheWrite |> Array.countBy _.Inputs[0] |> Array.filter (fun (_, n) -> n > 1)
+            graph.Nodes
+            |> Array.filter _.Op.IsCacheWrite
+            |> Array.countBy _.Inputs[0]
+            |> Array.filter (fun (_, n) -> n > 1)
 
         for cache, count in written do
             wrong (graph.NodeOf cache).Origin.Path $"%%%i{cache} is a cache that is written %i{count} times"

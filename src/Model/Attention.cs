@@ -6,6 +6,9 @@ namespace DeepSeekGraph.Models;
 /// Attention blocks.
 public static class Attention
 {
+    /// Of the latents' norms: the published code gives rms_norm_eps to the other norms only (it differs in Moonlight).
+    private const double LatentEps = 1e-6;
+
     /// Queries and keys have a part without position (nope) and a rotated one (rope); the rotated key serves all heads.
     /// With a cache, what later tokens need of these is kept; a decoding pass sees those before its own there.
     public static Tensor Mla(ModelScope m, Tensor x_BSH, DeepSeekV3Config c, LatentCache? cache = null)
@@ -19,7 +22,7 @@ public static class Attention
             ? m.Linear("q_proj", x_BSH, ("heads", c.NumAttentionHeads), ("qk_dim", c.QkHeadDim))
             : m.Linear(
                 "q_b_proj",
-                m.RmsNorm("q_a_layernorm", m.Linear("q_a_proj", x_BSH, ("q_lora", c.QLoraRank)), c.RmsNormEps),
+                m.RmsNorm("q_a_layernorm", m.Linear("q_a_proj", x_BSH, ("q_lora", c.QLoraRank)), LatentEps),
                 ("heads", c.NumAttentionHeads),
                 ("qk_dim", c.QkHeadDim));
 
@@ -28,7 +31,7 @@ public static class Attention
         var latent_BSL = m.RmsNorm(
             "kv_a_layernorm",
             compressed.Slice("kv_a", 0, c.KvLoraRank).Rename("kv_a", "kv_lora"),
-            c.RmsNormEps);
+            LatentEps);
         var kPe_BSR = compressed.Slice("kv_a", c.KvLoraRank, c.QkRopeHeadDim).Rename("kv_a", "rope");
         var kvUp_NDL = m.Weight(
             "kv_b_proj.weight", m.Normal(),

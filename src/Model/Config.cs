@@ -122,7 +122,21 @@ public sealed record DeepSeekV3Config
     public DeepSeekV3Config LikeHuggingFace() => this with { ZeroMaskedGroups = true, SeqAuxLossAlpha = 0 };
 
     /// Which experts a token goes to.
-    public TopKSpec TopK => new(NumExpertsPerTok, NGroup, TopkGroup, ZeroMaskedGroups);
+    public TopKSpec TopK => TopkMethod switch
+    {
+        TopkMethod.NoauxTc => new(NumExpertsPerTok, NGroup, TopkGroup, ZeroMaskedGroups, GroupScore.BestTwo),
+        TopkMethod.GroupLimitedGreedy => new(NumExpertsPerTok, NGroup, TopkGroup, ZeroMaskedGroups, GroupScore.Best),
+        TopkMethod.Greedy => new(NumExpertsPerTok, groups: 1, keepGroups: 1, zeroMasked: false, GroupScore.Best),
+        _ => throw new InvalidOperationException($"no way to choose experts is called {TopkMethod}"),
+    };
+
+    /// Weights of a token's experts are divided by their sum. DeepSeek-V2 leaves a single one as it is.
+    public bool NormalizesWeights
+        => NormTopkProb && (TopkMethod == TopkMethod.NoauxTc || NumExpertsPerTok > 1);
+
+    /// What multiplies the weights. The published code of DeepSeek-V2 either normalises or scales, that of V3 does both.
+    public double WeightFactor
+        => TopkMethod != TopkMethod.NoauxTc && NormalizesWeights ? 1 : RoutedScalingFactor;
 
     /// Is layer `index` a mixture of experts?
     public bool IsSparse(int index) => index >= FirstKDenseReplace;

@@ -9,6 +9,10 @@ public sealed record DeepSeekV3(DeepSeekV3Config Config) : Model
     /// Also names logits and hidden states as outputs, to compare with other implementations.
     public bool Observe { get; init; }
 
+    /// Declares an input `token_mask` [batch, seq], 1 or 0: tokens at 0 (padding) go to no routed expert, are not counted and
+    /// add nothing to balance losses. What attention sees is not masked: padding stands behind a sequence, or fills a row.
+    public bool Masked { get; init; }
+
     public override int ExtraTokens => 1 + Config.NumNextnPredictLayers;
 
     public override double InitializerRange => Config.InitializerRange;
@@ -19,7 +23,7 @@ public sealed record DeepSeekV3(DeepSeekV3Config Config) : Model
     public override IReadOnlyList<Diagnostic> Check() => ConfigCheck.Check(Config);
 
     public override Tensor Forward(ModelScope m, Tensor ids_BS)
-        => Head(m, Decode(m, ids_BS, Table(m), balance: null), HeadWeight(m));
+        => Head(m, Decode(m, ids_BS, Table(m), balance: null, TokenMask(m, ids_BS)), HeadWeight(m));
 
     /// The main loss, one for each further token that is predicted, and the balance of every mixture of experts.
     public override void Train(ModelScope m, Tensor tokens_BT, int seqLength)
@@ -30,8 +34,10 @@ public sealed record DeepSeekV3(DeepSeekV3Config Config) : Model
 
         // depth 0 predicts the next token; depth k the one k further, from the state of depth k - 1
         var weights = Weights(m, "", batch, seqLength);
+        var tokens_BS = Window(tokens_BT, 0, seqLength);
+        var mask_BS = TokenMask(m, tokens_BS);
         var balance = Balance(weights);
-        var h_BSH = Decode(m, Window(tokens_BT, 0, seqLength), table_VH, balance);
+        var h_BSH = Decode(m, tokens_BS, table_VH, balance, mask_BS);
         var loss = Loss(m, "", h_BSH, weights, depth: 0);
         m.Output("metric:loss", loss);
         for (var k = 1; k <= depths; k++)
@@ -43,7 +49,7 @@ public sealed record DeepSeekV3(DeepSeekV3Config Config) : Model
             h_BSH = m.Scope(
                 $"model.layers.{Config.NumHiddenLayers + k - 1}",
                 ModelUnit.NewMtp(k - 1),
-                s => MultiToken.Depth(s, h, ids_BS, table_VH, Config, depth));
+                s => MultiToken.Depth(s, h, ids_BS, table_VH, Config, depth, mask_BS));
             var extra = Loss(m, objective, h_BSH, weights, k);
             m.Output($"metric:{objective}_loss", extra);
             loss = Total([loss, Config.MtpLossScalingFactor / depths * extra, .. depth.Terms]);
@@ -52,7 +58,7 @@ public sealed record DeepSeekV3(DeepSeekV3Config Config) : Model
         m.Output("loss", Total([loss, .. balance.Terms]));
 
         BalanceTerms Balance((Tensor Mask, Tensor Scale) weights)
-            => new(Config.SeqAuxLossAlpha, weights.Mask, weights.Scale);
+            => new(Config.SeqAuxLossAlpha, mask_BS is null ? weights.Mask : weights.Mask * mask_BS, weights.Scale);
 
         Tensor Total(Tensor[] terms)
             => terms.Length == 1 ? terms[0] : m.Scope("loss", ModelUnit.Head, s => s.Apply(Op.Add, terms)[0]);
@@ -72,7 +78,7 @@ public sealed record DeepSeekV3(DeepSeekV3Config Config) : Model
 
     /// One pass of generation over `seqLength` new tokens of each of `batch` sequences, of at most `places` tokens each: prompts
     /// that begin, or with `decoding` tokens that follow. Inputs: `tokens`, `positions` (below zero: padding), and `last`, 1 at
-    /// the one token of each sequence whose successor is asked for. Output `logits` [batch, vocab], fp32. Without MTP.
+    /// the one token of each sequence whose successor is asked for; with Masked also `token_mask`. Output `logits` [batch, vocab], fp32. Without MTP.
     public Graph DeclareGeneration(int batch, int seqLength, int places, bool decoding)
     {
         if (Check() is { Count: > 0 } mistakes)
@@ -83,7 +89,7 @@ public sealed record DeepSeekV3(DeepSeekV3Config Config) : Model
         var positions_BS = m.Input("positions", DType.Int64, ("batch", batch), ("seq", seqLength));
         var last_BS = m.Input("last", DType.Float32, ("batch", batch), ("seq", seqLength));
         var cache = new LatentCache(positions_BS, places, decoding);
-        var h_BSH = Decode(m, ids_BS, Table(m), balance: null, cache);
+        var h_BSH = Decode(m, ids_BS, Table(m), balance: null, TokenMask(m, ids_BS), cache);
         var head_VH = HeadWeight(m);
         m.Scope("lm_head", ModelUnit.Head, s =>
         {
@@ -96,20 +102,37 @@ public sealed record DeepSeekV3(DeepSeekV3Config Config) : Model
 
     /// Embedding and all decoder layers; the last one ends with the final norm, which head and MTP both read.
     private Tensor Decode(
-        ModelScope m, Tensor ids_BS, Tensor table_VH, BalanceTerms? balance, LatentCache? cache = null)
+        ModelScope m,
+        Tensor ids_BS,
+        Tensor table_VH,
+        BalanceTerms? balance,
+        Tensor? mask_BS,
+        LatentCache? cache = null)
     {
         var c = Config;
         var x_BSH = m.Scope("model.embed_tokens", ModelUnit.Embed, s => s.Embed(ids_BS, table_VH).Residual());
         for (var i = 0; i < c.NumHiddenLayers; i++)
         {
             var (index, x) = (i, x_BSH);
-            x_BSH = m.Layer(index, $"model.layers.{index}", s => Block.Decoder(s, x, c, c.IsSparse(index), balance, cache));
+            x_BSH = m.Layer(
+                index,
+                $"model.layers.{index}",
+                s => Block.Decoder(s, x, c, c.IsSparse(index), balance, mask_BS, cache));
             if (Observe)
                 m.Output($"hidden_{index + 1}", x_BSH);
         }
 
-        return m.Layer(c.NumHiddenLayers - 1, "model", s => s.RmsNorm("norm", x_BSH, c.RmsNormEps));
+        var h_BSH = m.Layer(c.NumHiddenLayers - 1, "model", s => s.RmsNorm("norm", x_BSH, c.RmsNormEps));
+        if (Observe)
+            m.Output("hidden_last", h_BSH);
+
+        return h_BSH;
     }
+
+    private Tensor? TokenMask(ModelScope m, Tensor ids_BS)
+        => Masked
+            ? m.Input("token_mask", DType.Float32, ("batch", ids_BS.Extent("batch")), ("seq", ids_BS.Extent("seq")))
+            : null;
 
     /// Logits; multi-token prediction shares the head.
     private static Tensor Head(ModelScope m, Tensor h_BSH, Tensor head_VH)

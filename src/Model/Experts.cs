@@ -7,10 +7,11 @@ namespace DeepSeekGraph.Models;
 public static class Experts
 {
     /// Routed and shared experts; names the router's counts as an output, for the bias update, and adds to the balance
-    /// loss where there is one.
-    public static Tensor Moe(ModelScope m, Tensor x_BSH, DeepSeekV3Config c, BalanceTerms? balance = null)
+    /// loss where there is one. Tokens whose mask is 0, if there is one, see shared experts only.
+    public static Tensor Moe(
+        ModelScope m, Tensor x_BSH, DeepSeekV3Config c, BalanceTerms? balance = null, Tensor? mask_BS = null)
     {
-        var (probs_BSE, mask_BSE) = m.Scope("gate", s => Route(s, x_BSH, c, balance));
+        var (probs_BSE, mask_BSE) = m.Scope("gate", s => Route(s, x_BSH, c, balance, mask_BS));
         var routed_BSH = m.Scope("experts", s => Routed(s, x_BSH, probs_BSE, mask_BSE, c));
         return c.NSharedExperts == 0
             ? routed_BSH
@@ -30,29 +31,38 @@ public static class Experts
             RoutedScalingFactor = 1,
         }).Residual();
 
-    /// Sigmoid scores; the bias, free of gradients, decides who is chosen and never how much it counts.
+    /// The bias, free of gradients, decides who is chosen and never how much it counts; DeepSeek-V2 has none. A token whose
+    /// mask is 0 goes to no expert and is not counted.
     /// The router's weights call the axis "router": every rank scores all experts, whoever holds them.
     private static (Tensor Probs, Tensor Mask) Route(
-        ModelScope m, Tensor x_BSH, DeepSeekV3Config c, BalanceTerms? balance)
+        ModelScope m, Tensor x_BSH, DeepSeekV3Config c, BalanceTerms? balance, Tensor? mask_BS)
     {
         var weight_EH = m.Parameter(
             "weight", m.Normal(), Update.NewAdamW(decay: true), keepFloat32: true,
             ("router", c.NRoutedExperts), ("hidden", x_BSH.Extent("hidden")));
-        var bias_E = m.Parameter(
-            "e_score_correction_bias", Init.Zeros, Update.NewRouterBias(c.BiasUpdateSpeed), keepFloat32: true,
-            ("router", c.NRoutedExperts)).Rename("router", "experts");
+        var biased = c.TopkMethod == TopkMethod.NoauxTc;
+        var bias_E = biased
+            ? m.Parameter(
+                "e_score_correction_bias", Init.Zeros, Update.NewRouterBias(c.BiasUpdateSpeed), keepFloat32: true,
+                ("router", c.NRoutedExperts)).Rename("router", "experts")
+            : m.Constant(0, ("experts", c.NRoutedExperts));
 
-        var scores_BSE = x_BSH.Cast(DType.Float32).MatMul(weight_EH).Rename("router", "experts").Sigmoid();
-        var mask_BSE = (scores_BSE + bias_E).Apply(Op.NewGroupTopK(c.TopK));
-        m.Output($"count:{m.Path}.e_score_correction_bias", mask_BSE.Cast(DType.Int64).Sum("batch", "seq"));
+        var logits_BSE = x_BSH.Cast(DType.Float32).MatMul(weight_EH).Rename("router", "experts");
+        var scores_BSE = c.ScoringFunc == ScoringFunc.Softmax ? logits_BSE.Softmax("experts") : logits_BSE.Sigmoid();
+        var best_BSE = (scores_BSE + bias_E).Apply(Op.NewGroupTopK(c.TopK));
+        var chosen_BSE = mask_BS is null
+            ? best_BSE
+            : (best_BSE.Cast(DType.Float32) * mask_BS).Cast(DType.Bool);
+        if (biased)
+            m.Output($"count:{m.Path}.e_score_correction_bias", chosen_BSE.Cast(DType.Int64).Sum("batch", "seq"));
 
         balance?.Add(m, scores_BSE, c.NumExpertsPerTok);
 
-        var probs_BSE = scores_BSE * mask_BSE.Cast(DType.Float32);
-        if (c.NormTopkProb)
+        var probs_BSE = scores_BSE * best_BSE.Cast(DType.Float32);
+        if (c.NormalizesWeights)
             probs_BSE /= probs_BSE.Sum("experts") + 1e-20;
 
-        return (probs_BSE * c.RoutedScalingFactor, mask_BSE);
+        return (probs_BSE * c.WeightFactor, chosen_BSE);
     }
 
     /// Each expert's SwiGLU on the rows of its tokens; the probability is applied inside, so combining is a plain sum.

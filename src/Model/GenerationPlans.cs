@@ -23,8 +23,8 @@ public sealed record GenerationPlans(PlanSet Prefill, PlanSet Decode)
                 "give 1 or more prompts and tokens, and at least as many places as tokens");
         }
 
-        // objectives have no part in it
-        model = model with { Config = model.Config.WithoutMtp() };
+        // objectives have no part in it, and padding is not routed
+        model = model with { Config = model.Config.WithoutMtp(), Masked = true };
         recipe = recipe.WithMode(Mode.Generate).WithLayout(recipe.Layout.Replace("m", "", StringComparison.Ordinal))
             .WithSequenceParallel(false).WithRecompute().WithRecomputeBudget(0);
         var data = Compilation.Mesh(recipe).Data;

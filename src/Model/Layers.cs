@@ -53,6 +53,13 @@ public static class Layers
     public static Tensor CausalAttention(this Tensor q_BSND, Tensor k_BSND, Tensor v_BSNV, double scale)
         => q_BSND.Apply(Op.NewAttention(scale), k_BSND, v_BSNV);
 
+    /// exp(x) over its sum along an axis.
+    public static Tensor Softmax(this Tensor x, string axis)
+    {
+        var e = (x - x.Detach().Max(axis)).Exp();
+        return e / e.Sum(axis);
+    }
+
     /// What joins the residual stream; recipes say how it lies (sequence parallel or not).
     public static Tensor Residual(this Tensor x_BSH) => x_BSH.Anchor("residual");
 

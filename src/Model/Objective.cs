@@ -24,7 +24,7 @@ public static class Objective
     public static Tensor SequenceBalance(
         Tensor affinity_BSE, int topK, double alpha, Tensor mask_BS, Tensor scale)
     {
-        var plain = new TopKSpec(topK, groups: 1, keepGroups: 1, zeroMasked: false);
+        var plain = new TopKSpec(topK, groups: 1, keepGroups: 1, zeroMasked: false, GroupScore.BestTwo);
         var chosen_BSE = affinity_BSE.Apply(Op.NewGroupTopK(plain)).Cast(DType.Float32);
         var share_BSE = affinity_BSE / (affinity_BSE.Sum("experts") + Tiny);
         var count_BE = (chosen_BSE * mask_BS).Sum("seq");

@@ -36,6 +36,10 @@ module Codes =
     [<Literal>]
     let PermutePadding = "DSG0396"
 
+    /// A plan is asked for something else than its model or its mode is for.
+    [<Literal>]
+    let PlanMode = "DSG0397"
+
     /// A recipe names a fusion rule that does not exist.
     [<Literal>]
     let UnknownFusion = "DSG0401"

@@ -102,9 +102,9 @@ type KernelId =
     /// times the first v features of the rows; zero where the position is below zero
     | CacheAttention = 83
     // experts
-    /// scores[b s e] fp32 (bias added) -> mask[b s e] bool; Int topK, Int groups, Int keepGroups, Int zeroMasked (1: unselected groups score 0 instead of -inf). Ties: lowest index.
+    /// scores[b s e] fp32 (bias added) -> mask[b s e] bool; Int topK, Int groups, Int keepGroups, Int zeroMasked (1: unselected groups score 0 instead of -inf), Int best (1: a group scores its best instead of the sum of its two best). Ties: lowest index.
     | GroupTopK = 90
-    /// fused: logits[b s e], bias[e] fp32 -> p[b s e] fp32, mask[b s e] bool, counts[e] i64; attributes of GroupTopK, then Int normalize, Float eps, Float factor. mask = GroupTopK(sigmoid(logits) + bias); p = factor sigmoid(logits) mask, if normalize over (its sum over e + eps)
+    /// fused: logits[b s e], bias[e] fp32 -> p[b s e] fp32, mask[b s e] bool, counts[e] i64; attributes of GroupTopK, then Int normalize, Float eps, Float factor, Int softmax. s = sigmoid(logits), or softmax over e; mask = GroupTopK(s + bias); p = factor s mask, if normalize over (its sum over e + eps)
     | Router = 100
     /// fused: dp[b s e], logits, mask -> dlogits; attributes of Router
     | RouterGrad = 101

@@ -344,7 +344,7 @@ let tests =
                         line.Trim().Split(' ', StringSplitOptions.RemoveEmptyEntries) |> List.ofArray |> List.tail
             ]
 
-            Expect.equal commands.Length 5 "commands"
+            Expect.equal commands.Length 6 "commands"
 
             Dsg.inFolder (fun folder ->
                 let out = commands |> List.map (succeed folder)
@@ -355,7 +355,22 @@ let tests =
                     "goes on"
 
                 Expect.stringContains out[3] "cut for 4 ranks, in imported" "imports"
-                Expect.stringContains out[4] "weights only: moments of the optimizer start at zero" "starts from it"
+
+                // one rank goes on with the published form alike
+                let text =
+                    succeed folder [
+                        "generate"
+                        "--hf"
+                        "published"
+                        "--prompt"
+                        "Returns"
+                        "--max-new-tokens"
+                        "100"
+                    ]
+
+                Expect.equal text out[4] "the text of the checkpoint on four ranks"
+                Expect.isNonEmpty (text.Trim()) "a text"
+                Expect.stringContains out[5] "weights only: moments of the optimizer start at zero" "starts from it"
                 // the loss of the first step after the import is that of trained weights, not of new ones
                 let first run =
                     let _, loss, _, _ = List.head (losses folder run)

@@ -15,5 +15,7 @@ let main argv =
                 PlanTests.tests
                 RunTests.tests
                 CheckpointTests.tests
+                VerifyTests.tests
+                GenerateTests.tests
             ]
         ))

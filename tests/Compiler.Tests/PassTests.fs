@@ -94,6 +94,36 @@ let private norms part (s: Sketch) =
     s.Origin <- { s.Origin with Unit = part }
     s.Loss [ norm "v" second; second ]
 
+/// exp(x - max) over its sum along the last axis.
+let private softmax (s: Sketch) x =
+    let shifted = s.On(Op.Sub, [ x; s.On(Op.Max [ "experts" ], [ s.On(Op.Detach, [ x ]) ]) ])
+    let e = s.On(Op.Exp, [ shifted ])
+    s.On(Op.Div, [ e; s.On(Op.Sum [ "experts" ], [ e ]) ])
+
+/// What a router is declared with: its scores by `score`, counts that tokens of weight 0 are no part of, or no counts.
+let private router score byBest counted (s: Sketch) =
+    let axes = [ "batch", 2; "seq", 3; "experts", 6 ]
+    let scores = score s (s.Param("x", axes))
+
+    let choice = {
+        TopK = 2
+        Groups = 3
+        KeepGroups = 2
+        ZeroMasked = false
+        GroupScore = if byBest then GroupScore.Best else GroupScore.BestTwo
+    }
+
+    let zero = s.On(Op.Constant(0.0, TensorType.create DType.Float32 [ "experts", 6 ]), [])
+    let mask = s.On(Op.GroupTopK choice, [ s.On(Op.Add, [ scores; zero ]) ])
+    let chosen = s.On(Op.Cast DType.Float32, [ mask ])
+
+    if counted then
+        let seen = s.On(Op.Mul, [ chosen; s.In("mask", DType.Float32, [ "batch", 2; "seq", 3 ]) ])
+        let routed = s.On(Op.Cast DType.Bool, [ seen ])
+        s.Output("count", s.On(Op.Sum [ "batch"; "seq" ], [ s.On(Op.Cast DType.Int64, [ routed ]) ]))
+
+    s.Loss [ s.On(Op.Scale 16.0, [ s.On(Op.Mul, [ scores; chosen ]) ]) ]
+
 /// What a router and its balance are declared with; `normalize` and `scale` are parts that a model may leave out.
 let private routing normalize scale (s: Sketch) =
     let axes = [ "batch", 2; "seq", 3; "experts", 6 ]
@@ -105,6 +135,7 @@ let private routing normalize scale (s: Sketch) =
         Groups = 3
         KeepGroups = 2
         ZeroMasked = false
+        GroupScore = GroupScore.BestTwo
     }
 
     let mask = s.On(Op.GroupTopK choice, [ biased ])
@@ -267,6 +298,17 @@ let tests =
                     let what = $"normalize %b{normalize}, scale %b{scale}"
                     Expect.equal (fusedTimes "router" (routing normalize scale)) 1 what
                     Expect.equal (fusedTimes "balance" (routing normalize scale)) 1 what
+        testCase "routers fuse by softmax as by sigmoid, where nobody counts, and where only some tokens are counted"
+        <| fun () ->
+            for name, score in
+                [
+                    "sigmoid", (fun (s: Sketch) x -> s.On(Op.Sigmoid, [ x ]))
+                    "softmax", softmax
+                ] do
+                for byBest in [ true; false ] do
+                    for counted in [ true; false ] do
+                        let what = $"%s{name}, by best %b{byBest}, counted %b{counted}"
+                        Expect.equal (fusedTimes "router" (router score byBest counted)) 1 what
         testCase "a head and its cross-entropy fuse, whatever the vocabulary, unless the logits are observed"
         <| fun () ->
             for vocab in [ 1; 6; 7; 193; 384 ] do

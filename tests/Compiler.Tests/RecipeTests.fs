@@ -45,7 +45,18 @@ let tests =
                 let before = setting.Read base'
 
                 let others =
-                    [ "7"; "0.25"; "bf16"; "false"; "flex"; "GPipe"; "-permute"; "a,b"; "Et|L"; "generate" ]
+                    [
+                        "7"
+                        "0.25"
+                        "bf16"
+                        "false"
+                        "flex"
+                        "GPipe"
+                        "-permute"
+                        "a,b"
+                        "Et|L"
+                        "generate"
+                    ]
                     |> List.choose (setting.Write base')
                     |> List.filter (fun r -> setting.Read r <> before)
 

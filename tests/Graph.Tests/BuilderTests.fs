@@ -97,6 +97,7 @@ let tests =
                     Groups = 3
                     KeepGroups = 1
                     ZeroMasked = false
+                    GroupScore = GroupScore.BestTwo
                 },
                 [ scores ])
             [ "4"; "3 groups" ]

@@ -83,18 +83,28 @@ let tests =
                 Groups = 1
                 KeepGroups = 1
                 ZeroMasked = false
+                GroupScore = GroupScore.BestTwo
             }
 
             Expect.equal (top spec [ 0.5; 0.5; 0.1; 0.5 ]) [ 1.0; 1.0; 0.0; 0.0 ] "")
-        testCase "top-k: a group counts by the sum of its two best" (fun () ->
+        testCase "top-k: a group counts by the sum of its two best, or by its best" (fun () ->
             let spec = {
                 TopK = 2
                 Groups = 2
                 KeepGroups = 1
                 ZeroMasked = false
+                GroupScore = GroupScore.BestTwo
             }
 
-            Expect.equal (top spec [ 0.9; 0.0; 0.0; 0.5; 0.5; 0.4 ]) [ 0.0; 0.0; 0.0; 1.0; 1.0; 0.0 ] "")
+            let scores = [ 0.9; 0.0; 0.0; 0.5; 0.5; 0.4 ]
+            Expect.equal (top spec scores) [ 0.0; 0.0; 0.0; 1.0; 1.0; 0.0 ] "sum of two"
+
+            let byBest = {
+                spec with
+                    GroupScore = GroupScore.Best
+            }
+
+            Expect.equal (top byBest scores) [ 1.0; 1.0; 0.0; 0.0; 0.0; 0.0 ] "best")
         testCase "top-k: lost groups score zero only when asked" (fun () ->
             let scores = [ -0.1; -0.2; -0.3; -0.4 ]
 
@@ -103,6 +113,7 @@ let tests =
                 Groups = 2
                 KeepGroups = 1
                 ZeroMasked = false
+                GroupScore = GroupScore.BestTwo
             }
 
             Expect.equal (top spec scores) [ 1.0; 1.0; 0.0; 0.0 ] "minus infinity"

@@ -89,7 +89,9 @@ let private cachedIsWhole case =
         let decode = model.DeclareGeneration(2, 1, places, true)
 
         let step caches seen =
-            pass weights caches decode [| for f in follow -> f[seen] |] [| for p in prompts -> float (p.Length + seen) |] [| 1.0; 1.0 |]
+            pass weights caches decode [| for f in follow -> f[seen] |] [|
+                for p in prompts -> float (p.Length + seen)
+            |] [| 1.0; 1.0 |]
 
         let second, caches = step caches 0
         compare "the first token after it" second 1
@@ -127,8 +129,7 @@ let private generate (case: Case) (recipe: Recipe) (executor: Executor) (prompts
 
 let private greedy = Sampling()
 
-let private grid (tensor, pipeline, expert) =
-    Recipe.Default.WithParallelism(tensor, pipeline, expert, 0)
+let private grid (tensor, pipeline, expert) = Recipe.Default.WithParallelism(tensor, pipeline, expert, 0)
 
 let private golden case degrees executor =
     testCase $"%s{case}: greedy tokens on tp, pp, ep %A{degrees}, %O{executor}"
@@ -211,7 +212,13 @@ let private refusals =
             let! generator =
                 Generator.StartAsync(plans.Prefill, plans.Decode, GeneratorOptions(Executor = Executor.Interpreter))
 
-            for prompts, most in [ [ [ 1L ]; [ 2L ] ], 1; [ [] ], 1; [ [ 1L; 2L; 3L; 4L ] ], 1; [ [ 1L; 2L; 3L ] ], 3 ] do
+            for prompts, most in
+                [
+                    [ [ 1L ]; [ 2L ] ], 1
+                    [ [] ], 1
+                    [ [ 1L; 2L; 3L; 4L ] ], 1
+                    [ [ 1L; 2L; 3L ] ], 3
+                ] do
                 let rows = [| for p in prompts -> Array.ofList p :> IReadOnlyList<int64> |]
 
                 try

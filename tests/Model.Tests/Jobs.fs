@@ -16,6 +16,9 @@ type Routing = {
     ZeroMasked: bool
     /// Weights of a token's experts sum to one.
     Normalize: bool
+    /// Scores are shares of all experts.
+    Softmax: bool
+    Method: TopkMethod
 }
 
 /// Everything that a comparison of two compilations may vary.
@@ -83,6 +86,8 @@ type Job = {
             TopkGroup = this.Routing.Keep,
             ZeroMaskedGroups = this.Routing.ZeroMasked,
             NormTopkProb = this.Routing.Normalize,
+            ScoringFunc = (if this.Routing.Softmax then ScoringFunc.Softmax else ScoringFunc.Sigmoid),
+            TopkMethod = this.Routing.Method,
             NumNextnPredictLayers = this.Mtp,
             // large enough to be seen in sums of float32
             SeqAuxLossAlpha = (if this.Balance then 0.05 else 0.0)
@@ -196,6 +201,8 @@ let private routing (topK, groups, keep) = {
     Keep = keep
     ZeroMasked = false
     Normalize = true
+    Softmax = false
+    Method = TopkMethod.NoauxTc
 }
 
 /// From one expert a token to all, of one group, two or four.
@@ -260,6 +267,16 @@ let private jobs (pipelines: int list) (chunks: int list) = gen {
     let! routing = some routings
     let! zeroMasked = some [ false; false; true ]
     let! normalize = some [ true; true; false ]
+    let! softmax = some [ false; false; true ]
+
+    let! method =
+        some [
+            TopkMethod.NoauxTc
+            TopkMethod.NoauxTc
+            TopkMethod.GroupLimitedGreedy
+            TopkMethod.Greedy
+        ]
+
     let! shared = some [ 1; 1; 0; 2 ]
     let! balance = some [ true; false ]
     let! tensor = some [ 1; 2; 2; 4 ]
@@ -309,6 +326,8 @@ let private jobs (pipelines: int list) (chunks: int list) = gen {
             routing with
                 ZeroMasked = zeroMasked
                 Normalize = normalize
+                Softmax = softmax
+                Method = method
         }
         Shared = shared
         Balance = balance
@@ -355,6 +374,8 @@ let size (job: Job) =
         List.findIndex ((=) job.Dispatcher) dispatchers
         chosen job.Routing.ZeroMasked
         chosen (not job.Routing.Normalize)
+        chosen job.Routing.Softmax
+        chosen (job.Routing.Method <> TopkMethod.NoauxTc)
         chosen (not job.SequenceParallel)
         chosen (not job.DirectQ)
         chosen job.Yarn
@@ -460,6 +481,21 @@ let shrink (job: Job) : Job seq =
             {
                 job with
                     Routing = { job.Routing with Normalize = true }
+            }
+
+        if job.Routing.Softmax then
+            {
+                job with
+                    Routing = { job.Routing with Softmax = false }
+            }
+
+        if job.Routing.Method <> TopkMethod.NoauxTc then
+            {
+                job with
+                    Routing = {
+                        job.Routing with
+                            Method = TopkMethod.NoauxTc
+                    }
             }
 
         if job.Shared > 0 then

@@ -11,6 +11,7 @@ let main argv =
         (testList "Model" [
             ModelTests.tests
             CheckpointTests.tests
+            RouterTests.tests
             BalanceTests.tests
             GoldenTests.tests
             RecipeTests.tests
@@ -22,6 +23,9 @@ let main argv =
             ExecutorTests.tests
             RecomputeTests.tests
             PaddingTests.tests
+            MaskTests.tests
+            BridgeTests.tests
+            VerificationTests.tests
             MemoryTests.tests
             TrafficTests.tests
             CollectiveTests.tests

@@ -459,6 +459,9 @@ let private cover (job: Job) (c: Compiled) =
     count "one group of experts" (job.Routing.Groups = 1)
     count "dropped groups score zero" (job.Routing.ZeroMasked && job.Routing.Keep < job.Routing.Groups)
     count "weights not normalised" (not job.Routing.Normalize)
+    count "scores by softmax" job.Routing.Softmax
+    count "groups by their best" (job.Routing.Method = TopkMethod.GroupLimitedGreedy)
+    count "experts without bias or groups" (job.Routing.Method = TopkMethod.Greedy)
     count "several depths of MTP" (job.Mtp > 1)
     count "no balance loss" (not job.Balance)
     count "several sequences a rank" (job.Batch > 1)

@@ -61,7 +61,8 @@ let rope inverse (seq: int) (x: DenseTensor) (table: DenseTensor) =
 /// The same with a table [batch, seq, width] of positions that differ by sequence: x begins with batch and seq.
 let ropeEach inverse (x: DenseTensor) (table: DenseTensor) =
     let tables =
-        Array.init table.Extents[0] (fun b -> Dense.init table.Extents[1..] (fun i -> Dense.at table [| b; i[0]; i[1] |]))
+        Array.init table.Extents[0] (fun b ->
+            Dense.init table.Extents[1..] (fun i -> Dense.at table [| b; i[0]; i[1] |]))
 
     let last = x.Extents.Length - 1
     Dense.init x.Extents (fun i -> rotated inverse tables[i[0]] i[1] i[last] (fun r -> Dense.at x (set i last r)))
@@ -154,7 +155,9 @@ let cacheAttention scale value (q: DenseTensor) (cache: DenseTensor) (positions:
         let scores = [
             for c in 0..seen ->
                 scale
-                * List.sum [ for w in 0 .. width - 1 -> Dense.at q [| b; s; n; w |] * Dense.at cache [| b; c; w |] ]
+                * List.sum [
+                    for w in 0 .. width - 1 -> Dense.at q [| b; s; n; w |] * Dense.at cache [| b; c; w |]
+                ]
         ]
 
         if scores.IsEmpty then
@@ -238,14 +241,17 @@ let rmsNormGradW eps (dy: DenseTensor) (x: DenseTensor) =
 let private largest k (values: float[]) =
     Array.init values.Length id |> Array.sortBy (fun i -> -values[i], i) |> Array.truncate k
 
-/// One token's chosen experts. Group score: sum of the group's two best.
+/// One token's chosen experts.
 let private chosen (spec: TopKSpec) (scores: float[]) =
     let width = scores.Length / spec.Groups
 
     let kept =
         scores
         |> Array.chunkBySize width
-        |> Array.map (fun group -> group |> Array.sortDescending |> Array.truncate 2 |> Array.sum)
+        |> Array.map (fun group ->
+            match spec.GroupScore with
+            | GroupScore.BestTwo -> group |> Array.sortDescending |> Array.truncate 2 |> Array.sum
+            | GroupScore.Best -> Array.max group)
         |> largest spec.KeepGroups
 
     let lost = if spec.ZeroMasked then 0.0 else -infinity
@@ -270,9 +276,21 @@ let private along (x: DenseTensor) (i: int[]) (f: int[] -> float) =
     let last = i.Length - 1
     List.sum [ for e in 0 .. x.Extents[last] - 1 -> f (set i last e) ]
 
+/// Scores of all experts.
+let private scored (spec: RouterSpec) (logits: DenseTensor) =
+    match spec.Score with
+    | ScoreFunction.Sigmoid -> Dense.map sigmoid logits
+    | ScoreFunction.Softmax ->
+        let shifted = {
+            logits with
+                Data = rows logits |> Array.collect (fun row -> row |> Array.map (fun z -> exp (z - Array.max row)))
+        }
+
+        Dense.init logits.Extents (fun i -> Dense.at shifted i / along shifted i (Dense.at shifted))
+
 /// Weight p of each chosen expert, the choice, and tokens per expert.
 let router (spec: RouterSpec) (logits: DenseTensor) (bias: DenseTensor) =
-    let scores = Dense.map sigmoid logits
+    let scores = scored spec logits
     let mask = groupTopK spec.Choice (Dense.init logits.Extents (fun i -> Dense.at scores i + bias.Data[i[2]]))
     let raw = Dense.map2 (*) scores mask
 
@@ -285,22 +303,28 @@ let router (spec: RouterSpec) (logits: DenseTensor) (bias: DenseTensor) =
     Dense.each mask.Extents (fun i -> Dense.accumulate counts [| i[2] |] (Dense.at mask i))
     [| p; mask; counts |]
 
-/// With S the sum of the chosen scores plus eps: ds = factor (dp - sum(dp s m) / S) / S for the chosen; through the sigmoid.
+/// With S the sum of the chosen scores plus eps: ds = factor (dp - sum(dp s m) / S) / S for the chosen; through the scores.
 let routerGrad (spec: RouterSpec) (dp: DenseTensor) (logits: DenseTensor) (mask: DenseTensor) =
-    let scores = Dense.map sigmoid logits
+    let scores = scored spec logits
     let raw = Dense.map2 (*) scores mask
+
+    let ds =
+        Dense.init logits.Extents (fun i ->
+            let ofChosen =
+                if spec.Normalize then
+                    let total = along raw i (Dense.at raw) + spec.Eps
+                    (Dense.at dp i - along raw i (fun j -> Dense.at dp j * Dense.at raw j) / total) / total
+                else
+                    Dense.at dp i
+
+            spec.Factor * ofChosen * Dense.at mask i)
 
     Dense.init logits.Extents (fun i ->
         let s = Dense.at scores i
 
-        let ds =
-            if spec.Normalize then
-                let total = along raw i (Dense.at raw) + spec.Eps
-                (Dense.at dp i - along raw i (fun j -> Dense.at dp j * Dense.at raw j) / total) / total
-            else
-                Dense.at dp i
-
-        spec.Factor * ds * Dense.at mask i * s * (1.0 - s))
+        match spec.Score with
+        | ScoreFunction.Sigmoid -> Dense.at ds i * s * (1.0 - s)
+        | ScoreFunction.Softmax -> s * (Dense.at ds i - along scores i (fun j -> Dense.at ds j * Dense.at scores j)))
 
 /// Weighted sums over the sequence of the plain choice, and of the affinities' shares.
 let balance topK eps (logits: DenseTensor) (w: DenseTensor) =
@@ -311,6 +335,7 @@ let balance topK eps (logits: DenseTensor) (w: DenseTensor) =
         Groups = 1
         KeepGroups = 1
         ZeroMasked = false
+        GroupScore = GroupScore.BestTwo
     }
 
     let chosen = groupTopK plain scores

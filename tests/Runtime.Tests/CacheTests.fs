@@ -12,7 +12,8 @@ let private both name check =
         for dtype in [ DType.Float32; DType.BFloat16 ] -> testCase dtype.Name (fun () -> check dtype)
     ]
 
-let private positions (values: int list) (shape: int list) = filled DType.Int64 shape (values |> List.map float |> Array.ofList)
+let private positions (values: int list) (shape: int list) =
+    filled DType.Int64 shape (values |> List.map float |> Array.ofList)
 
 let private write =
     both "rows go to their positions, padding nowhere" (fun dtype ->
@@ -65,7 +66,11 @@ let private attention =
             apply
                 KernelId.CacheAttention
                 [ Attribute.Float 0.5; int v ]
-                [ filled dtype [ b; s; n; w ] q; filled dtype [ b; c; w ] cache; positions at [ b; s ] ]
+                [
+                    filled dtype [ b; s; n; w ] q
+                    filled dtype [ b; c; w ] cache
+                    positions at [ b; s ]
+                ]
                 (slot dtype [ b; s; n; v ])
 
         close "attention" dtype out expected)
@@ -73,7 +78,9 @@ let private attention =
 let private logits = [| 1.0f; 3.0f; 2.0f; 3.0f; -1.0f |]
 
 let private drawn (sampling: Sampling) =
-    [ for step in 0..4999 -> int32 (sampling.Next(ReadOnlySpan logits, 0, step)) ] |> List.countBy id |> Map.ofList
+    [ for step in 0..4999 -> int32 (sampling.Next(ReadOnlySpan logits, 0, step)) ]
+    |> List.countBy id
+    |> Map.ofList
 
 let private share tokens token = (tokens |> Map.tryFind token |> Option.defaultValue 0 |> float) / 5000.0
 

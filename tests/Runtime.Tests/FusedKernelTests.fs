@@ -49,13 +49,28 @@ let private sigmoid x = 1.0 / (1.0 + exp -x)
 let private b, s, e = 2, 5, 12
 
 /// top 3 of 2 of 4 groups.
-let private choice = [ int 3; int 4; int 2; int 0 ]
+let private choice = [ int 3; int 4; int 2; int 0; int 0 ]
 
-let private routing normalize = choice @ [ int (if normalize then 1 else 0); Attribute.Float 1e-2; Attribute.Float 2.5 ]
+let private routing normalize softmax =
+    choice
+    @ [
+        int (if normalize then 1 else 0)
+        Attribute.Float 1e-2
+        Attribute.Float 2.5
+        int (if softmax then 1 else 0)
+    ]
+
+/// Scores of one token's experts.
+let private scored softmax (logits: float[]) =
+    if softmax then
+        let e = Array.map exp logits
+        e |> Array.map (fun v -> v / Array.sum e)
+    else
+        Array.map sigmoid logits
 
 /// Weights of one token's chosen experts.
-let private weights normalize (mask: float[]) (logits: float[]) =
-    let raw = Array.map2 (fun x m -> sigmoid x * m) logits mask
+let private weights normalize softmax (mask: float[]) (logits: float[]) =
+    let raw = Array.map2 (*) (scored softmax logits) mask
     let total = if normalize then Array.sum raw + 1e-2 else 1.0
     raw |> Array.map (fun v -> 2.5 * v / total)
 
@@ -71,21 +86,24 @@ let private difference (dy: float[]) (x: float[]) f =
 
 let private router =
     testList "router" [
-        for normalize in [ true; false ] do
-            testCase $"normalized %b{normalize}"
+        for normalize, softmax in [ true, false; false, false; true, true; false, true ] do
+            testCase $"normalized %b{normalize}, softmax %b{softmax}"
             <| fun () ->
                 let logits, bias = rounded f32 (random 1 (b * s * e)), random 2 e |> Array.map ((*) 0.1) |> rounded f32
                 let x, biases = filled f32 [ b; s; e ] logits, filled f32 [ e ] bias
                 let p, mask, counts = slot f32 [ b; s; e ], slot DType.Bool [ b; s; e ], slot DType.Int64 [ e ]
-                run KernelId.Router (routing normalize) [ x; biases ] [ p; mask; counts ]
+                run KernelId.Router (routing normalize softmax) [ x; biases ] [ p; mask; counts ]
 
-                let scores = logits |> Array.mapi (fun i v -> sigmoid v + bias[i % e])
+                let scores =
+                    logits
+                    |> Array.chunkBySize e
+                    |> Array.collect (scored softmax >> Array.mapi (fun i v -> v + bias[i]))
 
                 let chosen =
                     apply KernelId.GroupTopK choice [ filled f32 [ b; s; e ] scores ] (slot DType.Bool [ b; s; e ])
 
                 Expect.equal (read mask) chosen "the choice"
-                close "weights" f32 (read p) (tokenwise (weights normalize) chosen logits)
+                close "weights" f32 (read p) (tokenwise (weights normalize softmax) chosen logits)
 
                 Expect.equal
                     (read counts)
@@ -97,11 +115,11 @@ let private router =
                 let dx =
                     apply
                         KernelId.RouterGrad
-                        (routing normalize)
+                        (routing normalize softmax)
                         [ filled f32 [ b; s; e ] dp; x; mask ]
                         (slot f32 [ b; s; e ])
 
-                close "gradient" f32 dx (difference dp logits (tokenwise (weights normalize) chosen))
+                close "gradient" f32 dx (difference dp logits (tokenwise (weights normalize softmax) chosen))
     ]
 
 /// Positions of the k largest, the lower first among equals; NaN is the least.
@@ -110,15 +128,15 @@ let private largest k (values: float[]) =
     |> Array.sortBy (fun i -> Double.IsNaN values[i], -values[i], i)
     |> Array.truncate k
 
-/// The rule of DeepSeek-V3, one expert after the other: ones for the chosen.
-let private chosenOf groups keep topK zeroMasked (row: float[]) =
+/// The rule of DeepSeek-V3, one expert after the other: ones for the chosen. `byBest`: a group scores as DeepSeek-V2's do.
+let private chosenOf groups keep topK zeroMasked byBest (row: float[]) =
     let width = row.Length / groups
 
     /// The two best of a group, of which there may be one or none.
     let score (group: float[]) =
         let best = group |> Array.filter (Double.IsNaN >> not) |> Array.sortDescending
         let at i = if i < best.Length then best[i] else -infinity
-        if group.Length = 1 then at 0 else at 0 + at 1
+        if byBest || group.Length = 1 then at 0 else at 0 + at 1
 
     let lost = if zeroMasked then 0.0 else -infinity
 
@@ -160,27 +178,28 @@ let private choices =
         ]
 
         for experts, groups, keep, topK in cases do
-            for zeroMasked in [ false; true ] do
+            for zeroMasked, byBest in [ false, false; true, false; false, true ] do
+                let flag b = int (if b then 1 else 0)
                 let tokens = 60
                 let rows = Array.init tokens (fun t -> Array.init experts (score t))
 
                 let mask =
                     apply
                         KernelId.GroupTopK
-                        [ int topK; int groups; int keep; int (if zeroMasked then 1 else 0) ]
+                        [ int topK; int groups; int keep; flag zeroMasked; flag byBest ]
                         [ filled f32 [ 1; tokens; experts ] (Array.concat rows) ]
                         (slot DType.Bool [ 1; tokens; experts ])
                     |> Array.chunkBySize experts
 
                 for t in 0 .. tokens - 1 do
-                    if mask[t] <> chosenOf groups keep topK zeroMasked rows[t] then
+                    if mask[t] <> chosenOf groups keep topK zeroMasked byBest rows[t] then
                         failtest
-                            $"top %i{topK} of %i{keep} of %i{groups} groups of %i{experts}, zero %b{zeroMasked}: %A{rows[t]}"
+                            $"top %i{topK} of %i{keep} of %i{groups} groups of %i{experts}, zero %b{zeroMasked}, by best %b{byBest}: %A{rows[t]}"
 
 let private weighs =
     testCase "weights made with the choice and from a mask have the same bits"
     <| fun () ->
-        for experts, groups, keep, topK in [ 256, 8, 4, 8; 30, 3, 2, 5 ] do
+        for experts, groups, keep, topK, softmax in [ 256, 8, 4, 8, 0; 30, 3, 2, 5, 0; 30, 3, 2, 5, 1 ] do
             let tokens = 40
             let axes = [ 1; tokens; experts ]
             let x = filled f32 axes (random 7 (tokens * experts) |> Array.map ((*) 3.0))
@@ -192,9 +211,11 @@ let private weighs =
                 int groups
                 int keep
                 int 0
+                int softmax
                 int 1
                 Attribute.Float 1e-20
                 Attribute.Float 2.5
+                int softmax
             ]
 
             run KernelId.Router attributes [ x; bias ] [ p; mask; counts ]
@@ -226,7 +247,7 @@ let private balance =
         let counts, share = slot f32 [ b; e ], slot f32 [ b; e ]
         run KernelId.Balance [ int 3; Attribute.Float 1e-2 ] [ x; weights ] [ counts; share ]
 
-        let plain = apply KernelId.GroupTopK [ int 3; int 1; int 1; int 0 ] [ x ] (slot DType.Bool [ b; s; e ])
+        let plain = apply KernelId.GroupTopK [ int 3; int 1; int 1; int 0; int 0 ] [ x ] (slot DType.Bool [ b; s; e ])
 
         close
             "counts"

@@ -385,7 +385,7 @@ let private gated =
                 (read dp)
                 (Array.init rows (fun row -> Seq.sumBy (fun c -> dy[row * f + c] * y[row * f + c]) [ 0 .. f - 1 ])))
 
-let private topKNaive (scores: float[]) experts topK groups keep zeroMasked =
+let private topKNaive (scores: float[]) experts topK groups keep zeroMasked (of': int) =
     scores
     |> Array.chunkBySize experts
     |> Array.collect (fun row ->
@@ -394,7 +394,7 @@ let private topKNaive (scores: float[]) experts topK groups keep zeroMasked =
 
         let kept =
             Array.init groups (fun g ->
-                g, Array.sub row (g * size) size |> Array.sortDescending |> Array.truncate 2 |> Array.sum)
+                g, Array.sub row (g * size) size |> Array.sortDescending |> Array.truncate of' |> Array.sum)
             |> best keep
             |> Array.map fst
             |> Set.ofArray
@@ -411,8 +411,10 @@ let private topKNaive (scores: float[]) experts topK groups keep zeroMasked =
 
 let private router =
     testList "router" [
-        for zero in [ false; true ] do
-            testCase $"group-limited top-k, unselected groups %s{if zero then string 0 else string infinity}" (fun () ->
+        for zero, best in [ false, 2; true, 2; false, 1; true, 1 ] do
+            testCase
+                $"group-limited top-k by %i{best} of each group, unselected groups %s{if zero then string 0 else string infinity}"
+            <| fun () ->
                 let b, s, e = 2, 5, 24
                 // few distinct values: ties everywhere
                 let scores = random 1 (b * s * e) |> Array.map (fun v -> Math.Round(v * 4.0) / 4.0)
@@ -420,11 +422,11 @@ let private router =
                 let mask =
                     apply
                         KernelId.GroupTopK
-                        [ int 5; int 6; int 3; int (if zero then 1 else 0) ]
+                        [ int 5; int 6; int 3; int (if zero then 1 else 0); int (2 - best) ]
                         [ filled DType.Float32 [ b; s; e ] scores ]
                         (slot DType.Bool [ b; s; e ])
 
-                Expect.equal mask (topKNaive scores e 5 6 3 zero) "mask")
+                Expect.equal mask (topKNaive scores e 5 6 3 zero best) "mask"
 
         testCase "a NaN is chosen last, and every token gets its experts" (fun () ->
             let scores = [| nan; 1.0; nan; 0.5; 0.25; nan |]
@@ -432,7 +434,7 @@ let private router =
             let mask =
                 apply
                     KernelId.GroupTopK
-                    [ int 3; int 1; int 1; int 0 ]
+                    [ int 3; int 1; int 1; int 0; int 0 ]
                     [ filled DType.Float32 [ 1; 1; 6 ] scores ]
                     (slot DType.Bool [ 1; 1; 6 ])
 

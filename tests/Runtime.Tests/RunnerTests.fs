@@ -387,7 +387,7 @@ let private chooser: PlanSet =
                             Steps = [|
                                 Step.Launch(
                                     KernelId.GroupTopK,
-                                    [| int 2; int 1; int 1; int 0 |],
+                                    [| int 2; int 1; int 1; int 0; int 0 |],
                                     [| 0 |],
                                     [| 1 |],
                                     "moe"

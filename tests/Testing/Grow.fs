@@ -209,6 +209,7 @@ type internal Grower(choices: int[]) =
             Groups = 1
             KeepGroups = 1
             ZeroMasked = false
+            GroupScore = GroupScore.BestTwo
         }
 
         let route = on (Op.Route(k, count)) [ on (Op.GroupTopK spec) [ on Op.Detach [ scores ] ] ]

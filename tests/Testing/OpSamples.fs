@@ -212,7 +212,10 @@ let samples (op: Op) : Sample list =
             }
 
             let angles = s.On(Op.RotaryTable spec, [ s.In("positions", DType.Int64, bs) ])
-            s.Loss [ s.On(Op.Rope false, [ s.Param("x", bs @ [ "heads", 2; "rope", 4 ]); angles ]) ])
+
+            s.Loss [
+                s.On(Op.Rope false, [ s.Param("x", bs @ [ "heads", 2; "rope", 4 ]); angles ])
+            ])
         sample "position not second" (fun s ->
             let x = s.Param("x", [ "seq", 3; "batch", 2; "heads", 2; "rope", 4 ])
             s.Loss [ s.On(Op.Rope false, [ x; table s "seq" 3 4 1.0 ]) ])
@@ -254,27 +257,47 @@ let samples (op: Op) : Sample list =
             Groups = 1
             KeepGroups = 1
             ZeroMasked = false
+            GroupScore = GroupScore.BestTwo
         }
         topK "two of three groups" {
             TopK = 2
             Groups = 3
             KeepGroups = 2
             ZeroMasked = false
+            GroupScore = GroupScore.BestTwo
         }
         topK "unselected groups score zero" {
             TopK = 2
             Groups = 3
             KeepGroups = 1
             ZeroMasked = true
+            GroupScore = GroupScore.BestTwo
+        }
+        topK "two of three groups, by the best of each" {
+            TopK = 2
+            Groups = 3
+            KeepGroups = 2
+            ZeroMasked = false
+            GroupScore = GroupScore.Best
         }
       ]
-    | Op.Router _ -> [ router true [ 0; 2 ]; router false [ 0 ]; router true [ 2 ] ]
+    | Op.Router _ -> [
+        router (routerSpec true) [ 0; 2 ]
+        router (routerSpec false) [ 0 ]
+        router (routerSpec true) [ 2 ]
+        router (softmaxSpec true) [ 0; 2 ]
+        router (softmaxSpec false) [ 0 ]
+      ]
     | Op.RouterGrad _ -> [
-        through (Op.RouterGrad(routerSpec true)) (fun s -> [
-            s.Param("dp", bs @ [ "experts", 6 ])
-            s.Param("x", bs @ [ "experts", 6 ])
-            s.In("mask", DType.Bool, bs @ [ "experts", 6 ])
-        ])
+        for name, spec in [ "sigmoid", routerSpec true; "softmax", softmaxSpec false ] do
+            {
+                through (Op.RouterGrad spec) (fun s -> [
+                    s.Param("dp", bs @ [ "experts", 6 ])
+                    s.Param("x", bs @ [ "experts", 6 ])
+                    s.In("mask", DType.Bool, bs @ [ "experts", 6 ])
+                ]) with
+                    Name = $"no gradient, %s{name}"
+            }
       ]
     | Op.Balance _ -> [ balance [ 0; 1 ]; balance [ 0 ]; balance [ 1 ] ]
     | Op.BalanceGrad _ -> [

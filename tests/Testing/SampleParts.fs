@@ -108,22 +108,37 @@ module internal SampleParts =
             s.Loss [ for i in used -> results[i] ])
 
     let routerSpec normalize = {
+        Score = ScoreFunction.Sigmoid
         Choice = {
             TopK = 2
             Groups = 3
             KeepGroups = 2
             ZeroMasked = false
+            GroupScore = GroupScore.BestTwo
         }
         Normalize = normalize
         Eps = 1e-3
         Factor = 2.5
     }
 
+    /// As DeepSeek-V2 chooses.
+    let softmaxSpec normalize =
+        let sigmoid = routerSpec normalize
+
+        {
+            sigmoid with
+                Score = ScoreFunction.Softmax
+                Choice = {
+                    sigmoid.Choice with
+                        GroupScore = GroupScore.Best
+                }
+        }
+
     /// Results 0 (weights) and 2 (counts) can join a loss.
-    let router normalize (used: int list) =
-        sample $"results %A{used} used, normalized %b{normalize}" (fun s ->
+    let router (spec: RouterSpec) (used: int list) =
+        sample $"results %A{used} used, normalized %b{spec.Normalize}, %A{spec.Score}" (fun s ->
             let x, bias = s.Param("x", bs @ [ "experts", 6 ]), s.In("bias", DType.Float32, [ "experts", 6 ])
-            let results = s.All(Op.Router(routerSpec normalize), [ x; bias ])
+            let results = s.All(Op.Router spec, [ x; bias ])
             let y = s.Param("y", [ "experts", 6 ])
 
             let read i = if i = 0 then results[0] else s.On(Op.Cast DType.Float32, [ results[i] ])

@@ -56,6 +56,7 @@ type Sketch() =
             Groups = 1
             KeepGroups = 1
             ZeroMasked = false
+            GroupScore = GroupScore.BestTwo
         }
 
         this.On(Op.Route(topK, axes |> List.last |> snd), [ this.On(Op.GroupTopK spec, [ scores ]) ])

@@ -240,10 +240,34 @@ let private normalized (graph: Graph) consumers experts value =
                 None
         | _other -> None)
 
-/// sigmoid, add, group_top_k, count, weights of the chosen: one pass over the tokens' logits.
+/// The logits that scores are made of, and how: sigmoid, or softmax over the last axis.
+let private logitsOf (graph: Graph) (scores: Node) : (ScoreFunction * int) option =
+    let made v = graph.NodeOf v
+
+    match scores.Op with
+    | Op.Sigmoid -> Some(ScoreFunction.Sigmoid, scores.Inputs[0])
+    | Op.Div ->
+        let exp, total = made scores.Inputs[0], made scores.Inputs[1]
+        let last = [ Array.last graph.Types[scores.Inputs[0]].Names ]
+
+        if exp.Op.IsExp && total.Op = Op.Sum last && total.Inputs[0] = scores.Inputs[0] then
+            let shift = made exp.Inputs[0]
+
+            let isLargest (n: Node) logits =
+                n.Op = Op.Max last && (let d = made n.Inputs[0] in d.Op.IsDetach && d.Inputs[0] = logits)
+
+            if shift.Op.IsSub && isLargest (made shift.Inputs[1]) shift.Inputs[0] then
+                Some(ScoreFunction.Softmax, shift.Inputs[0])
+            else
+                None
+        else
+            None
+    | _other -> None
+
+/// scores, add, group_top_k, count, weights of the chosen: one pass over the tokens' logits. Counts only where they are wanted.
 let router = {
     Name = "router"
-    Before = "sigmoid, add, group_top_k, cast, sum; cast, mul, sum, offset, div, scale"
+    Before = "sigmoid or softmax, add, group_top_k, cast, sum; cast, mul, sum, offset, div, scale"
     After = "router"
     Kernel = KernelId.Router
     Match =
@@ -267,10 +291,8 @@ let router = {
                         let ofScores (n: Node) = n.Op.IsMul && n.Inputs = [| scores.Outputs[0]; cast.Outputs[0] |]
                         reader graph consumers ofScores cast.Outputs[0])
 
-                match counts, weights with
-                | Some counts, Some weights when
-                    scores.Op.IsSigmoid && t.Rank = 3 && graph.Types[bias].Names = [| t.Names[2] |]
-                    ->
+                match weights, logitsOf graph scores with
+                | Some weights, Some(score, logits) when t.Rank = 3 && graph.Types[bias].Names = [| t.Names[2] |] ->
                     let raw = weights.Outputs[0]
                     let shares = normalized graph consumers t.Names[2] raw
                     let value = shares |> Option.map fst |> Option.defaultValue raw
@@ -286,13 +308,20 @@ let router = {
                         |> Option.defaultValue (value, 1.0)
 
                     let spec = {
+                        Score = score
                         Choice = choice
                         Normalize = shares.IsSome
                         Eps = shares |> Option.map snd |> Option.defaultValue 0.0
                         Factor = factor
                     }
 
-                    one (Op.Router spec) [ scores.Inputs[0]; bias ] [ probs; mask; counts.Outputs[0] ]
+                    let results = probs :: mask :: [ for c in Option.toList counts -> c.Outputs[0] ]
+
+                    Some {
+                        Operands = [ logits; bias ]
+                        Results = results
+                        Emit = fun emit inputs -> emit (Op.Router spec) inputs |> List.truncate results.Length
+                    }
                 | _other -> None
             | _other -> None
 }

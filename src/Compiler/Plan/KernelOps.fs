@@ -32,8 +32,16 @@ let private addAttributes (inputs: TensorType[]) =
     | None -> []
     | Some other -> [ ints (dims inputs[0] other) ]
 
-let private choice (s: TopKSpec) = [ int s.TopK; int s.Groups; int s.KeepGroups; flag s.ZeroMasked ]
-let private routing (s: RouterSpec) = choice s.Choice @ [ flag s.Normalize; float s.Eps; float s.Factor ]
+let private choice (s: TopKSpec) = [
+    int s.TopK
+    int s.Groups
+    int s.KeepGroups
+    flag s.ZeroMasked
+    flag s.GroupScore.IsBest
+]
+
+let private routing (s: RouterSpec) =
+    choice s.Choice @ [ flag s.Normalize; float s.Eps; float s.Factor; flag s.Score.IsSoftmax ]
 
 /// The launch of an op: kernel and attributes; none for what needs no kernel (aliases, sources that are slots, collectives).
 /// An iota is given as whole: for one that is split, its attribute is `offsets layout 0`.
@@ -194,7 +202,7 @@ let toOp
 
     let readChoice given =
         match given with
-        | Attribute.Int k :: Attribute.Int groups :: Attribute.Int keep :: Attribute.Int zero :: rest when
+        | Attribute.Int k :: Attribute.Int groups :: Attribute.Int keep :: Attribute.Int zero :: Attribute.Int best :: rest when
             small k && small groups && small keep
             ->
             let spec = {
@@ -202,6 +210,7 @@ let toOp
                 Groups = int32 groups
                 KeepGroups = int32 keep
                 ZeroMasked = zero <> 0L
+                GroupScore = if best <> 0L then GroupScore.Best else GroupScore.BestTwo
             }
 
             Some(spec, rest)
@@ -209,9 +218,10 @@ let toOp
 
     let router given op =
         match readChoice given with
-        | Some(spec, [ Attribute.Int normalize; Attribute.Float eps; Attribute.Float factor ]) ->
+        | Some(spec, [ Attribute.Int normalize; Attribute.Float eps; Attribute.Float factor; Attribute.Int softmax ]) ->
             Ok(
                 op {
+                    Score = if softmax <> 0L then ScoreFunction.Softmax else ScoreFunction.Sigmoid
                     Choice = spec
                     Normalize = normalize <> 0L
                     Eps = eps

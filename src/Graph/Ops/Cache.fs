@@ -4,7 +4,10 @@ module DeepSeekGraph.Ops.Cache
 open DeepSeekGraph
 
 let private whole (positions: TensorType) =
-    if positions.DType = DType.Int64 then Ok() else Error $"positions are %O{positions}; i64 is needed"
+    if positions.DType = DType.Int64 then
+        Ok()
+    else
+        Error $"positions are %O{positions}; i64 is needed"
 
 /// cache[b c w], rows[b s w], positions[b s]: the cache with the rows.
 let write = {
@@ -35,15 +38,12 @@ let attention value = {
                     else
                         Ok {
                             rule with
-                                ResultAxes = [|
-                                    [|
-                                        yield! axes[..2]
-                                        { Name = "kv_lora"; Extent = value }
-                                    |]
-                                |]
+                                ResultAxes = [| [| yield! axes[..2]; { Name = "kv_lora"; Extent = value } |] |]
                         }))
         Flops =
             fun inputs _ ->
                 2.0 * float inputs[0].Elements * float inputs[1].Axes[1].Extent
-                + 2.0 * float inputs[0].Elements / float inputs[0].Axes[3].Extent * float value * float inputs[1].Axes[1].Extent
+                + 2.0 * float inputs[0].Elements / float inputs[0].Axes[3].Extent
+                  * float value
+                  * float inputs[1].Axes[1].Extent
 }

@@ -64,6 +64,7 @@ let private plain topK = {
     Groups = 1
     KeepGroups = 1
     ZeroMasked = false
+    GroupScore = GroupScore.BestTwo
 }
 
 let balance (topK: int) (eps: float) = {

@@ -1,5 +1,7 @@
 // One table from the project's parameters to the tensors of a published checkpoint.
 
+using DeepSeekGraph.Runtime.Weights;
+
 namespace DeepSeekGraph.Models.HuggingFace;
 
 /// A checkpoint tensor and the contiguous part of a parameter that it is: elements [Offset, Offset + product of Shape).
@@ -26,8 +28,6 @@ public sealed record CheckpointTensor(
 /// Parameters are views of checkpoint tensors, or several of them one after the other: nothing is ever transposed.
 public sealed class WeightMap
 {
-    private const string ScaleSuffix = "_scale_inv";
-
     private readonly Dictionary<string, WeightEntry> _byParameter;
     private readonly Dictionary<string, WeightPlace> _byTensor;
 
@@ -45,6 +45,9 @@ public sealed class WeightMap
 
     /// The entry of a parameter.
     public WeightEntry this[string parameter] => _byParameter[parameter];
+
+    /// Is this a parameter of the model?
+    public bool Has(string parameter) => _byParameter.ContainsKey(parameter);
 
     /// Where a checkpoint tensor belongs; null for one that is no part of a parameter: a copy, scales, or a stranger.
     public WeightPlace? Find(string tensor) => _byTensor.GetValueOrDefault(tensor);
@@ -75,11 +78,11 @@ public sealed class WeightMap
             });
 
     /// The name of the scales of a weight in fp8 blocks.
-    public static string ScalesOf(string tensor) => tensor + ScaleSuffix;
+    public static string ScalesOf(string tensor) => tensor + Fp8Blocks.ScaleSuffix;
 
     /// The weight whose scales a tensor is; null for any other tensor.
     public static string? WeightOfScales(string tensor)
-        => tensor.EndsWith(".weight" + ScaleSuffix, StringComparison.Ordinal) ? tensor[..^ScaleSuffix.Length] : null;
+        => tensor.EndsWith(".weight" + Fp8Blocks.ScaleSuffix, StringComparison.Ordinal) ? tensor[..^Fp8Blocks.ScaleSuffix.Length] : null;
 
     /// Fills a parameter from checkpoint tensors; DSG0704 where one has another number of elements.
     public float[] Gather(string parameter, Func<string, float[]> tensor)

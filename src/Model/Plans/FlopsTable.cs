@@ -60,7 +60,7 @@ public static class FlopsTable
         var (kernel, path) = (line.Kernel, line.Path.Split('.'));
         if (line.Phase is "prologue" or "epilogue")
             return FlopsParts.Optimizer;
-        if (kernel.StartsWith("attention", StringComparison.Ordinal))
+        if (kernel.StartsWith("attention", StringComparison.Ordinal) || kernel == "cache_attention")
             return FlopsParts.Core;
         if (kernel.Contains("rms_norm", StringComparison.Ordinal))
             return FlopsParts.Norms;
@@ -93,11 +93,14 @@ public static class FlopsTable
         if (difference == 0)
             return "";
         var recompute = PlanSummary.Setting(plan, "recompute") ?? "none";
+        var generates = PlanSummary.Setting(plan, "mode") == "generate";
         return part switch
         {
             FlopsParts.Core when again > 0 =>
                 "flash attention's backward makes the scores again (2.5 x forward, not 2 x); "
                     + "and recompute runs the forward kernel twice",
+            FlopsParts.Core when generates =>
+                "scores of all places of the cache, in the space of the latent; the formula's of one sequence, backward too",
             FlopsParts.Core => "flash attention's backward makes the scores again: 2.5 x forward, not 2 x",
             FlopsParts.Logits when difference > 0 =>
                 "cross-entropy over a split vocabulary makes the logits again in the backward pass",
@@ -111,6 +114,7 @@ public static class FlopsTable
             FlopsParts.Optimizer => "the formula leaves the step's end out: norm, clip, AdamW",
             _ when difference > 0 && recompute != "none" => $"computed again in the backward pass: {recompute}",
             _ when difference > 0 => "computed on more than one rank",
+            _ when generates => "a plan that generates has no backward pass",
             _ => "a gradient that nothing reads is not computed",
         };
     }

@@ -20,11 +20,10 @@ public sealed unsafe class StateSources
     /// What is not as a resumed run would have it, without being wrong.
     public IReadOnlyList<string> Remarks { get; private init; } = [];
 
-    /// Everything that does not fit, in one diagnostic: DSG0844. `part`: the plan may have less than the checkpoint's model, as one that
-    /// generates has no multi-token prediction.
-    public static StateSources Of(PlanSet plan, CheckpointReader checkpoint, bool part = false)
+    /// Everything that does not fit, in one diagnostic: DSG0844. `isUnused`: parameters that the plan may go without.
+    public static StateSources Of(PlanSet plan, CheckpointReader checkpoint, Func<string, bool>? isUnused = null)
     {
-        var tensors = checkpoint.Manifest.Tensors;
+        var tensors = checkpoint.Manifest.Tensors.Where(tensor => isUnused?.Invoke(StateSlot.ParameterOf(tensor.Name)) != true).ToList();
         var hasOptimizer = tensors.Any(tensor => tensor.Kind == StoredTensor.Optimizer);
         List<(string Name, string Text)> missing = [], shapes = [], types = [];
         var slots = StateSlot.Of(plan);
@@ -52,7 +51,7 @@ public sealed unsafe class StateSources
         }
 
         var known = slots.Select(slot => StateSlot.ParameterOf(slot.Name)).ToHashSet(StringComparer.Ordinal);
-        var unknown = tensors.Where(tensor => !part && !known.Contains(StateSlot.ParameterOf(tensor.Name))).Select(tensor => (tensor.Name, tensor.Name)).ToList();
+        var unknown = tensors.Where(tensor => !known.Contains(StateSlot.ParameterOf(tensor.Name))).Select(tensor => (tensor.Name, tensor.Name)).ToList();
         List<string> wrong =
         [
             .. Listed("missing in the checkpoint", WithoutStates(missing)),

@@ -1,6 +1,7 @@
 // Generates: a prefill plan reads the prompts, a decoding plan makes token after token, both over the same weights and caches.
 
 using System.Runtime.CompilerServices;
+using DeepSeekGraph.Runtime.Checkpoints;
 using DeepSeekGraph.Runtime.Execution;
 using DeepSeekGraph.Runtime.Memory;
 using DeepSeekGraph.Runtime.Native;
@@ -18,6 +19,12 @@ public sealed record GeneratorOptions
 {
     /// Weights by parameter name, whole; null keeps the plan's own initial value.
     public Func<string, Tensor?>? Weights { get; init; }
+
+    /// Weights from a checkpoint of any layout, instead; open until the generator has started.
+    public CheckpointReader? Checkpoint { get; init; }
+
+    /// Parameters of the checkpoint that generation goes without: those of multi-token prediction.
+    public Func<string, bool>? IsUnused { get; init; }
 
     /// Seed of initial values, where there are no weights.
     public ulong Seed { get; init; } = 1234;
@@ -72,17 +79,16 @@ public sealed class Generator : IAsyncDisposable
     public IReadOnlyList<(long Weights, long Caches)> Held
         => [.. _prefill.Runners.Select(r => (r.Memory.LiveOf(SlotKind.Parameter), r.Memory.LiveOf(SlotKind.Cache)))];
 
-    /// Allocates and fills all ranks. Both plans are of one model, mesh and cache.
+    /// Allocates and fills all ranks. Both plans are of one model, mesh and cache. DSG0806, DSG0844 where weights do not fit.
     public static async Task<Generator> StartAsync(
         PlanSet prefill, PlanSet decode, GeneratorOptions options, CancellationToken cancellationToken = default)
     {
         LibTorch.Load();
+        var sources = options.Checkpoint is { } checkpoint ? StateSources.Of(prefill, checkpoint, options.IsUnused) : null;
         var generator = new Generator(prefill, decode, options);
         try
         {
-            await generator._prefill.OnAllAsync(
-                runner => ParameterState.Initialize(runner, options.Seed, options.Weights), cancellationToken)
-                .ConfigureAwait(false);
+            await generator._prefill.OnAllAsync(Fill, cancellationToken).ConfigureAwait(false);
             await generator._decode.OnAllAsync(RequireSameState, cancellationToken).ConfigureAwait(false);
             generator.Places = generator._prefill.Runners
                 .SelectMany(r => r.Persistent)
@@ -94,6 +100,14 @@ public sealed class Generator : IAsyncDisposable
         {
             await generator.DisposeAsync().ConfigureAwait(false);
             throw;
+        }
+
+        void Fill(RankRunner runner)
+        {
+            if (sources is null)
+                ParameterState.Initialize(runner, options.Seed, options.Weights);
+            else
+                sources.Load(runner);
         }
     }
 
@@ -204,7 +218,10 @@ public sealed class Generator : IAsyncDisposable
         using var ids = tensor(rows.Ids, shape);
         using var positions = tensor(rows.Positions, shape);
         using var last = tensor(rows.Last, shape);
-        var inputs = new TensorInputs(plan, [new Dictionary<string, Tensor> { ["tokens"] = ids, ["positions"] = positions, ["last"] = last }]);
+        using var mask = tensor(rows.Positions.Select(p => p < 0 ? 0f : 1f).ToArray(), shape);
+        var inputs = new TensorInputs(
+            plan,
+            [new Dictionary<string, Tensor> { ["tokens"] = ids, ["positions"] = positions, ["last"] = last, ["token_mask"] = mask }]);
         await ranks.OnAllAsync(runner => runner.RunStep(1, inputs), cancellationToken).ConfigureAwait(false);
         const string logits = "observe:logits";
         var stage = ranks.Runners.First(r => r.Find(logits) is not null).Rank.Stage;

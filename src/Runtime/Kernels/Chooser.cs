@@ -5,12 +5,13 @@ using System.Runtime.Intrinsics;
 
 namespace DeepSeekGraph.Runtime.Kernels;
 
-/// <summary>Group-limited top-k (arXiv 2412.19437, 2.1.2); ties: lowest index, and a NaN is the least.</summary>
+/// <summary>Group-limited top-k (arXiv 2412.19437, 2.1.2; 2405.04434, 2.2.2); ties: lowest index, and a NaN is the least.</summary>
 internal readonly unsafe ref struct Chooser
 {
     private readonly int _experts;
     private readonly int _size;
     private readonly int _lost;
+    private readonly bool _byBest;
     private readonly int[] _groups;
     private readonly int[] _best;
     private readonly int* _keys;
@@ -18,14 +19,16 @@ internal readonly unsafe ref struct Chooser
     private readonly int* _groupKeys;
     private readonly int _groupCount;
 
-    /// <summary>Attributes 0 to 3 of the launch: topK, groups, keepGroups, zeroMasked.</summary>
+    /// <summary>Attributes 0 to 4 of the launch: topK, groups, keepGroups, zeroMasked, best.</summary>
     public Chooser(in KernelCall call, int experts)
-        : this(experts, call.Int(0), Math.Max(1, call.Int(1)), call.Int(2), call.Int(3) != 0)
+        : this(experts, call.Int(0), Math.Max(1, call.Int(1)), call.Int(2), call.Int(3) != 0, call.Int(4) != 0)
     {
     }
 
-    public Chooser(int experts, int topK, int groups, int keep, bool zeroMasked)
+    /// <summary>`byBest`: a group scores its best expert, else the sum of its two best.</summary>
+    public Chooser(int experts, int topK, int groups, int keep, bool zeroMasked, bool byBest)
     {
+        _byBest = byBest;
         _experts = experts;
         _size = experts / groups;
         _groupCount = groups;
@@ -53,10 +56,13 @@ internal readonly unsafe ref struct Chooser
     /// <summary>The chosen experts, in ascending order.</summary>
     public ReadOnlySpan<int> Best => _best;
 
-    /// <summary>Fills the row with the sigmoid of logits, plus a bias where there is one.</summary>
-    public void Score(float* logits, float* bias)
+    /// <summary>Fills the row with the sigmoid of logits, or their softmax, plus a bias where there is one.</summary>
+    public void Score(float* logits, float* bias, bool softmax = false)
     {
-        Simd.Sigmoid(logits, Scores, _experts);
+        if (softmax)
+            Simd.Softmax(logits, Scores, _experts);
+        else
+            Simd.Sigmoid(logits, Scores, _experts);
         var i = 0;
         if (bias is null)
             new ReadOnlySpan<float>(Scores, _experts).CopyTo(new Span<float>(Row, _experts));
@@ -79,7 +85,7 @@ internal readonly unsafe ref struct Chooser
         else
         {
             for (var g = 0; g < _groupCount; g++)
-                _groupKeys[g] = Selection.Key(Selection.BestTwo(Row + (g * _size), _size));
+                _groupKeys[g] = Selection.Key(_byBest ? Selection.Best(Row + (g * _size), _size) : Selection.BestTwo(Row + (g * _size), _size));
             Selection.Top(_groupKeys, Selection.Padded(_groupCount), _groups);
             if (!ChooseAmongKept())
             {
@@ -160,6 +166,19 @@ internal static unsafe class Selection
         }
 
         return least;
+    }
+
+    /// <summary>The largest score; NaN counts as none.</summary>
+    public static float Best(float* scores, int n)
+    {
+        var best = float.NegativeInfinity;
+        for (var i = 0; i < n; i++)
+        {
+            if (scores[i] > best)
+                best = scores[i];
+        }
+
+        return best;
     }
 
     /// <summary>The sum of the two largest scores, or the only one; NaN counts as none.</summary>

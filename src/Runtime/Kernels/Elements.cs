@@ -102,6 +102,20 @@ internal static unsafe class Simd
             to[i] = Sigmoid(Vector256.Create(from[i]))[0];
     }
 
+    /// <summary>exp(x - max) over their sum, for n elements.</summary>
+    public static void Softmax(float* from, float* to, int n)
+    {
+        var largest = Max(from, n);
+        var i = 0;
+        for (; i <= n - 8; i += 8)
+            Vector256.Exp(Vector256.Load(from + i) - Vector256.Create(largest)).Store(to + i);
+        for (; i < n; i++)
+            to[i] = MathF.Exp(from[i] - largest);
+        var total = Sum(to, n);
+        for (i = 0; i < n; i++)
+            to[i] /= total;
+    }
+
     /// <summary>The largest element; minus infinity of none.</summary>
     public static float Max(float* p, int n)
     {

@@ -7,7 +7,7 @@ namespace DeepSeekGraph.Runtime.Kernels;
 
 internal static unsafe class RouterKernels
 {
-    /// <summary>scores[b s e] fp32 -> mask[b s e]; the rule of DeepSeek-V3 (arXiv 2412.19437, 2.1.2); ties: lowest index.</summary>
+    /// <summary>scores[b s e] fp32 -> mask[b s e]; the rules of Chooser.</summary>
     public static void GroupTopK(in KernelCall call)
     {
         var scores = call.In(0);
@@ -46,7 +46,7 @@ internal static unsafe class RouterKernels
         var weights = new Weights(call);
         for (long at = 0; at < probs.Count; at += experts)
         {
-            chooser.Score(logits.Floats + at, bias.Floats);
+            chooser.Score(logits.Floats + at, bias.Floats, weights.Softmax);
             chooser.Choose(new Span<byte>(mask + at, experts));
             var p = new Span<float>(probs.Floats + at, experts);
             p.Clear();
@@ -70,15 +70,18 @@ internal static unsafe class RouterKernels
         var count = Counts(call, experts);
         var weights = new Weights(call);
         var chosen = new int[experts];
+        var scores = stackalloc float[weights.Softmax ? experts : 0];
         for (long at = 0; at < probs.Count; at += experts)
         {
             var p = new Span<float>(probs.Floats + at, experts);
             p.Clear();
+            if (weights.Softmax)
+                Simd.Softmax(logits.Floats + at, scores, experts);
             var found = 0;
             foreach (var e in new Chosen(mask + at, experts))
             {
                 count[e]++;
-                p[e] = Score(logits.Floats[at + e]);
+                p[e] = weights.Softmax ? scores[e] : Score(logits.Floats[at + e]);
                 chosen[found++] = e;
             }
 
@@ -93,12 +96,14 @@ internal static unsafe class RouterKernels
         return count;
     }
 
-    /// <summary>Attributes 4 to 6 of a router: how scores of the chosen become weights.</summary>
+    /// <summary>Attributes 5 to 8 of a router: how scores of the chosen become weights, and logits scores.</summary>
     private readonly struct Weights(in KernelCall call)
     {
-        private readonly bool _normalize = call.Int(4) != 0;
-        private readonly float _eps = (float)call.Float(5);
-        private readonly float _factor = (float)call.Float(6);
+        private readonly bool _normalize = call.Int(5) != 0;
+        private readonly float _eps = (float)call.Float(6);
+        private readonly float _factor = (float)call.Float(7);
+
+        public bool Softmax { get; } = call.Int(8) != 0;
 
         /// <summary>Turns the scores of the chosen, which ascend, into their weights.</summary>
         public void Of(ReadOnlySpan<int> chosen, Span<float> p)
@@ -111,12 +116,13 @@ internal static unsafe class RouterKernels
         }
     }
 
-    /// <summary>dp[b s e], logits, mask -> dlogits: only chosen experts have a gradient.</summary>
+    /// <summary>dp[b s e], logits, mask -> dlogits: only scores of chosen experts have a gradient.</summary>
     public static void RouterGrad(in KernelCall call)
     {
         var experts = (int)call.In(1).shape[^1];
-        var normalize = call.Int(4) != 0;
-        float eps = (float)call.Float(5), factor = (float)call.Float(6);
+        var (normalize, softmax) = (call.Int(5) != 0, call.Int(8) != 0);
+        float eps = (float)call.Float(6), factor = (float)call.Float(7);
+        var scores = stackalloc float[softmax ? experts : 0];
         using var dp = Operand.Float(call.In(0));
         using var logits = Operand.Float(call.In(1));
         var mask = (byte*)call.In(2).Pointer();
@@ -124,10 +130,12 @@ internal static unsafe class RouterKernels
         for (long at = 0; at < dx.Count; at += experts)
         {
             new Span<float>(dx.Floats + at, experts).Clear();
+            if (softmax)
+                Simd.Softmax(logits.Floats + at, scores, experts);
             float total = 0, dot = 0;
             foreach (var e in new Chosen(mask + at, experts))
             {
-                var score = Score(logits.Floats[at + e]);
+                var score = softmax ? scores[e] : Score(logits.Floats[at + e]);
                 total += score;
                 dot += dp.Floats[at + e] * score;
                 dx.Floats[at + e] = score;
@@ -135,11 +143,18 @@ internal static unsafe class RouterKernels
 
             var whole = normalize ? total + eps : 1;
             var shared = normalize ? dot / whole : 0;
+            var drawn = 0f;
             foreach (var e in new Chosen(mask + at, experts))
             {
                 var score = dx.Floats[at + e];
-                dx.Floats[at + e] = factor * (dp.Floats[at + e] - shared) / whole * score * (1 - score);
+                var slope = factor * (dp.Floats[at + e] - shared) / whole;
+                dx.Floats[at + e] = softmax ? slope : slope * score * (1 - score);
+                drawn += slope * score;
             }
+
+            // what one expert gains, all lose by their shares
+            for (var e = 0; softmax && e < experts; e++)
+                dx.Floats[at + e] = scores[e] * (dx.Floats[at + e] - drawn);
         }
     }
 
@@ -153,7 +168,7 @@ internal static unsafe class RouterKernels
         using var w = Operand.Float(call.In(1));
         using var counts = new Result(call.Out(0), torch.ScalarType.Float32);
         using var shares = new Result(call.Out(1), torch.ScalarType.Float32);
-        using var chooser = new Chooser(experts, call.Int(0), 1, 1, false);
+        using var chooser = new Chooser(experts, call.Int(0), 1, 1, false, byBest: false);
         var mask = new byte[experts];
         double[] count = new double[experts], share = new double[experts];
         for (var b = 0; b < batch; b++)

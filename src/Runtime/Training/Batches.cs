@@ -11,9 +11,10 @@ namespace DeepSeekGraph.Runtime.Training;
 
 /// <summary>
 /// A global batch: tokens [Rows, Columns]; masks [Rows, sequence length], null where every position counts. Every depth of
-/// multi-token prediction has the mask MtpMask.
+/// multi-token prediction has the mask MtpMask; TokenMask is 0 for tokens that go to no routed expert.
 /// </summary>
-public sealed record TrainingBatch(int Rows, int Columns, long[] Tokens, float[]? LossMask = null, float[]? MtpMask = null);
+public sealed record TrainingBatch(
+    int Rows, int Columns, long[] Tokens, float[]? LossMask = null, float[]? MtpMask = null, float[]? TokenMask = null);
 
 /// <summary>Global batches by step, from 0; equal calls give equal batches.</summary>
 public interface IBatchSource
@@ -92,10 +93,11 @@ internal sealed class BatchInputs : IInputSource
     /// mtp_mask, mtp2_mask, ...: by depth.
     private float[]? MaskOf(string name)
         => name == "loss_mask" ? _batch.LossMask
+            : name == "token_mask" ? _batch.TokenMask
             : name.StartsWith("mtp", StringComparison.Ordinal) && name.EndsWith("_mask", StringComparison.Ordinal)
                 && name[3..^5].All(char.IsAsciiDigit) ? _batch.MtpMask
             : throw new InvalidOperationException(
-                $"the plan wants an input '{name}', the data has tokens, loss_mask and a mask of each depth of multi-token prediction (mtp_mask)");
+                $"the plan wants an input '{name}', the data has tokens, loss_mask, token_mask and a mask of each depth of multi-token prediction (mtp_mask)");
 }
 
 /// <summary>Inputs given as whole tensors, one dictionary a microbatch.</summary>

@@ -20,11 +20,13 @@ let private yarn = {
 }
 
 let private routing = {
+    Score = ScoreFunction.Sigmoid
     Choice = {
         TopK = 2
         Groups = 2
         KeepGroups = 1
         ZeroMasked = false
+        GroupScore = GroupScore.BestTwo
     }
     Normalize = true
     Eps = 1e-20
@@ -56,6 +58,15 @@ let private samples = [
     Op.AddRmsNorm 1e-6, [ x; x; float32 [ "hidden", 6 ] ]
     Op.RmsNormGradXAdd 1e-6, [ x; x; float32 [ "hidden", 6 ]; x ]
     Op.Router routing, [ x; float32 [ "hidden", 6 ] ]
+    Op.Router {
+        routing with
+            Score = ScoreFunction.Softmax
+            Choice = {
+                routing.Choice with
+                    GroupScore = GroupScore.Best
+            }
+    },
+    [ x; float32 [ "hidden", 6 ] ]
     Op.RouterGrad routing, [ x; x; TensorType.create DType.Bool [ "batch", 2; "seq", 4; "hidden", 6 ] ]
     Op.Balance(2, 1e-20), [ x; float32 [ "batch", 2; "seq", 4 ] ]
     Op.BalanceGrad 1e-20, [ float32 [ "batch", 2; "hidden", 6 ]; x; float32 [ "batch", 2; "seq", 4 ] ]
@@ -81,6 +92,7 @@ let private samples = [
         Groups = 2
         KeepGroups = 1
         ZeroMasked = true
+        GroupScore = GroupScore.BestTwo
     },
     [ x ]
     Op.Route(2, 8), [ TensorType.create DType.Bool [ "batch", 2; "seq", 4; "experts", 8 ] ]
