@@ -32,10 +32,16 @@ Console.WriteLine($"published: {bytes / 1e9:F2} GB, largest tensor {largest / 1e
 // export needs LibTorch, which a machine may not have
 if (more is [_, _, var only])
     contestants = [.. contestants.Where(one => one.Name.StartsWith("cp", StringComparison.Ordinal) || one.Name.StartsWith(only, StringComparison.Ordinal))];
-foreach (var (from, to) in (ValueTuple<int, string>[])[(2, "kept1"), (3, "kept4")])
+
+// memory by itself: to look for it every 2 ms takes a part of a core
+var memory = new long[contestants.Length];
+for (var i = 0; i < contestants.Length; i++)
 {
-    Child.Run(contestants[from].Command);
-    Directory.Move(Path.Combine(folder, contestants[from].Out), Path.Combine(folder, to));
+    memory[i] = Child.Run(contestants[i].Command, watch: true).Anonymous;
+    if (contestants.Length > 4 && contestants[i].Out is "one" or "four")
+        Directory.Move(Path.Combine(folder, contestants[i].Out), Path.Combine(folder, contestants[i].Out == "one" ? "kept1" : "kept4"));
+    else
+        Directory.Delete(Path.Combine(folder, contestants[i].Out), recursive: true);
 }
 
 var seen = contestants.Select(_ => new List<Child>()).ToArray();
@@ -57,7 +63,7 @@ for (var i = 0; i < contestants.Length; i++)
     var seconds = Median(seen[i].Select(child => child.Seconds));
     Console.WriteLine(string.Create(
         CultureInfo.InvariantCulture,
-        $"| {contestants[i].Name} | {seconds:F2} | {seen[i].Min(child => child.Seconds):F2} | {bytes / 1e9 / seconds:F2} | {Over(0)} | {Over(1)} | {seen[i].Max(child => child.Anonymous) / 1e6:F0} |"));
+        $"| {contestants[i].Name} | {seconds:F2} | {seen[i].Min(child => child.Seconds):F2} | {bytes / 1e9 / seconds:F2} | {Over(0)} | {Over(1)} | {memory[i] / 1e6:F0} |"));
 }
 
 foreach (var left in Directory.GetDirectories(folder))
@@ -73,13 +79,14 @@ static double Median(IEnumerable<double> values)
 /// What a process took: time from start to end, and the most anonymous memory that it had (RssAnon: without mapped files), as seen every 2 ms.
 internal sealed record Child(double Seconds, long Anonymous)
 {
-    public static Child Run(string command)
+    public static Child Run(string command, bool watch = false)
     {
         var begin = Stopwatch.GetTimestamp();
         using var process = Process.Start(new ProcessStartInfo("sh", ["-c", command]) { RedirectStandardOutput = true })!;
         var most = 0L;
-        while (!process.WaitForExit(2))
+        while (watch && !process.WaitForExit(2))
             most = Math.Max(most, RssAnon(process.Id));
+        process.WaitForExit();
         var seconds = Stopwatch.GetElapsedTime(begin).TotalSeconds;
         return process.ExitCode == 0 ? new Child(seconds, most) : throw new InvalidOperationException($"'{command}' ended with {process.ExitCode}");
     }

@@ -44,7 +44,7 @@ internal static class Import
     {
         using var bridge = AutoBridge.FromHfPretrained(folder, noMtp);
         var progress = new ByteProgress("import");
-        var outcome = CheckpointImport.Write(bridge, root, model => model.Compile(recipe), options with
+        var outcome = CheckpointImport.Write(bridge, root, model => (model with { Observe = true }).Compile(recipe), options with
         {
             Kept = KeptFiles.In(bridge.Folder),
             Progress = progress.Show,
@@ -57,12 +57,15 @@ internal static class Import
         return ExitCode.Ok;
     }
 
-    /// Only where parameters lie matters: a short sequence, and as many microbatches as the schedule wants.
+    /// Only where parameters lie matters: a short sequence, and no backward pass, which doubles the time to compile. Chunks take turns
+    /// by microbatches, which a plan without one does not have.
     private static Recipe RecipeOf(DegreeOptions degrees, int chunks, ParseResult parse)
     {
         var recipe = degrees.Over(Recipe.Default.WithName("imported"), parse).WithVirtualPipeline(chunks);
         var mesh = Compilation.Mesh(recipe);
-        return recipe.WithBatch(mesh.Data * mesh.Pipeline, 1, 2 * mesh.Tensor);
+        return chunks == 1
+            ? recipe.WithMode(Mode.Generate).WithBatch(mesh.Data, 1, 2 * mesh.Tensor)
+            : recipe.WithBatch(mesh.Data * mesh.Pipeline, 1, 2 * mesh.Tensor);
     }
 
     internal static DType? DTypeOf(string? name) => name switch

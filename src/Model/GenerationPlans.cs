@@ -9,7 +9,7 @@ public sealed record GenerationPlans(PlanSet Prefill, PlanSet Decode)
 {
     /// Compiles both with the recipe's degrees, layout, dispatcher and precision; mistakes are thrown together as a
     /// DiagnosticException. The batch is rounded up to a multiple of the data parallel degree; sequences are not split
-    /// (a decoding step has one token of each), and chunks of a virtual pipeline run one after the other. Rows are exchanged
+    /// (a decoding step has one token of each), and there is no virtual pipeline. Rows are exchanged
     /// between ranks of different tokens; where tensor parallel ranks cannot share the tokens, as in decoding, tokens are
     /// gathered instead (dispatcher allgather), which for so few is also less to send.
     public static GenerationPlans Compile(DeepSeekV3 model, Recipe recipe, int batch, int promptLength, int places)
@@ -26,7 +26,7 @@ public sealed record GenerationPlans(PlanSet Prefill, PlanSet Decode)
         // objectives have no part in it, and padding is not routed
         model = model with { Config = model.Config.WithoutMtp(), Masked = true };
         recipe = recipe.WithMode(Mode.Generate).WithLayout(recipe.Layout.Replace("m", "", StringComparison.Ordinal))
-            .WithSequenceParallel(false).WithRecompute().WithRecomputeBudget(0);
+            .WithSequenceParallel(false).WithVirtualPipeline(1).WithRecompute().WithRecomputeBudget(0);
         var data = Compilation.Mesh(recipe).Data;
         var each = (batch + data - 1) / data;
         return new(Of(promptLength, decoding: false), Of(1, decoding: true));
