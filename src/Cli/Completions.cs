@@ -3,6 +3,7 @@
 using System.Diagnostics;
 using System.Globalization;
 using System.Text;
+using System.Text.Encodings.Web;
 using System.Text.Json;
 using DeepSeekGraph.Models;
 using DeepSeekGraph.Runtime.Generation;
@@ -12,6 +13,9 @@ namespace DeepSeekGraph.Cli;
 /// Shows what is generated: of one prompt as it comes, of several each when it is whole, or as JSON at the end.
 internal sealed class Completions
 {
+    // no page of HTML will hold it
+    private static readonly JsonSerializerOptions s_readable = new() { Encoder = JavaScriptEncoder.UnsafeRelaxedJsonEscaping };
+
     private readonly GenerateChoices _choices;
     private readonly IReadOnlyList<IReadOnlyList<long>> _prompts;
     private readonly TextCodec _codec;
@@ -70,13 +74,15 @@ internal sealed class Completions
             Console.Write(text);
     }
 
-    private string Json(int prompt) => JsonSerializer.Serialize(new Dictionary<string, object>
-    {
-        ["prompt"] = prompt < _choices.Prompts.Count ? _choices.Prompts[prompt] : _choices.PromptIds[prompt - _choices.Prompts.Count],
-        ["prompt_ids"] = _prompts[prompt],
-        ["text"] = _texts[prompt].ToString(),
-        ["token_ids"] = _tokens[prompt],
-        ["finish_reason"] = _tokens[prompt] is [.., var last] && _codec.Stops.Contains(last) ? "stop"
-            : _tokens[prompt].Count == _choices.MaxNewTokens ? "length" : "interrupted",
-    });
+    private string Json(int prompt) => JsonSerializer.Serialize(
+        new Dictionary<string, object>
+        {
+            ["prompt"] = prompt < _choices.Prompts.Count ? _choices.Prompts[prompt] : _choices.PromptIds[prompt - _choices.Prompts.Count],
+            ["prompt_ids"] = _prompts[prompt],
+            ["text"] = _texts[prompt].ToString(),
+            ["token_ids"] = _tokens[prompt],
+            ["finish_reason"] = _tokens[prompt] is [.., var last] && _codec.Stops.Contains(last) ? "stop"
+                : _tokens[prompt].Count == _choices.MaxNewTokens ? "length" : "interrupted",
+        },
+        s_readable);
 }

@@ -3,8 +3,10 @@ module DeepSeekGraph.Cli.Tests.GenerateTests
 
 open System
 open System.IO
+open System.Text.Json
 open Expecto
 open DeepSeekGraph
+open DeepSeekGraph.Testing
 open DeepSeekGraph.Cli.Tests
 
 let private succeed folder arguments =
@@ -52,4 +54,48 @@ let private ids =
             Expect.equal (run [ "--temperature"; "2"; "--seed"; "7"; "--tp"; "2"; "--ep"; "2" ]) drawn "on other ranks"
             Expect.notEqual drawn greedy "not the likeliest")
 
-let tests = testList "generate" [ mistakes; ids ]
+let private withTokenizer =
+    testCase "a model with a tokenizer: exported with what ends a text, gone on with in text"
+    <| fun () ->
+        Dsg.inFolder (fun folder ->
+            let data = Dsg.writeText folder
+            SampleTokenizer.writeTo folder SampleTokenizer.json SampleTokenizer.config
+
+            succeed folder [
+                "pretrain"
+                "--tp"
+                "1"
+                "--steps"
+                "2"
+                "--save-interval"
+                "2"
+                "--seq-length"
+                "16"
+                "--global-batch"
+                "2"
+                "--set"
+                "model.vocab_size=384"
+                "--data"
+                data
+                "--tokenizer"
+                "tokenizer.json"
+                "--out"
+                "run"
+            ]
+            |> ignore
+
+            succeed folder [ "export"; "--checkpoint"; "run"; "--out"; "published" ] |> ignore
+
+            let ends =
+                File.ReadAllText(Path.Combine(folder, "published", "generation_config.json")) |> JsonDocument.Parse
+
+            Expect.isTrue (fst (ends.RootElement.TryGetProperty "eos_token_id")) "eos_token_id"
+            let more = [ "--prompt"; "the abc"; "--max-new-tokens"; "3"; "--json" ]
+            let own = (succeed folder ([ "generate"; "--checkpoint"; "run" ] @ more)).Out
+            let published = (succeed folder ([ "generate"; "--hf"; "published" ] @ more)).Out
+            let json (out: string) = out.Split '\n' |> Array.find _.StartsWith('{')
+            Expect.equal (json own) (json published) "the same"
+            let first = SampleTokenizer.vocabulary["the"]
+            Expect.stringContains (json own) $"\"prompt_ids\":[0,%i{first}," "begins as the tokenizer says")
+
+let tests = testList "generate" [ mistakes; ids; withTokenizer ]

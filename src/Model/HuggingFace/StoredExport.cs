@@ -30,6 +30,17 @@ public sealed record StoredExportOptions
 public static class StoredExport
 {
     private const string Master = "master:";
+    private const string GenerationConfig = "generation_config.json";
+
+    private static byte[] Ends(HuggingFaceTokenizer tokenizer)
+    {
+        var text = new JsonObject { ["_from_model_config"] = true };
+        if (tokenizer.Bos is { } bos)
+            text["bos_token_id"] = bos;
+        if (tokenizer.Eos is { } eos)
+            text["eos_token_id"] = eos;
+        return System.Text.Encoding.UTF8.GetBytes(text.ToJsonString(new() { WriteIndented = true }) + "\n");
+    }
 
     /// Bytes written. DSG0847 where the checkpoint is not of a published model; DSG0815, DSG0816 as ShardedWriter says.
     public static long Write(CheckpointReader checkpoint, string folder, StoredExportOptions options)
@@ -98,6 +109,10 @@ public static class StoredExport
                 foreach (var (name, bytes) in ByteTokenizerFiles.All)
                     files.TryAdd(name, bytes);
             }
+
+            // of what was trained with a tokenizer, that one knows where a text begins and ends
+            if (checkpoint.Manifest.Data is not null && files.ContainsKey("tokenizer.json") && !files.ContainsKey(GenerationConfig))
+                files.Add(GenerationConfig, Ends(HuggingFaceTokenizer.Load(checkpoint.Folder)));
 
             // as it was, where it still says what the weights are
             if (files.TryGetValue("config.json", out var text) && !SaysWhatIsWritten(text))
