@@ -28,7 +28,7 @@ internal static class Export
             JobOptions.Required(parse, folder),
             new StoredExportOptions
             {
-                DType = Import.DTypeOf(parse.GetValue(dtype)),
+                DType = JobOptions.DTypeOf(parse.GetValue(dtype)),
                 Fp8 = parse.GetValue(fp8),
                 ShardBytes = SizeOf(parse.GetValue(shard)),
             }));

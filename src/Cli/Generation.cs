@@ -77,7 +77,7 @@ internal static class Generation
         {
             if (prompts[i].Count == 0)
                 throw Wrong("--prompt", $"prompt {i + 1} has no token", "give a text that is not empty");
-            if (prompts[i].FirstOrDefault(id => id < 0 || id >= vocabulary, -1) is var wrong && prompts[i].Any(id => id < 0 || id >= vocabulary))
+            if (prompts[i].Where(id => id < 0 || id >= vocabulary).Take(1).ToArray() is [var wrong])
                 throw Wrong("--prompt", $"prompt {i + 1} has the token {wrong}, the model's vocabulary {vocabulary}", $"give ids from 0 to {vocabulary - 1}");
         }
 

@@ -36,7 +36,7 @@ internal static class Import
             JobOptions.Required(parse, root),
             RecipeOf(degrees, JobOptions.Degree(parse, chunks) ?? 1, parse),
             parse.GetValue(noMtp),
-            new ImportOptions { DType = DTypeOf(parse.GetValue(dtype)), Strict = !parse.GetValue(notStrict) }));
+            new ImportOptions { DType = JobOptions.DTypeOf(parse.GetValue(dtype)), Strict = !parse.GetValue(notStrict) }));
         return verb;
     }
 
@@ -46,7 +46,7 @@ internal static class Import
         var progress = new ByteProgress("import");
         var outcome = CheckpointImport.Write(bridge, root, model => (model with { Observe = true }).Compile(recipe), options with
         {
-            Kept = KeptFiles.In(bridge.Folder),
+            Kept = [.. SmallFiles.In(bridge.Folder, SmallFiles.All)],
             Progress = progress.Show,
         });
         progress.Close(outcome.Bytes);
@@ -67,13 +67,4 @@ internal static class Import
             ? recipe.WithMode(Mode.Generate).WithBatch(mesh.Data, 1, 2 * mesh.Tensor)
             : recipe.WithBatch(mesh.Data * mesh.Pipeline, 1, 2 * mesh.Tensor);
     }
-
-    internal static DType? DTypeOf(string? name) => name switch
-    {
-        null => null,
-        "fp32" => DType.Float32,
-        "bf16" => DType.BFloat16,
-        _ => throw DiagnosticException.Of(
-            Codes.OptionValue, "--dtype", $"there is no dtype '{name}' of checkpoints", Nearest.Help(name, ["fp32", "bf16"])),
-    };
 }

@@ -162,6 +162,16 @@ internal sealed class JobOptions
             : throw DiagnosticException.Of(
                 Codes.OptionValue, option.Name, $"'{option.Name} {option.HelpName}' is not given", $"{option.Name}: {option.Description}");
 
+    /// The element type of a --dtype that has two choices; null where it is not given.
+    public static DType? DTypeOf(string? name) => name switch
+    {
+        null => null,
+        "fp32" => DType.Float32,
+        "bf16" => DType.BFloat16,
+        _ => throw DiagnosticException.Of(
+            Codes.OptionValue, "--dtype", $"there is no dtype '{name}' here", Nearest.Help(name, ["fp32", "bf16"])),
+    };
+
     /// A recipe takes 0 for a degree that is not given; on the command line it is a mistake.
     public static int? Degree(ParseResult parse, Option<int?> option)
         => parse.GetValue(option) is { } degree && degree < 1

@@ -40,7 +40,7 @@ internal sealed class ModelSource : IDisposable
                 return new(bridge, null, bridge.Config);
             case (null or "", { Length: > 0 } path):
                 var checkpoint = CheckpointReader.Open(path);
-                return new(null, checkpoint, FlopsTable.ConfigOf(checkpoint.Manifest.Recipe)?.WithoutMtp() ?? throw DiagnosticException.Of(
+                return new(null, checkpoint, RecordFields.ConfigOf(checkpoint.Manifest.Recipe)?.WithoutMtp() ?? throw DiagnosticException.Of(
                     Codes.CheckpointMismatch,
                     checkpoint.Folder,
                     "the checkpoint does not say which model it is of",
@@ -53,7 +53,7 @@ internal sealed class ModelSource : IDisposable
 
     /// fp32 for weights of fp32, else what this machine multiplies faster.
     public DType DTypeOf(string? name)
-        => Import.DTypeOf(name) ?? (IsFloat32 ? DType.Float32 : DTypeProbe.Faster);
+        => JobOptions.DTypeOf(name) ?? (IsFloat32 ? DType.Float32 : DTypeProbe.Faster);
 
     private bool IsFloat32 => _bridge is { } bridge
         ? bridge.Tensors.Info("lm_head.weight").DType == "F32"

@@ -1,7 +1,6 @@
 // dsg run: executes a plan file.
 
 using System.CommandLine;
-using DeepSeekGraph.Compiler;
 using DeepSeekGraph.Models;
 
 namespace DeepSeekGraph.Cli;
@@ -22,7 +21,7 @@ internal static class Run
     {
         var plan = PlanFile.Read(path);
         Jobs.Check(plan, path);
-        if (plan.Recipe.Contains($"mode={Mode.Generate.Name}"))
+        if (PlanSummary.Generates(plan))
         {
             throw DiagnosticException.Of(
                 Codes.PlanMode, path, "the plan generates, it does not train", "give a plan of mode train; dsg generate compiles the plans that generate");

@@ -84,17 +84,9 @@ internal static class Verify
 
     private static Recipe RecipeOf(ParseResult parse)
     {
-        var name = parse.GetValue(DTypeName)!;
-        var dtype = name switch
-        {
-            "fp32" => DType.Float32,
-            "bf16" => DType.BFloat16,
-            _ => throw DiagnosticException.Of(
-                Codes.OptionValue, "--dtype", $"there is no dtype '{name}' here", Nearest.Help(name, ["fp32", "bf16"])),
-        };
         return Degrees.Over(Recipe.Default.WithName("verify"), parse)
             .WithContextParallel(JobOptions.Degree(parse, Context) ?? 0)
-            .WithDType(dtype);
+            .WithDType(JobOptions.DTypeOf(parse.GetValue(DTypeName))!);
     }
 
     /// Items beyond their tolerance are DSG0713; with --strict, items not compared are DSG0714.

@@ -202,6 +202,53 @@ let private anyGrid =
             if legal job then
                 Expect.equal (drawn job) (drawn { job.Single with Batch = 1 }) $"%A{job}")
 
+/// A stage's F program with its first cache write behind everything else.
+let private late (plan: PlanSet) =
+    let isWrite (step: Step) =
+        match step with
+        | Step.Launch(KernelId.CacheWrite, _, _, _, _) -> true
+        | Step.Launch _
+        | Step.Start _
+        | Step.Wait _
+        | Step.Free _ -> false
+
+    let move (program: Program) =
+        match Seq.tryFindIndex isWrite program.Steps with
+        | None -> program
+        | Some at ->
+            let steps = List.ofSeq program.Steps
+
+            {
+                program with
+                    Steps = Array.ofList (List.removeAt at steps @ [ steps[at] ])
+            }
+
+    {
+        plan with
+            Stages = [|
+                for s in plan.Stages ->
+                    {
+                        s with
+                            Programs = [| for p in s.Programs -> move p |]
+                    }
+            |]
+    }
+
+let private readBeforeWrite =
+    testCase "a plan that reads a cache before it is written is refused"
+    <| fun () ->
+        let job = { plain with Mtp = 0 }
+        let plans = GenerationPlans.Compile(DeepSeekV3(job.Config), job.Recipe, 1, 3, 4)
+        Expect.isEmpty (Check.run plans.Decode) "as compiled"
+
+        let found = [
+            for d in Check.run (late plans.Decode) do
+                if d.Code = Codes.PlanLifetime && d.Message.Contains "is read before it is written" then
+                    d.Message
+        ]
+
+        Expect.isTrue (found |> List.exists _.Contains("kv_cache")) $"%A{found}"
+
 let private refusals =
     testCase "prompts that do not fit are refused"
     <| fun () ->
@@ -235,6 +282,7 @@ let private refusals =
 let tests =
     testList "generation" [
         anyGrid
+        readBeforeWrite
         refusals
         cachedIsWhole "v3_tiny_plain"
         cachedIsWhole "v3_tiny_yarn"

@@ -43,7 +43,7 @@ let private flops =
     testCase "FLOPs of the 671B plan: the formula's, and every difference has a name"
     <| fun () ->
         let plan = Recipes.Pretrain.Compile()
-        let config = FlopsTable.ConfigOf plan
+        let config = RecordFields.ConfigOf plan.Recipe
         Expect.equal config Recipes.Pretrain.Config "the plan records its model"
         let rows = FlopsTable.Of(plan, config)
         Expect.equal (rows |> Seq.sumBy _.Formula) 259_992_950_784.0 "formula"

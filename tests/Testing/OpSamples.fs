@@ -201,17 +201,7 @@ let samples (op: Op) : Sample list =
         rope "forward" false 4.0
         rope "inverse" true 1.0
         sample "positions of each sequence" (fun s ->
-            let spec = {
-                Dim = 4
-                Theta = 100.0
-                Factor = 1.0
-                Original = 8.0
-                BetaFast = 4.0
-                BetaSlow = 0.5
-                Mscale = 1.0
-            }
-
-            let angles = s.On(Op.RotaryTable spec, [ s.In("positions", DType.Int64, bs) ])
+            let angles = s.On(Op.RotaryTable(rotary 4 1.0), [ s.In("positions", DType.Int64, bs) ])
 
             s.Loss [
                 s.On(Op.Rope false, [ s.Param("x", bs @ [ "heads", 2; "rope", 4 ]); angles ])

@@ -59,18 +59,17 @@ module internal SampleParts =
     let contract name spec a b =
         sample name (fun s -> s.Loss [ s.On(Op.Contract spec, [ s.Param("a", a); s.Param("b", b) ]) ])
 
-    let table (s: Sketch) axis extent dim factor =
-        let spec = {
-            Dim = dim
-            Theta = 100.0
-            Factor = factor
-            Original = 8.0
-            BetaFast = 4.0
-            BetaSlow = 0.5
-            Mscale = 1.1
-        }
+    let rotary dim factor = {
+        Dim = dim
+        Theta = 100.0
+        Factor = factor
+        Original = 8.0
+        BetaFast = 4.0
+        BetaSlow = 0.5
+        Mscale = 1.1
+    }
 
-        s.On(Op.RotaryTable spec, [ s.Iota(axis, extent) ])
+    let table (s: Sketch) axis extent dim factor = s.On(Op.RotaryTable(rotary dim factor), [ s.Iota(axis, extent) ])
 
     let heads = bs @ [ "heads", 2 ]
 

@@ -48,8 +48,9 @@ type private Walk(f: Findings, stage: StagePlan) =
             | SlotKind.Parameter
             | SlotKind.Optimizer
             | SlotKind.Scalar
-            | SlotKind.Cache
             | SlotKind.Input -> State.Full
+            // what a cache was before its write nobody may see
+            | SlotKind.Cache
             | SlotKind.Gradient
             | SlotKind.Counter
             | SlotKind.Saved
@@ -127,7 +128,8 @@ type private Walk(f: Findings, stage: StagePlan) =
         state[id] <- State.Full
 
     let launch (phase: Phase) kernel (inputs: IReadOnlyList<int>) (outputs: IReadOnlyList<int>) =
-        for id in inputs do
+        // the write of a cache takes the cache itself first
+        for id in Seq.skip (if kernel = KernelId.CacheWrite then min 1 inputs.Count else 0) inputs do
             read phase id
 
         match kernel with
@@ -168,6 +170,8 @@ type private Walk(f: Findings, stage: StagePlan) =
 
                 if readers[id] > 0 || writers[id] >= 0 then
                     wrong $"%s{name id} is written while a collective reads or fills it"
+
+                state[id] <- State.Full
         | KernelId.AdamW
         | KernelId.RouterBias ->
             for id in outputs do

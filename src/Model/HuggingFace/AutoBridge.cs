@@ -16,10 +16,6 @@ namespace DeepSeekGraph.Models.HuggingFace;
 ///     bridge.ExportCheckpoint(trainer, "out");
 public sealed class AutoBridge : IDisposable
 {
-    // what makes a checkpoint usable elsewhere besides its weights
-    private static readonly string[] CopiedFiles =
-        ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"];
-
     private readonly Lazy<SafeTensorsSet> _set;
     private readonly Lazy<CheckpointWeights> _weights;
 
@@ -27,7 +23,7 @@ public sealed class AutoBridge : IDisposable
     {
         Folder = folder;
         var declared = ConfigJson.Read(folder);
-        Config = noMtp ? declared with { NumNextnPredictLayers = 0 } : declared;
+        Config = noMtp ? declared.WithoutMtp() : declared;
         _set = new(() => SafeTensorsSet.Open(folder));
         _weights = new(() => new CheckpointWeights(Config, _set.Value, declared.NumNextnPredictLayers));
     }
@@ -112,8 +108,7 @@ public sealed class AutoBridge : IDisposable
     };
 
     private Dictionary<string, byte[]> OwnFiles()
-        => CopiedFiles.Where(name => File.Exists(Path.Combine(Folder, name)))
-            .ToDictionary(name => name, name => File.ReadAllBytes(Path.Combine(Folder, name)));
+        => SmallFiles.In(Folder, SmallFiles.OfText).ToDictionary(file => file.Name, file => file.Bytes);
 
     private static torch.Tensor Whole(Trainer trainer, string name)
     {

@@ -45,7 +45,7 @@ public static class StoredExport
     /// Bytes written. DSG0847 where the checkpoint is not of a published model; DSG0815, DSG0816 as ShardedWriter says.
     public static long Write(CheckpointReader checkpoint, string folder, StoredExportOptions options)
     {
-        var config = FlopsTable.ConfigOf(checkpoint.Manifest.Recipe) ?? throw Unknown(
+        var config = RecordFields.ConfigOf(checkpoint.Manifest.Recipe) ?? throw Unknown(
             checkpoint, "it does not say all sizes of a model of the DeepSeek family", "export what was trained or imported as one");
         var map = WeightMap.Of(config);
         var sources = map.Entries.ToDictionary(entry => entry.Parameter, entry => Source(entry.Parameter), StringComparer.Ordinal);

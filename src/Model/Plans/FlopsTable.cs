@@ -33,27 +33,6 @@ public static class FlopsTable
         ];
     }
 
-    /// The model's settings that a plan records; null where it records none, or not all of them.
-    public static DeepSeekV3Config? ConfigOf(PlanSet plan) => ConfigOf(plan.Recipe);
-
-    /// The same of a plan's recipe.
-    public static DeepSeekV3Config? ConfigOf(IReadOnlyList<string> recipe)
-    {
-        const string prefix = "model.";
-        var config = new DeepSeekV3Config { RopeScaling = null };
-        var known = RecordFields.Of(new DeepSeekV3Config()).Select(field => field.Key).Append("rope_scaling").ToHashSet();
-        var given = 0;
-        foreach (var line in recipe.Where(l => l.StartsWith(prefix, StringComparison.Ordinal)))
-        {
-            if (line[prefix.Length..].Split('=', 2) is not [var key, var text] || !known.Contains(key)
-                || RecordFields.With(config, key, text) is not { } changed)
-                return null;
-            (config, given) = (changed, given + 1);
-        }
-
-        return given > 0 && ConfigCheck.Check(config).Count == 0 ? config : null;
-    }
-
     /// The part of the model that a launch belongs to, by its kernel and the module it came from.
     private static string PartOf(FlopsLine line)
     {
@@ -93,7 +72,7 @@ public static class FlopsTable
         if (difference == 0)
             return "";
         var recompute = PlanSummary.Setting(plan, "recompute") ?? "none";
-        var generates = PlanSummary.Setting(plan, "mode") == "generate";
+        var generates = PlanSummary.Generates(plan);
         return part switch
         {
             FlopsParts.Core when again > 0 =>

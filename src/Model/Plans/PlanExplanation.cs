@@ -12,7 +12,7 @@ namespace DeepSeekGraph.Models;
 public sealed partial record PlanExplanation(PlanSet Plan, int GpusPerNode, IRouting? Routing = null)
 {
     /// FLOPs for each token, part by part.
-    public IReadOnlyList<FlopsRow> Flops { get; } = FlopsTable.Of(Plan, FlopsTable.ConfigOf(Plan));
+    public IReadOnlyList<FlopsRow> Flops { get; } = FlopsTable.Of(Plan, RecordFields.ConfigOf(Plan.Recipe));
 
     /// Every collective of every stage, in program order.
     public IReadOnlyList<CollectiveLine> Collectives { get; } = PlanTraffic.lines(GpusPerNode, Routing, Plan);
@@ -21,7 +21,7 @@ public sealed partial record PlanExplanation(PlanSet Plan, int GpusPerNode, IRou
     public string Assumption { get; } = PlanTraffic.assumption(Routing, Plan);
 
     /// Is the model known, so that the formula can be computed?
-    public bool KnowsModel { get; } = FlopsTable.ConfigOf(Plan) is not null;
+    public bool KnowsModel { get; } = RecordFields.ConfigOf(Plan.Recipe) is not null;
 
     /// Matrix products, of all layers together: what is multiplied, in what type; none unless some are in fp8.
     public IReadOnlyList<ProductRow> Products { get; } = ProductTable.Of(Plan);

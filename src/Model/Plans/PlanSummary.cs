@@ -55,6 +55,9 @@ public static class PlanSummary
         => plan.Recipe
             .FirstOrDefault(line => line.StartsWith($"{key}=", StringComparison.Ordinal))?[(key.Length + 1)..];
 
+    /// Is the plan one of generation, which cannot train?
+    public static bool Generates(PlanSet plan) => Setting(plan, "mode") == Mode.Generate.Name;
+
     /// "1 rank", "8 ranks".
     public static string Count(int number, string what) => $"{number} {what}{(number == 1 ? "" : "s")}";
 

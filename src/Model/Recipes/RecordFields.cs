@@ -50,6 +50,24 @@ public static class RecordFields
         }
     }
 
+    /// The model of a plan's recipe lines; null where they record none, or none that is legal.
+    public static DeepSeekV3Config? ConfigOf(IReadOnlyList<string> recipe)
+    {
+        const string prefix = "model.";
+        var config = new DeepSeekV3Config { RopeScaling = null };
+        var known = Of(new DeepSeekV3Config()).Select(field => field.Key).Append("rope_scaling").ToHashSet();
+        var given = 0;
+        foreach (var line in recipe.Where(l => l.StartsWith(prefix, StringComparison.Ordinal)))
+        {
+            if (line[prefix.Length..].Split('=', 2) is not [var key, var text] || !known.Contains(key)
+                || With(config, key, text) is not { } changed)
+                return null;
+            (config, given) = (changed, given + 1);
+        }
+
+        return given > 0 && ConfigCheck.Check(config).Count == 0 ? config : null;
+    }
+
     /// A configuration with one setting changed; null where the text is no value of it.
     public static DeepSeekV3Config? With(DeepSeekV3Config config, string key, string text)
     {

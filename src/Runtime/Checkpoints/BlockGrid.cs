@@ -39,15 +39,11 @@ internal readonly record struct BlockGrid(IReadOnlyList<int> Shape, IReadOnlyLis
             at[dim] = box.Start[dim] / Block[dim];
         while (true)
         {
-            int[] start = new int[rank], common = new int[rank], extents = new int[rank];
+            var start = new int[rank];
             for (var dim = 0; dim < rank; dim++)
-            {
                 start[dim] = at[dim] * Block[dim];
-                common[dim] = Math.Max(start[dim], box.Start[dim]);
-                extents[dim] = Math.Min(start[dim] + Block[dim], box.Start[dim] + box.Extents[dim]) - common[dim];
-            }
-
-            yield return (IndexOf(start), new Shard(start, Block, Shape), new Shard(common, extents, Shape));
+            var block = new Shard(start, Block, Shape);
+            yield return (IndexOf(start), block, block.Common(box)!);
             var next = rank - 1;
             while (next >= 0 && ++at[next] * Block[next] >= box.Start[next] + box.Extents[next])
             {

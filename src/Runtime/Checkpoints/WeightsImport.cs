@@ -99,7 +99,7 @@ public sealed unsafe class WeightsImport
         long filled = 0;
         foreach (var piece in weight.Pieces)
         {
-            if (Common(piece.Box, box) is not { } common)
+            if (piece.Box.Common(box) is not { } common)
                 continue;
             if (piece.File is null)
             {
@@ -143,20 +143,5 @@ public sealed unsafe class WeightsImport
             stream.Add(at, Math.Min(run, values.numel() - at));
         stream.End();
         return values.numel();
-    }
-
-    private static Shard? Common(Shard a, Shard b)
-    {
-        var rank = a.Extents.Count;
-        int[] start = new int[rank], extents = new int[rank];
-        for (var dim = 0; dim < rank; dim++)
-        {
-            start[dim] = Math.Max(a.Start[dim], b.Start[dim]);
-            extents[dim] = Math.Min(a.Start[dim] + a.Extents[dim], b.Start[dim] + b.Extents[dim]) - start[dim];
-            if (extents[dim] <= 0)
-                return null;
-        }
-
-        return new Shard(start, extents, a.Global);
     }
 }

@@ -119,8 +119,8 @@ public sealed class Generator : IAsyncDisposable
         {
             cancellationToken.ThrowIfCancellationRequested();
             using var logits = step == 0
-                ? await PassAsync(_prefill, Prefill, PromptRows(prompts), cancellationToken).ConfigureAwait(false)
-                : await PassAsync(_decode, Decode, NextRows(prompts, next, open, step), cancellationToken).ConfigureAwait(false);
+                ? await PassAsync(_prefill, Prefill, Rows(PromptLength, Whole()), cancellationToken).ConfigureAwait(false)
+                : await PassAsync(_decode, Decode, Rows(1, Next(step)), cancellationToken).ConfigureAwait(false);
             for (var i = 0; i < prompts.Count; i++)
             {
                 if (!open[i])
@@ -128,6 +128,17 @@ public sealed class Generator : IAsyncDisposable
                 next[i] = sampling.Next(Row(logits, i), i, step);
                 open[i] = stops is null || !stops.Contains(next[i]);
                 yield return new GeneratedToken(i, next[i]);
+            }
+        }
+
+        IEnumerable<(int, IReadOnlyList<long>, int)> Whole() => prompts.Select((prompt, i) => (i, prompt, 0));
+
+        IEnumerable<(int, IReadOnlyList<long>, int)> Next(int step)
+        {
+            for (var i = 0; i < prompts.Count; i++)
+            {
+                if (open[i])
+                    yield return (i, [next[i]], prompts[i].Count + step - 1);
             }
         }
     }
@@ -165,39 +176,22 @@ public sealed class Generator : IAsyncDisposable
             => DiagnosticException.Of(Codes.PromptIllegal, "prompt", $"{what}; {limit}", "compile plans for longer prompts or more of them, or ask for less");
     }
 
-    /// Ids, positions and which tokens' successors are asked for; rows without a prompt and places behind one are padding.
-    private static (long[] Ids, long[] Positions, float[] Last) Blank(int rows, int columns)
+    /// Ids, positions and which tokens' successors are asked for: of each row the tokens given, the first at position `begin`.
+    /// Rows without tokens and places behind them are padding.
+    private (long[] Ids, long[] Positions, float[] Last) Rows(
+        int columns, IEnumerable<(int Row, IReadOnlyList<long> Tokens, int Begin)> given)
     {
-        var positions = new long[rows * columns];
+        var (ids, positions, last) = (new long[Batch * columns], new long[Batch * columns], new float[Batch * columns]);
         Array.Fill(positions, -1);
-        return (new long[rows * columns], positions, new float[rows * columns]);
-    }
-
-    private (long[] Ids, long[] Positions, float[] Last) PromptRows(IReadOnlyList<IReadOnlyList<long>> prompts)
-    {
-        var rows = Blank(Batch, PromptLength);
-        for (var i = 0; i < prompts.Count; i++)
+        foreach (var (row, tokens, begin) in given)
         {
-            var begin = i * PromptLength;
-            for (var s = 0; s < prompts[i].Count; s++)
-                (rows.Ids[begin + s], rows.Positions[begin + s]) = (prompts[i][s], s);
-            rows.Last[begin + prompts[i].Count - 1] = 1;
+            var place = row * columns;
+            for (var s = 0; s < tokens.Count; s++)
+                (ids[place + s], positions[place + s]) = (tokens[s], begin + s);
+            last[place + tokens.Count - 1] = 1;
         }
 
-        return rows;
-    }
-
-    private (long[] Ids, long[] Positions, float[] Last) NextRows(
-        IReadOnlyList<IReadOnlyList<long>> prompts, long[] next, bool[] open, int step)
-    {
-        var rows = Blank(Batch, 1);
-        for (var i = 0; i < prompts.Count; i++)
-        {
-            if (open[i])
-                (rows.Ids[i], rows.Positions[i], rows.Last[i]) = (next[i], prompts[i].Count + step - 1, 1);
-        }
-
-        return rows;
+        return (ids, positions, last);
     }
 
     /// One run of a plan; logits [batch, vocab] fp32, which the caller disposes.

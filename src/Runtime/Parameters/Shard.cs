@@ -58,6 +58,21 @@ public sealed record Shard(IReadOnlyList<int> Start, IReadOnlyList<int> Extents,
         return true;
     }
 
+    /// <summary>What this box and another of the same tensor both hold; null for nothing.</summary>
+    public Shard? Common(Shard other)
+    {
+        int[] start = new int[Global.Count], extents = new int[Global.Count];
+        for (var dim = 0; dim < Global.Count; dim++)
+        {
+            start[dim] = Math.Max(Start[dim], other.Start[dim]);
+            extents[dim] = Math.Min(Start[dim] + Extents[dim], other.Start[dim] + other.Extents[dim]) - start[dim];
+            if (extents[dim] <= 0)
+                return null;
+        }
+
+        return new Shard(start, extents, Global);
+    }
+
     /// <summary>Calls `run(global element, local element, length)` for each contiguous run, local elements ascending.</summary>
     public void ForEachRun(System.Action<long, long, long> run)
     {
