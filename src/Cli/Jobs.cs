@@ -107,7 +107,7 @@ internal static class Jobs
                 return recipe.DType;
             case null or "auto":
                 var faster = DTypeProbe.Faster;
-                Console.WriteLine($"dtype auto: {faster.Name}, by a probe of this machine's matrix products");
+                Console.WriteLine($"dtype auto: {faster.Name}, {DTypeProbe.Reason}");
                 return faster;
             default:
                 throw DiagnosticException.Of(

@@ -30,6 +30,6 @@ internal static class Run
         // a plan file does not say how long it is trained: its recipe does
         var recipe = Recipes.All.FirstOrDefault(recipe => recipe.Name == PlanSummary.Name(plan)) ?? Recipes.Proxy;
         using var resumed = Resumed.Open(choices);
-        return Training.Run(plan, choices.Over(resumed?.Over(recipe.Training) ?? recipe.Training), choices.Executor, resumed);
+        return Training.Run(plan, choices.Over(resumed?.Over(recipe.Training) ?? recipe.Training), choices, resumed);
     }
 }

@@ -2,6 +2,7 @@
 
 using System.Globalization;
 using DeepSeekGraph.Models;
+using DeepSeekGraph.Runtime.Cuda;
 
 namespace DeepSeekGraph.Cli;
 
@@ -19,13 +20,14 @@ internal static class ThisMachine
     public static int ThreadsPerRank(PlanSet plan)
         => PlanSummary.Parameters(plan) < WorthThreads ? 1 : Math.Max(1, Cores / PlanSummary.Ranks(plan));
 
-    /// DSG0903 unless all ranks of the plan fit into this process.
-    public static void RequireRoomFor(PlanSet plan)
+    /// DSG0903 unless all ranks of the plan fit into this process, or into the memory of the GPU that they share.
+    public static void RequireRoomFor(PlanSet plan, RankDevice? device = null)
     {
         var ranks = PlanSummary.Ranks(plan);
         var each = ranks / plan.Stages.Count;
         var needed = plan.Memory.Sum(row => (double)row.Peak * each);
-        var present = (double)GC.GetGCMemoryInfo().TotalAvailableMemoryBytes;
+        var gpu = device is { IsCuda: true };
+        var present = gpu ? device!.TotalMemory : (double)GC.GetGCMemoryInfo().TotalAvailableMemoryBytes;
         if (ranks <= MostRanks && needed <= present)
             return;
 
@@ -35,7 +37,7 @@ internal static class ThisMachine
             string.Create(
                 CultureInfo.InvariantCulture,
                 $"the plan needs {PlanSummary.Count(ranks, "rank")} and {needed / 1e9:N1} GB;"
-                + $" this process runs up to {MostRanks} ranks in {present / 1e9:N1} GB"),
+                + $" this {(gpu ? "GPU" : "process")} runs up to {MostRanks} ranks in {present / 1e9:N1} GB"),
             "`dsg compile` and `dsg check` need no such machine; to run, choose deepseek_v3_tiny or a smaller batch");
     }
 }

@@ -14,16 +14,16 @@ namespace DeepSeekGraph.Cli;
 internal static class Training
 {
     /// Nothing is written before plan, data and ranks are known to be good.
-    public static int Run(PlanSet plan, TrainingSettings settings, Executor executor, Resumed? resumed)
+    public static int Run(PlanSet plan, TrainingSettings settings, RunChoices how, Resumed? resumed)
     {
         using var signals = new StopSignals();
-        return RunAsync(plan, settings, executor, resumed, signals).GetAwaiter().GetResult();
+        return RunAsync(plan, settings, how, resumed, signals).GetAwaiter().GetResult();
     }
 
     private static async Task<int> RunAsync(
-        PlanSet plan, TrainingSettings settings, Executor executor, Resumed? resumed, StopSignals signals)
+        PlanSet plan, TrainingSettings settings, RunChoices how, Resumed? resumed, StopSignals signals)
     {
-        ThisMachine.RequireRoomFor(plan);
+        ThisMachine.RequireRoomFor(plan, how.Device);
         RefuseUsed(settings.Dir);
         var (steps, rate) = (settings.TrainIters, settings.Schedule());
         var done = resumed?.Manifest.Step ?? 0;
@@ -44,9 +44,12 @@ internal static class Training
             Seed = settings.Seed,
             LearningRate = rate,
             ThreadsPerRank = ThisMachine.ThreadsPerRank(plan),
-            Executor = executor,
+            Executor = how.Executor,
+            Device = how.Device,
         };
         Console.WriteLine(Heading(plan, steps, rate, settings.Seed));
+        if (DeviceOption.Remark(how.Device, PlanSummary.Ranks(plan)) is { } shared)
+            Console.WriteLine(shared);
 
         var trainer = await Trainer.StartAsync(plan, options, CancellationToken.None).ConfigureAwait(false);
         await using (trainer.ConfigureAwait(false))

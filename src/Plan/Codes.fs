@@ -288,6 +288,18 @@ module Codes =
     [<Literal>]
     let PromptIllegal = "DSG0851"
 
+    /// What running on a GPU needs is not on this machine.
+    [<Literal>]
+    let CudaMissing = "DSG0852"
+
+    /// A CUDA source of dsg does not compile on this machine.
+    [<Literal>]
+    let CudaSource = "DSG0853"
+
+    /// A plan asks for what no kernel on a GPU does.
+    [<Literal>]
+    let DeviceUnsupported = "DSG0854"
+
     /// A recompute policy names something that cannot be recomputed.
     [<Literal>]
     let UnknownRecompute = "DSG0590"

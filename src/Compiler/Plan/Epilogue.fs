@@ -249,6 +249,12 @@ let private reduce (input: Input) (writer: Writer) : Reduced list =
         Gradient = slot
     })
 
+/// What gradients are multiplied by where they are not clipped (Megatron's clip_grad 0): nothing is summed, and there is no norm.
+let private unclipped (input: Input) (writer: Writer) : int =
+    let scale = writer.Temporary("clip_scale", scalar, Layout.replicated input.Mesh)
+    writer.Launch(KernelId.Full, [ Attribute.Float 1.0 ], [], [ scale ], "optimizer.clip")
+    scale
+
 /// Norm of all gradients, each element once: a class is what is split over the same mesh axes; a tied parameter counts on its first stage.
 let private clip (input: Input) (writer: Writer) (reduced: Reduced list) : int =
     let classes =
@@ -392,7 +398,13 @@ let private routerBiases (input: Input) (writer: Writer) =
 /// Reduce, clip, update, gather.
 let private update (input: Input) (writer: Writer) =
     let reduced = reduce input writer
-    let scale = clip input writer reduced
+
+    let scale =
+        if input.Optimizer.ClipNorm > 0.0 then
+            clip input writer reduced
+        else
+            unclipped input writer
+
     let gathers = reduced |> List.map (adamW input writer scale)
     writer.Together([ for g in gathers |> List.filter _.IsSome -> g.Value ], "optimizer.gather")
 

@@ -1,6 +1,7 @@
 // Does the model, under any layout, compute what another implementation computed? Every item of a reference file is compared.
 
 using DeepSeekGraph.Compiler;
+using DeepSeekGraph.Runtime.Cuda;
 using DeepSeekGraph.Runtime.Parameters;
 using DeepSeekGraph.Runtime.Training;
 using DeepSeekGraph.Runtime.Weights;
@@ -88,9 +89,9 @@ public sealed class Verification : IDisposable
 
     /// Loads the weights, runs forward and backward once, and compares.
     public async Task<VerificationResult> RunAsync(
-        Executor executor = Executor.Interpreter, CancellationToken cancellationToken = default)
+        Executor executor = Executor.Interpreter, RankDevice? device = null, CancellationToken cancellationToken = default)
     {
-        var options = new TrainerOptions { Weights = _bridge.Load, Executor = executor };
+        var options = new TrainerOptions { Weights = _bridge.Load, Executor = executor, Device = device ?? RankDevice.Cpu };
         var trainer = await Trainer.StartAsync(Plan, options, cancellationToken).ConfigureAwait(false);
         await using (trainer.ConfigureAwait(false))
         {

@@ -68,7 +68,7 @@ public sealed class CheckpointSaver : IAsyncDisposable
         Prepare();
         if (_options.Background)
         {
-            await _trainer.OnAllAsync(Snapshot).ConfigureAwait(false);
+            await _trainer.OnAllAsync(runner => Snapshot(runner)).ConfigureAwait(false);
             _pending = Task.Factory.StartNew(
                 () => WriteAll(manifest), CancellationToken.None, TaskCreationOptions.LongRunning, TaskScheduler.Default);
             return;
@@ -85,7 +85,7 @@ public sealed class CheckpointSaver : IAsyncDisposable
                 var rank = runner.Rank.Rank;
                 try
                 {
-                    files[rank] = Write(writer, rank, slot => StateCopy.MemoryOf(runner.Find(slot.Name)!));
+                    files[rank] = Write(writer, rank, MemoryOf(runner));
                 }
                 catch (Exception e)
                 {
@@ -117,8 +117,17 @@ public sealed class CheckpointSaver : IAsyncDisposable
         _claim = null;
     }
 
+    /// The rank's own memory, or a copy of what lies in a GPU's.
+    private Func<StateSlot, nint> MemoryOf(RankRunner runner)
+    {
+        if (!runner.Device.IsCuda)
+            return slot => StateCopy.MemoryOf(runner.Find(slot.Name)!);
+        var copy = Snapshot(runner);
+        return slot => copy.Of(slot.Name);
+    }
+
     /// A copy of what the rank stores, in memory that is used again by the next one.
-    private void Snapshot(RankRunner runner)
+    private StateCopy Snapshot(RankRunner runner)
     {
         var slots = _map.Of(runner.Rank.Rank);
         StateCopy? copy;
@@ -130,6 +139,7 @@ public sealed class CheckpointSaver : IAsyncDisposable
 
         foreach (var slot in slots)
             copy.Take(slot.Name, runner.Find(slot.Name)!);
+        return copy;
     }
 
     private void WriteAll(CheckpointManifest manifest)

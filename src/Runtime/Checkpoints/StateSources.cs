@@ -83,7 +83,7 @@ public sealed unsafe class StateSources
             var box = Shard.Of(source.Shape, value.Info.Layout, runner.Rank);
             if (!box.Extents.SequenceEqual(value.Info.Extents))
                 throw new InvalidOperationException($"slot {value.Info.Name} is [{string.Join(", ", value.Info.Extents)}], not its box");
-            _checkpoint.CopyBox(source, box, Elements.NameOf(value.Info.DType), value.Tensor.Pointer());
+            value.Tensor.FillOnHost(host => _checkpoint.CopyBox(source, box, Elements.NameOf(value.Info.DType), host.Pointer()));
         }
     }
 

@@ -1,4 +1,5 @@
 // The runtime's kernels by id; complete, by test.
+using DeepSeekGraph.Runtime.Cuda;
 using DeepSeekGraph.Runtime.Memory;
 
 namespace DeepSeekGraph.Runtime.Kernels;
@@ -90,18 +91,19 @@ public static class KernelTable
     /// <summary>The kernels for one CPU core per rank.</summary>
     public static IReadOnlyDictionary<KernelId, KernelEntry> Cpu => Entries;
 
-    /// <summary>Runs one kernel outside a plan.</summary>
+    /// <summary>Runs one kernel outside a plan; without a device on the processor.</summary>
     public static void Run(
-        KernelId id, IReadOnlyList<Attribute> attributes, SlotValue[] inputs, SlotValue[] outputs, RankContext rank)
+        KernelId id, IReadOnlyList<Attribute> attributes, SlotValue[] inputs, SlotValue[] outputs, RankContext rank, RankDevice? device = null)
     {
-        Entries[id].Run(new KernelCall(attributes, inputs, outputs, rank));
+        device?.Enter();
+        (device ?? RankDevice.Cpu).Kernels[id].Run(new KernelCall(attributes, inputs, outputs, rank));
 
         // here nobody else may hold the slots: a collected tensor frees memory that native code still reads
         GC.KeepAlive(inputs);
         GC.KeepAlive(outputs);
     }
 
-    private static KernelEntry Fills(Kernel run) => new(run, false);
+    internal static KernelEntry Fills(Kernel run) => new(run, false);
 
-    private static KernelEntry Adopts(Kernel run) => new(run, true);
+    internal static KernelEntry Adopts(Kernel run) => new(run, true);
 }

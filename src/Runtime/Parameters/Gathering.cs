@@ -23,7 +23,8 @@ public static class Gathering
             if (!Shard.IsFirstHolder(info.Layout, rank))
                 continue;
             using var place = Shard.Of(global, info.Layout, rank).View(sum);
-            place.add_(value.Tensor, Scalars.One).On(place);
+            using var part = value.Tensor.OnHost();
+            place.add_(part, Scalars.One).On(place);
         }
 
         return sum.to_type(info.DType.ToScalarType(), copy: true);

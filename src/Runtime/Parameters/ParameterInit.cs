@@ -19,11 +19,25 @@ public static unsafe class ParameterInit
         }
 
         var key = Key(name, seed);
-        var p = local.Pointer();
-        if (Simd.IsBFloat16(local.dtype))
-            shard.ForEachRun((g, l, n) => Normals<BF16>(key, std, g, p, l, n));
+        var spread = local.device_type != TorchSharp.DeviceType.CPU;
+        local.FillOnHost(host =>
+        {
+            var p = (nint)host.Pointer();
+            if (Simd.IsBFloat16(host.dtype))
+                shard.ForEachRun((g, l, n) => Spread(spread, n, (at, count) => Normals<BF16>(key, std, g + at, (void*)p, l + at, count)));
+            else
+                shard.ForEachRun((g, l, n) => Spread(spread, n, (at, count) => Normals<F32>(key, std, g + at, (void*)p, l + at, count)));
+        });
+    }
+
+    /// <summary>All of n elements in one go, or piece by piece on all cores: a rank that computes on a GPU has them to itself.</summary>
+    private static void Spread(bool spread, long n, System.Action<long, long> fill)
+    {
+        const long Piece = 1 << 18;
+        if (!spread || n <= Piece)
+            fill(0, n);
         else
-            shard.ForEachRun((g, l, n) => Normals<F32>(key, std, g, p, l, n));
+            Parallel.For(0, (n + Piece - 1) / Piece, i => fill(i * Piece, Math.Min(Piece, n - (i * Piece))));
     }
 
     /// <summary>Element `index` of a parameter drawn from Normal(0, std).</summary>

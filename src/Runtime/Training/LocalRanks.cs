@@ -1,6 +1,7 @@
 // All ranks of a plan as threads of this process, with their meeting places and their code.
 using System.Runtime.ExceptionServices;
 using DeepSeekGraph.Runtime.Collectives;
+using DeepSeekGraph.Runtime.Cuda;
 using DeepSeekGraph.Runtime.Execution;
 using DeepSeekGraph.Runtime.Execution.Generated;
 using DeepSeekGraph.Runtime.Kernels;
@@ -18,6 +19,9 @@ internal sealed record RankOptions
     public string? CodeFolder { get; init; }
 
     public Traffic? Traffic { get; init; }
+
+    /// <summary>Where all ranks compute.</summary>
+    public RankDevice Device { get; init; } = RankDevice.Cpu;
 
     /// <summary>Ranks of another plan over the same mesh whose parameters and caches these use; they must outlive these.</summary>
     public LocalRanks? Sharing { get; init; }
@@ -42,13 +46,13 @@ internal sealed class LocalRanks : IAsyncDisposable
         {
             var (stage, rank) = (i / perStage, RankContext.At(plan.Mesh, i / perStage, i % perStage));
             var other = options.Sharing?._ranks[i];
-            _ranks[i] = new RankThread(_world, () => Create(stage, rank, other?.Runner), i, options.ThreadsPerRank);
+            _ranks[i] = new RankThread(_world, () => Create(stage, rank, other?.Runner), i, options.ThreadsPerRank, options.Device);
         }
 
         RankRunner Create(int stage, RankContext rank, RankRunner? sharing)
         {
             var runner = new RankRunner(
-                plan, plan.Stages[stage], rank, _world.For(rank), _world.Stop, _code?.For(stage), sharing);
+                plan, plan.Stages[stage], rank, _world.For(rank), _world.Stop, _code?.For(stage), sharing, options.Device);
             prepare?.Invoke(runner);
             return runner;
         }
