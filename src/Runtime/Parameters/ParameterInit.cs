@@ -11,19 +11,26 @@ public static unsafe class ParameterInit
     /// <summary>Fills an fp32 or bf16 tensor that holds the box `shard` of a parameter.</summary>
     public static void Fill(Tensor local, Shard shard, Init init, string name, ulong seed)
     {
-        if (init is not Init.Normal { Std: var std })
+        if (Simd.IsBFloat16(local.dtype))
+            Fill<BF16>(local, shard, init, name, seed);
+        else
+            Fill<F32>(local, shard, init, name, seed);
+    }
+
+    /// <summary>As elements of T, which a tensor of its width holds.</summary>
+    internal static void Fill<T>(Tensor local, Shard shard, Init init, string name, ulong seed)
+        where T : struct, IElement
+    {
+        var p = local.Pointer();
+        if (init is Init.Normal { Std: var std })
         {
-            using var value = (TorchSharp.Scalar)(init.IsOnes ? 1f : 0f);
-            local.fill_(value).On(local);
+            var key = Key(name, seed);
+            shard.ForEachRun((g, l, n) => Normals<T>(key, std, g, p, l, n));
             return;
         }
 
-        var key = Key(name, seed);
-        var p = local.Pointer();
-        if (Simd.IsBFloat16(local.dtype))
-            shard.ForEachRun((g, l, n) => Normals<BF16>(key, std, g, p, l, n));
-        else
-            shard.ForEachRun((g, l, n) => Normals<F32>(key, std, g, p, l, n));
+        for (long i = 0, n = local.numel(); i < n; i++)
+            T.Store(p, i, init.IsOnes ? 1f : 0f);
     }
 
     /// <summary>Element `index` of a parameter drawn from Normal(0, std).</summary>
