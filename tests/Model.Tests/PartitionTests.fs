@@ -467,6 +467,7 @@ let private cover (job: Job) (c: Compiled) =
     count "several sequences a rank" (job.Batch > 1)
     count "every rank its own optimizer state" (not job.DistributedOptimizer)
     count "gradients and moments in bf16" job.NarrowStates
+    count "masters as remainders" (job.Bf16 && job.Remainders)
 
     count
         "fused dispatch"

@@ -22,6 +22,7 @@ let main argv =
             KernelTests.tests
             CacheTests.tests
             RowKernelTests.tests
+            MasterTests.tests
             Fp8KernelTests.tests
             FusedKernelTests.tests
             CollectiveTests.tests

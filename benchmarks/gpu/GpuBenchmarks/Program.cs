@@ -29,6 +29,7 @@ if (options.DumpTo is { } dump)
 var losses = new List<(double Loss, double Norm)>();
 await foreach (var step in trainer.RunAsync(options.Steps))
     losses.Add((step.Loss, step.GradNorm));
+trainer.Ranks[0].Profile?.Reset();
 var (stepMs, stepHost) = await MedianAsync(true);
 var (forwardBackwardMs, forwardBackwardHost) = await MedianAsync(false);
 var (free, total) = device.Memory();

@@ -73,7 +73,7 @@ internal static class CudaStep
         Gpu.Launch("Optimizer", "clip_scale", 1, 1, squares, norm.Tensor, scale.Tensor, call.Float(0));
     }
 
-    /// <summary>grad, scale[], lr[], step[] -> master, m, v, param; one pass.</summary>
+    /// <summary>grad, scale[], lr[], step[] (, weight) -> master or remainder, m, v, param; one pass.</summary>
     public static void AdamW(in KernelCall call)
     {
         var param = call.Out(3).Fill();
@@ -82,12 +82,21 @@ internal static class CudaStep
         using var rate = Gpu.Float(call.In(2));
         using var step = Gpu.Float(call.In(3));
         var n = master.numel();
-        if (g.numel() != n || master.dtype != ScalarType.Float32)
-            throw new InvalidOperationException("AdamW needs an fp32 master of its gradient's size");
+        var weight = call.Inputs.Length == 5 ? call.In(4) : null;
+        if (g.numel() != n || master.dtype != (weight is null ? ScalarType.Float32 : ScalarType.Int16) || (weight is not null && weight.numel() != n))
+            throw new InvalidOperationException("AdamW needs a master, and a weight beside a remainder, of its gradient's size");
         var vector = n % 8 == 0;
-        var name = string.Concat("adam_", Letter(g), Letter(m), Letter(v), Letter(param));
+        var states = string.Concat("adam_", Letter(g), Letter(m), Letter(v));
+        if (weight is not null)
+        {
+            Gpu.Launch(
+                "Optimizer", states + "h", Gpu.Blocks(n, vector), 256, g, master, m, v, weight, param, scale, rate, step, call.Float(0), call.Float(1),
+                call.Float(2), call.Float(3), n, vector);
+            return;
+        }
+
         Gpu.Launch(
-            "Optimizer", name, Gpu.Blocks(n, vector), 256, g, master, m, v, param, scale, rate, step, call.Float(0), call.Float(1), call.Float(2), call.Float(3), n,
+            "Optimizer", states + Letter(param), Gpu.Blocks(n, vector), 256, g, master, m, v, param, scale, rate, step, call.Float(0), call.Float(1), call.Float(2), call.Float(3), n,
             vector);
     }
 

@@ -15,6 +15,13 @@ public sealed class StepProfile
     /// <summary>Steps counted.</summary>
     public int Steps { get; internal set; }
 
+    /// <summary>Forgets what was counted.</summary>
+    public void Reset()
+    {
+        _totals.Clear();
+        Steps = 0;
+    }
+
     internal void Add(string name, long begin)
     {
         var (ticks, calls) = _totals.GetValueOrDefault(name);

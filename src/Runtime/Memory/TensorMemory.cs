@@ -21,6 +21,7 @@ public static unsafe partial class TensorMemory
             DType.Tags.Int64 => ScalarType.Int64,
             DType.Tags.Int32 => ScalarType.Int32,
             DType.Tags.Bool => ScalarType.Bool,
+            DType.Tags.Int16 => ScalarType.Int16,
             _ => throw new UnreachableException($"no element type for {dtype}"),
         };
 
@@ -29,7 +30,7 @@ public static unsafe partial class TensorMemory
         => type switch
         {
             ScalarType.Float32 or ScalarType.Int32 => 4,
-            ScalarType.BFloat16 => 2,
+            ScalarType.BFloat16 or ScalarType.Int16 => 2,
             ScalarType.Int64 or ScalarType.Float64 => 8,
             ScalarType.Bool or ScalarType.Byte => 1,
             _ => throw new UnreachableException($"no width for {type}"),

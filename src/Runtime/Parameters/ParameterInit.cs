@@ -11,27 +11,35 @@ public static unsafe class ParameterInit
     /// <summary>Fills an fp32 or bf16 tensor that holds the box `shard` of a parameter.</summary>
     public static void Fill(Tensor local, Shard shard, Init init, string name, ulong seed)
     {
-        if (init is not Init.Normal { Std: var std })
-        {
-            using var value = (TorchSharp.Scalar)(init.IsOnes ? 1f : 0f);
-            local.fill_(value).On(local);
-            return;
-        }
+        if (Simd.IsBFloat16(local.dtype))
+            Fill<BF16>(local, shard, init, name, seed);
+        else
+            Fill<F32>(local, shard, init, name, seed);
+    }
 
-        var key = Key(name, seed);
+    /// <summary>As elements of T, which a tensor of its width holds.</summary>
+    internal static void Fill<T>(Tensor local, Shard shard, Init init, string name, ulong seed)
+        where T : struct, IElement
+    {
+        // a rank that computes on a GPU has the cores to itself
         var spread = local.device_type != TorchSharp.DeviceType.CPU;
         local.FillOnHost(host =>
         {
             var p = (nint)host.Pointer();
-            if (Simd.IsBFloat16(host.dtype))
-                shard.ForEachRun((g, l, n) => Spread(spread, n, (at, count) => Normals<BF16>(key, std, g + at, (void*)p, l + at, count)));
-            else
-                shard.ForEachRun((g, l, n) => Spread(spread, n, (at, count) => Normals<F32>(key, std, g + at, (void*)p, l + at, count)));
+            if (init is Init.Normal { Std: var std })
+            {
+                var key = Key(name, seed);
+                shard.ForEachRun((g, l, n) => Each(spread, n, (at, count) => Normals<T>(key, std, g + at, (void*)p, l + at, count)));
+                return;
+            }
+
+            for (long i = 0, n = host.numel(); i < n; i++)
+                T.Store((void*)p, i, init.IsOnes ? 1f : 0f);
         });
     }
 
-    /// <summary>All of n elements in one go, or piece by piece on all cores: a rank that computes on a GPU has them to itself.</summary>
-    private static void Spread(bool spread, long n, System.Action<long, long> fill)
+    /// <summary>All of n elements in one go, or piece by piece on all cores.</summary>
+    private static void Each(bool spread, long n, System.Action<long, long> fill)
     {
         const long Piece = 1 << 18;
         if (!spread || n <= Piece)

@@ -131,6 +131,61 @@ ADAM(bf16, bf16, float, bf16, bbfb)
 ADAM(bf16, bf16, bf16, float, bbbf)
 ADAM(bf16, bf16, bf16, bf16, bbbb)
 
+// A bf16 weight and an i16 remainder: (weight << 16) + remainder are the master's bits; ties go away from zero; a NaN is 7FC0 and 0.
+__device__ __forceinline__ float join(u32 high, u32 low) { return __uint_as_float((high << 16) + (u32)(int)(short)low); }
+
+__device__ __forceinline__ u32 highHalf(float x) { return isnan(x) ? 0x7fc0u : (__float_as_uint(x) + 0x8000u) >> 16; }
+
+__device__ __forceinline__ u32 lowHalf(float x) { return isnan(x) ? 0u : __float_as_uint(x) & 0xffffu; }
+
+template <class G, class M, class V>
+__device__ void adamHalves(const G* g, u16* remainder, M* m, V* v, const u16* weight, u16* p, const Step& s, i64 n, int vector) {
+    if (vector) {
+        FOR_EACH(k, n / 8) {
+            float x[8], m8[8], v8[8];
+            load8(g, k * 8, x);
+            load8(m, k * 8, m8);
+            load8(v, k * 8, v8);
+            uint4 h = ((const uint4*)weight)[k], l = ((const uint4*)remainder)[k];
+            u32 high[4] = {h.x, h.y, h.z, h.w}, low[4] = {l.x, l.y, l.z, l.w};
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float a = update(s, x[2 * j], m8[2 * j], v8[2 * j], join(high[j] & 0xffffu, low[j] & 0xffffu));
+                float b = update(s, x[2 * j + 1], m8[2 * j + 1], v8[2 * j + 1], join(high[j] >> 16, low[j] >> 16));
+                high[j] = highHalf(a) | (highHalf(b) << 16);
+                low[j] = lowHalf(a) | (lowHalf(b) << 16);
+            }
+            store8(m, k * 8, m8);
+            store8(v, k * 8, v8);
+            ((uint4*)p)[k] = make_uint4(high[0], high[1], high[2], high[3]);
+            ((uint4*)remainder)[k] = make_uint4(low[0], low[1], low[2], low[3]);
+        }
+        return;
+    }
+    FOR_EACH(i, n) {
+        float m1 = load(m, i), v1 = load(v, i), w = update(s, load(g, i), m1, v1, join(weight[i], remainder[i]));
+        store(m, i, m1);
+        store(v, i, v1);
+        p[i] = (u16)highHalf(w);
+        remainder[i] = (u16)lowHalf(w);
+    }
+}
+
+#define HALVES(G, M, V, name)                                                                                                                        \
+    extern "C" __global__ void adam_##name##h(const G* g, u16* remainder, M* m, V* v, const u16* weight, u16* p, const float* clip, const float* lr,  \
+                                              const float* step, double beta1, double beta2, double eps, double decay, i64 n, int vector) {          \
+        adamHalves(g, remainder, m, v, weight, p, stepOf(clip, lr, step, beta1, beta2, eps, decay), n, vector);                                      \
+    }
+
+HALVES(float, float, float, fff)
+HALVES(float, float, bf16, ffb)
+HALVES(float, bf16, float, fbf)
+HALVES(float, bf16, bf16, fbb)
+HALVES(bf16, float, float, bff)
+HALVES(bf16, float, bf16, bfb)
+HALVES(bf16, bf16, float, bbf)
+HALVES(bf16, bf16, bf16, bbb)
+
 // counts[e] -> bias[e] += rate * sign(mean(counts) - counts); one thread an expert, sums are exact.
 extern "C" __global__ void router_bias(const i64* counts, float* bias, int experts, float rate) {
     i64 total = 0;
