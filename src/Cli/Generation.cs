@@ -14,6 +14,7 @@ internal static class Generation
 
     public static int Run(GenerateChoices choices)
     {
+        Launched.RequireAlone("generate");
         using var signals = new StopSignals();
         return RunAsync(choices, signals).GetAwaiter().GetResult();
     }

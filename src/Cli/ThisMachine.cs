@@ -16,15 +16,16 @@ internal static class ThisMachine
     public static int Cores => Environment.ProcessorCount;
 
     /// LibTorch threads of each rank; one as long as the model is small.
-    public static int ThreadsPerRank(PlanSet plan)
-        => PlanSummary.Parameters(plan) < WorthThreads ? 1 : Math.Max(1, Cores / PlanSummary.Ranks(plan));
+    public static int ThreadsPerRank(PlanSet plan, Launched? launched = null)
+        => PlanSummary.Parameters(plan) < WorthThreads ? 1 : Math.Max(1, Cores / RanksHere(plan, launched));
 
-    /// DSG0903 unless all ranks of the plan fit into this process.
-    public static void RequireRoomFor(PlanSet plan)
+    private static int RanksHere(PlanSet plan, Launched? launched) => launched?.RanksHere(PlanSummary.Ranks(plan)) ?? PlanSummary.Ranks(plan);
+
+    /// DSG0903 unless the ranks of the plan that run here, all where nothing was launched, fit into this machine.
+    public static void RequireRoomFor(PlanSet plan, Launched? launched = null)
     {
-        var ranks = PlanSummary.Ranks(plan);
-        var each = ranks / plan.Stages.Count;
-        var needed = plan.Memory.Sum(row => (double)row.Peak * each);
+        var (all, ranks) = (PlanSummary.Ranks(plan), RanksHere(plan, launched));
+        var needed = plan.Memory.Sum(row => (double)row.Peak * (all / plan.Stages.Count)) / all * ranks;
         var present = (double)GC.GetGCMemoryInfo().TotalAvailableMemoryBytes;
         if (ranks <= MostRanks && needed <= present)
             return;
@@ -34,8 +35,8 @@ internal static class ThisMachine
             $"recipe {PlanSummary.Name(plan)}",
             string.Create(
                 CultureInfo.InvariantCulture,
-                $"the plan needs {PlanSummary.Count(ranks, "rank")} and {needed / 1e9:N1} GB;"
-                + $" this process runs up to {MostRanks} ranks in {present / 1e9:N1} GB"),
+                $"the plan needs {PlanSummary.Count(ranks, "rank")} here and {needed / 1e9:N1} GB;"
+                + $" this machine runs up to {MostRanks} ranks in {present / 1e9:N1} GB"),
             "`dsg compile` and `dsg check` need no such machine; to run, choose deepseek_v3_tiny or a smaller batch");
     }
 }

@@ -69,6 +69,7 @@ internal static class Verify
 
     private static int Start(ParseResult parse)
     {
+        Launched.RequireAlone("verify");
         using var bridge = AutoBridge.FromHfPretrained(parse.GetValue(Folder)!, parse.GetValue(NoMtp));
         var reference = parse.GetValue(Reference) ?? Path.Combine(bridge.Folder, DefaultReference);
         using var verification = Verification.Prepare(
