@@ -9,7 +9,8 @@ internal static class Arguments
     /// Parses and runs; a mistake in the words themselves is one diagnostic.
     public static int Invoke(string[] args)
     {
-        var root = Root();
+        (args, var command) = LaunchVerb.Split(args);
+        var root = Root(command);
         var plain = new ParserConfiguration { EnablePosixBundling = false, ResponseFileTokenReplacer = null };
         var parse = root.Parse(args, plain);
         if (Mistakes.In(parse) is { } exit)
@@ -23,7 +24,8 @@ internal static class Arguments
         });
     }
 
-    public static RootCommand Root() => new("""
+    /// `command`: what dsg launch starts.
+    public static RootCommand Root(params string[] command) => new("""
         DeepSeekGraph: DeepSeek-V3 training as a compiled, checked plan.
 
         Start with `dsg pretrain`: it trains a small DeepSeek-V3 on this machine for about a minute,
@@ -36,6 +38,7 @@ internal static class Arguments
         Pretrain.Verb(),
         Compile.Verb(),
         Run.Verb(),
+        LaunchVerb.Verb(command),
         Import.Verb(),
         Export.Verb(),
         Generate.Verb(),

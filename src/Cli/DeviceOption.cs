@@ -11,19 +11,19 @@ internal sealed class DeviceOption
     private readonly Option<string?> _device = new("--device")
     {
         HelpName = "cpu|cuda[:N]",
-        Description = "Where ranks compute: on the processor (the default), or all on one NVIDIA GPU, number N or 0",
+        Description = "Where ranks compute: on the processor (the default), or on NVIDIA GPUs: all ranks of a process on number N, else 0; a process of several on the one of its own place",
     };
 
     public void AddTo(Command command) => command.Add(_device);
 
     /// Loads LibTorch with CUDA where that is chosen, so call it before anything else needs LibTorch.
-    public RankDevice Read(ParseResult parse)
+    public RankDevice Read(ParseResult parse, Launched? launched = null)
     {
         var name = parse.GetValue(_device);
         if (name is null or "cpu")
             return RankDevice.Cpu;
         if (name == "cuda")
-            return RankDevice.Cuda(0);
+            return RankDevice.Cuda(launched?.Launch.LocalRank ?? 0);
         if (name.StartsWith("cuda:", StringComparison.Ordinal)
             && int.TryParse(name.AsSpan("cuda:".Length), NumberStyles.None, CultureInfo.InvariantCulture, out var index))
             return RankDevice.Cuda(index);

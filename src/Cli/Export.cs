@@ -37,6 +37,7 @@ internal static class Export
 
     private static int Start(string path, string folder, StoredExportOptions options)
     {
+        Launched.RequireAlone("export");
         using var checkpoint = CheckpointReader.Open(path);
         var progress = new ByteProgress("export");
         var bytes = StoredExport.Write(checkpoint, folder, options with { Progress = progress.Show });

@@ -14,6 +14,7 @@ internal static class Generation
 
     public static int Run(GenerateChoices choices)
     {
+        Launched.RequireAlone("generate");
         using var signals = new StopSignals();
         return RunAsync(choices, signals).GetAwaiter().GetResult();
     }
@@ -37,7 +38,7 @@ internal static class Generation
             PlanFile.Write(Path.Combine(folder, "decode.txt"), plans.Decode);
         }
 
-        ThisMachine.RequireRoomFor(plans.Prefill, choices.Device);
+        ThisMachine.RequireRoomFor(plans.Prefill, device: choices.Device);
 
         var generator = await Generator.StartAsync(plans.Prefill, plans.Decode, source.Options with
         {

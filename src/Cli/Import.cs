@@ -42,6 +42,7 @@ internal static class Import
 
     private static int Start(string folder, string root, Recipe recipe, bool noMtp, ImportOptions options)
     {
+        Launched.RequireAlone("import");
         using var bridge = AutoBridge.FromHfPretrained(folder, noMtp);
         var progress = new ByteProgress("import");
         var outcome = CheckpointImport.Write(bridge, root, model => (model with { Observe = true }).Compile(recipe), options with

@@ -9,13 +9,14 @@ namespace DeepSeekGraph.Cli;
 internal static class Jobs
 {
     /// The job that the command line asks for: the recipe, its shorthand options, then every `--set` in order.
-    /// Says which element type was measured to be faster where that was asked for. `training` changes the recipe's own settings.
-    public static NamedRecipe Chosen(JobChoices choices, Func<TrainingSettings, TrainingSettings>? training = null)
+    /// Says which element type was measured to be faster (`faster`; without, by this process) where that was asked for. `training` changes the recipe's own settings.
+    public static NamedRecipe Chosen(
+        JobChoices choices, Func<TrainingSettings, TrainingSettings>? training = null, Func<DType>? faster = null)
     {
         var named = Named(choices.Recipe);
         if (training is not null)
             named = named with { Training = training(named.Training) };
-        return Overrides.Apply(named with { Recipe = Change(named.Recipe, choices) }, choices.Set);
+        return Overrides.Apply(named with { Recipe = Change(named.Recipe, choices, faster ?? (static () => DTypeProbe.Faster)) }, choices.Set);
     }
 
     /// The recipe, or DSG0706 with the nearest names first.
@@ -36,7 +37,7 @@ internal static class Jobs
         }
     }
 
-    private static Recipe Change(Recipe recipe, JobChoices choices)
+    private static Recipe Change(Recipe recipe, JobChoices choices, Func<DType> faster)
     {
         int?[] degrees =
             [choices.Tensor, choices.Pipeline, choices.Expert, choices.Data, choices.ExpertTensor, choices.Context];
@@ -72,7 +73,7 @@ internal static class Jobs
                 choices.GlobalBatch ?? recipe.GlobalBatch,
                 choices.MicroBatch ?? recipe.MicroBatch,
                 choices.SeqLength ?? recipe.SeqLength)
-            .WithDType(DTypeOf(choices, recipe))
+            .WithDType(DTypeOf(choices, recipe, faster))
             .WithFp8(choices.DType switch { "fp8" => 128, null => recipe.Fp8Block, _ => 0 });
     }
 
@@ -94,7 +95,7 @@ internal static class Jobs
                 Nearest.Help(name, Schedule.All.Select(s => s.Name)));
 
     /// Without a choice: bf16 where the recipe says so, else what is faster here.
-    private static DType DTypeOf(JobChoices choices, Recipe recipe)
+    private static DType DTypeOf(JobChoices choices, Recipe recipe, Func<DType> faster)
     {
         var name = choices.DType;
         switch (name)
@@ -106,9 +107,9 @@ internal static class Jobs
             case null when recipe.DType.IsBFloat16 || choices.Set.Any(Overrides.IsDType):
                 return recipe.DType;
             case null or "auto":
-                var faster = DTypeProbe.Faster;
-                Console.WriteLine($"dtype auto: {faster.Name}, {DTypeProbe.Reason}");
-                return faster;
+                var chosen = faster();
+                Console.WriteLine($"dtype auto: {chosen.Name}, {DTypeProbe.Reason}");
+                return chosen;
             default:
                 throw DiagnosticException.Of(
                     Codes.OptionValue,

@@ -9,20 +9,19 @@ internal static class Pretrain
     public static Command Verb()
     {
         var (job, options) = (new JobOptions(), new RunOptions());
-        var verb = new Command("pretrain", "Train a model: compile a recipe and run its plan, a thread a rank");
+        var verb = new Command("pretrain", "Train a model: compile a recipe and run its plan, a thread or (when launched so) a process a rank");
         job.AddTo(verb);
         options.AddTo(verb);
-        verb.SetAction(parse => Start(job, options.Read(parse), parse));
+        verb.SetAction(parse => Launched.Run(launched => Start(job.Read(parse), options.Read(parse, launched), launched)));
         return verb;
     }
 
-    private static int Start(JobOptions options, RunChoices run, ParseResult parse)
+    private static int Start(JobChoices choices, RunChoices run, Launched launched)
     {
-        var choices = options.Read(parse);
-        if (run.Device.IsCuda && choices.IsSilentOnDegrees)
+        if (run.Device.IsCuda && launched.World is null && choices.IsSilentOnDegrees)
             choices = choices with { Tensor = 1 };
-        using var resumed = Resumed.Open(run, choices);
-        var job = Jobs.Chosen(resumed?.Over(choices) ?? choices, settings => resumed?.Over(settings) ?? settings);
-        return Training.Run(job.Compile(), run.Over(job.Training), run, resumed);
+        using var resumed = Resumed.Open(run, launched, choices);
+        var job = Jobs.Chosen(resumed?.Over(choices) ?? choices, settings => resumed?.Over(settings) ?? settings, launched.FasterType);
+        return Training.Run(job.Compile(), run.Over(job.Training), run, resumed, launched);
     }
 }

@@ -21,11 +21,23 @@ internal sealed class Resumed : IDisposable
     public CheckpointManifest Manifest => Checkpoint.Manifest;
 
     /// What --resume, else the last --set training.load, names; null where a run starts anew.
-    public static Resumed? Open(RunChoices run, JobChoices? job = null)
+    public static Resumed? Open(RunChoices run, Launched launched, JobChoices? job = null)
     {
-        var path = run.Resume
+        var path = Newest(launched)
+            ?? run.Resume
             ?? job?.Set.LastOrDefault(set => set.StartsWith(LoadKey, StringComparison.Ordinal))?[LoadKey.Length..];
-        return path is null ? null : new Resumed(CheckpointReader.Open(path));
+        return path is null ? null
+            : new Resumed(launched.World is { } world ? CheckpointReader.Open(path, world) : CheckpointReader.Open(path));
+    }
+
+    /// Of a job that is started again, what its earlier start has saved; null where it has nothing yet.
+    private static string? Newest(Launched launched)
+    {
+        if (launched is not { Restart: { } run, World: { } world })
+            return null;
+        var answer = world.Meet(
+            "restart", [], _ => [Directory.Exists(run.Checkpoints) && CheckpointRoot.Steps(run.Checkpoints).Count > 0 ? (byte)1 : (byte)0], world.Stop);
+        return answer is [1] ? run.Checkpoints : null;
     }
 
     /// A run's settings as a checkpoint keeps them.

@@ -131,7 +131,7 @@ internal sealed class RunOptions
             command.Add(option);
     }
 
-    public RunChoices Read(ParseResult parse)
+    public RunChoices Read(ParseResult parse, Launched? launched = null)
     {
         var (steps, rate) = (parse.GetValue(_steps), parse.GetValue(_learningRate));
         if (steps < 1)
@@ -163,7 +163,7 @@ internal sealed class RunOptions
             Keep = parse.GetValue(_keep),
             Background = BackgroundOf(parse.GetValue(_save)),
             Executor = ExecutorOf(parse.GetValue(_executor)),
-            Device = _device.Read(parse),
+            Device = _device.Read(parse, launched),
         };
     }
 

@@ -2,6 +2,7 @@
 
 using DeepSeekGraph.Models;
 using DeepSeekGraph.Runtime.Checkpoints;
+using DeepSeekGraph.Runtime.Collectives;
 using DeepSeekGraph.Runtime.Training;
 
 namespace DeepSeekGraph.Cli;
@@ -9,6 +10,7 @@ namespace DeepSeekGraph.Cli;
 /// Nothing at all without --save-interval.
 internal sealed class Saving : IAsyncDisposable
 {
+    private readonly Trainer _trainer;
     private readonly TrainingSettings _settings;
     private readonly CheckpointSaver? _saver;
     private readonly string _root;
@@ -17,8 +19,9 @@ internal sealed class Saving : IAsyncDisposable
     public Saving(
         Trainer trainer, TrainingSettings settings, string folder, CheckpointData data, IReadOnlyList<(string, byte[])> kept)
     {
+        _trainer = trainer;
         _settings = settings;
-        _root = settings.Save ?? Path.Combine(folder, CheckpointRoot.InRun);
+        _root = RootOf(settings, folder);
         if (settings.SaveInterval == 0)
             return;
         _saver = new CheckpointSaver(trainer, new CheckpointOptions
@@ -31,6 +34,9 @@ internal sealed class Saving : IAsyncDisposable
             Kept = kept,
         });
     }
+
+    /// Where a run saves.
+    public static string RootOf(TrainingSettings settings, string folder) => settings.Save ?? Path.Combine(folder, CheckpointRoot.InRun);
 
     /// 1 once a save failed.
     public int ExitCode => _failed > 0 ? Cli.ExitCode.Diagnostics : Cli.ExitCode.Ok;
@@ -72,9 +78,16 @@ internal sealed class Saving : IAsyncDisposable
         {
             await work().ConfigureAwait(false);
         }
+        catch (StoppedException)
+        {
+            // another process ended before it was finished: nothing is left of it
+            _failed++;
+        }
         catch (DiagnosticException e)
         {
             _failed++;
+            if (_trainer.World.Process != 0)
+                return;
             Console.WriteLine();
             Render.Diagnostics(e.Diagnostics);
         }

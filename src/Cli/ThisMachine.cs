@@ -17,16 +17,19 @@ internal static class ThisMachine
     public static int Cores => Environment.ProcessorCount;
 
     /// LibTorch threads of each rank; one as long as the model is small.
-    public static int ThreadsPerRank(PlanSet plan)
-        => PlanSummary.Parameters(plan) < WorthThreads ? 1 : Math.Max(1, Cores / PlanSummary.Ranks(plan));
+    public static int ThreadsPerRank(PlanSet plan, Launched? launched = null)
+        => PlanSummary.Parameters(plan) < WorthThreads ? 1 : Math.Max(1, Cores / RanksHere(plan, launched));
 
-    /// DSG0903 unless all ranks of the plan fit into this process, or into the memory of the GPU that they share.
-    public static void RequireRoomFor(PlanSet plan, RankDevice? device = null)
+    private static int RanksHere(PlanSet plan, Launched? launched) => launched?.RanksHere(PlanSummary.Ranks(plan)) ?? PlanSummary.Ranks(plan);
+
+    /// DSG0903 unless the ranks of the plan that run here, all where nothing was launched, fit into this machine, or into the memory
+    /// of the GPU that they share or that each has to itself.
+    public static void RequireRoomFor(PlanSet plan, Launched? launched = null, RankDevice? device = null)
     {
-        var ranks = PlanSummary.Ranks(plan);
-        var each = ranks / plan.Stages.Count;
-        var needed = plan.Memory.Sum(row => (double)row.Peak * each);
         var gpu = device is { IsCuda: true };
+        var all = PlanSummary.Ranks(plan);
+        var ranks = gpu && launched?.World is not null ? 1 : RanksHere(plan, launched);
+        var needed = plan.Memory.Sum(row => (double)row.Peak * (all / plan.Stages.Count)) / all * ranks;
         var present = gpu ? device!.TotalMemory : (double)GC.GetGCMemoryInfo().TotalAvailableMemoryBytes;
         if (ranks <= MostRanks && needed <= present)
             return;
@@ -36,8 +39,8 @@ internal static class ThisMachine
             $"recipe {PlanSummary.Name(plan)}",
             string.Create(
                 CultureInfo.InvariantCulture,
-                $"the plan needs {PlanSummary.Count(ranks, "rank")} and {needed / 1e9:N1} GB;"
-                + $" this {(gpu ? "GPU" : "process")} runs up to {MostRanks} ranks in {present / 1e9:N1} GB"),
+                $"the plan needs {PlanSummary.Count(ranks, "rank")} here and {needed / 1e9:N1} GB;"
+                + $" this {(gpu ? "GPU" : "machine")} runs up to {MostRanks} ranks in {present / 1e9:N1} GB"),
             "`dsg compile` and `dsg check` need no such machine; to run, choose deepseek_v3_tiny or a smaller batch");
     }
 }

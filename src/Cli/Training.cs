@@ -1,4 +1,4 @@
-// A run: all ranks of a plan in this process, step by step, with what is shown and saved meanwhile.
+// A run: the ranks of a plan in this process, all or its own, step by step, with what is shown and saved meanwhile.
 
 using System.Globalization;
 using DeepSeekGraph.Models;
@@ -6,6 +6,7 @@ using DeepSeekGraph.Runtime;
 using DeepSeekGraph.Runtime.Checkpoints;
 using DeepSeekGraph.Runtime.Data;
 using DeepSeekGraph.Runtime.Data.Tokenizers;
+using DeepSeekGraph.Runtime.Launch;
 using DeepSeekGraph.Runtime.Telemetry;
 using DeepSeekGraph.Runtime.Training;
 
@@ -14,17 +15,20 @@ namespace DeepSeekGraph.Cli;
 internal static class Training
 {
     /// Nothing is written before plan, data and ranks are known to be good.
-    public static int Run(PlanSet plan, TrainingSettings settings, RunChoices how, Resumed? resumed)
+    public static int Run(PlanSet plan, TrainingSettings settings, RunChoices how, Resumed? resumed, Launched launched)
     {
         using var signals = new StopSignals();
-        return RunAsync(plan, settings, how, resumed, signals).GetAwaiter().GetResult();
+        return RunAsync(plan, settings, how, resumed, launched, signals).GetAwaiter().GetResult();
     }
 
     private static async Task<int> RunAsync(
-        PlanSet plan, TrainingSettings settings, RunChoices how, Resumed? resumed, StopSignals signals)
+        PlanSet plan, TrainingSettings settings, RunChoices how, Resumed? resumed, Launched launched, StopSignals signals)
     {
-        ThisMachine.RequireRoomFor(plan, how.Device);
-        RefuseUsed(settings.Dir);
+        if (launched.World is { } several)
+            Agreement.RequireSize(several, PlanSummary.Ranks(plan));
+        ThisMachine.RequireRoomFor(plan, launched, how.Device);
+        if (launched is { IsFirst: true, Restart: null })
+            RefuseUsed(settings.Dir);
         var (steps, rate) = (settings.TrainIters, settings.Schedule());
         var done = resumed?.Manifest.Step ?? 0;
         RequireStepsLeft(steps, done);
@@ -43,52 +47,78 @@ internal static class Training
             Checkpoint = resumed?.Checkpoint,
             Seed = settings.Seed,
             LearningRate = rate,
-            ThreadsPerRank = ThisMachine.ThreadsPerRank(plan),
+            ThreadsPerRank = ThisMachine.ThreadsPerRank(plan, launched),
             Executor = how.Executor,
             Device = how.Device,
+            World = launched.World,
         };
         Console.WriteLine(Heading(plan, steps, rate, settings.Seed));
-        if (DeviceOption.Remark(how.Device, PlanSummary.Ranks(plan)) is { } shared)
+        if (DeviceOption.Remark(how.Device, launched.World is null ? PlanSummary.Ranks(plan) : 1) is { } shared)
             Console.WriteLine(shared);
+        if (launched.World is { } world)
+        {
+            Agreement.Require(world, [
+                ("the plan", PlanFile.Hash(plan)),
+                ("the data's checksum", data.Checksum),
+                ("the run", $"{settings.TrainIters} steps, seed {settings.Seed}, {rate}"),
+                ("checkpoints", $"{settings.SaveInterval} {settings.MostRecentK} {settings.AsyncSave} {settings.Save}"),
+            ]);
+        }
 
         var trainer = await Trainer.StartAsync(plan, options, CancellationToken.None).ConfigureAwait(false);
         await using (trainer.ConfigureAwait(false))
         {
             foreach (var remark in (resumed?.Remarks(plan, data, settings) ?? []).Concat(trainer.Remarks))
                 Console.WriteLine(remark);
-            var folder = RunFolder.Create(settings.Dir);
+            var folder = FolderOf(settings, launched);
             var saving = new Saving(trainer, settings, folder, data, KeptFiles.Of(settings, resumed));
             await using (saving.ConfigureAwait(false))
             {
                 saving.Prepare();
                 signals.Arm();
-                PlanFile.Write(Path.Combine(folder, Files.Plan), plan);
-                var seen = await StepsAsync(trainer, steps, folder, saving, signals.Token).ConfigureAwait(false);
+                if (launched.IsFirst)
+                {
+                    Launcher.Record(new RunRecord(folder, Path.GetFullPath(Saving.RootOf(settings, folder))));
+                    PlanFile.Write(Path.Combine(folder, Files.Plan), plan);
+                }
+
+                var seen = await StepsAsync(trainer, steps, launched.IsFirst ? folder : null, saving, signals.Token).ConfigureAwait(false);
                 await saving.FinishAsync().ConfigureAwait(false);
-                Report.Print(new Outcome(plan, steps - (int)done, seen, trainer.PeakBytes, folder) { Saved = saving.Summary });
-                return signals.ExitCodeOfSignal != 0 ? signals.ExitCodeOfSignal : saving.ExitCode;
+                var peak = trainer.GatherPeakBytes();
+                if (launched.IsFirst)
+                    Report.Print(new Outcome(plan, steps - (int)Math.Min(done, seen.FirstOrDefault()?.Step - 1 ?? done), seen, peak, folder) { Saved = saving.Summary });
+                return signals.ExitCodeOfSignal != 0 ? signals.ExitCodeOfSignal
+                    : trainer.World.FirstError is JobCancelledException ? ExitCode.Terminated
+                    : saving.ExitCode;
             }
         }
     }
 
-    /// Trains until the last step or a signal; a line a step in metrics.jsonl.
+    /// Process 0 makes the folder of the run, and all know it.
+    private static string FolderOf(TrainingSettings settings, Launched launched)
+        => launched.Restart is { } before ? before.Folder
+            : launched.World is { } world ? SharedWork.OnFirst(world, "folder", [], _ => RunFolder.Create(settings.Dir))
+                : RunFolder.Create(settings.Dir);
+
+    /// Trains until the last step or a signal, to this process or another; a line a step in metrics.jsonl where a folder is given.
     private static async Task<IReadOnlyList<StepMetrics>> StepsAsync(
-        Trainer trainer, int steps, string folder, Saving saving, CancellationToken stop)
+        Trainer trainer, int steps, string? folder, Saving saving, CancellationToken stop)
     {
-        var seen = new List<StepMetrics>();
+        var path = folder is null ? null : Path.Combine(folder, Files.Metrics);
+        var seen = new List<StepMetrics>(path is not null && File.Exists(path) ? MetricsFile.Keep(path, trainer.Step) : []);
         var progress = new Progress(steps, trainer.Step);
-        using var metrics = new MetricsWriter(Path.Combine(folder, Files.Metrics));
+        using var metrics = path is null ? null : File.Exists(path) ? MetricsWriter.Append(path) : new MetricsWriter(path);
         try
         {
             await foreach (var step in trainer.RunAsync(steps - trainer.Step, stop).ConfigureAwait(false))
             {
-                metrics.Write(step);
+                metrics?.Write(step);
                 seen.Add(step);
                 progress.Show(step);
                 await saving.AfterAsync(step.Step).ConfigureAwait(false);
             }
         }
-        catch (OperationCanceledException) when (stop.IsCancellationRequested)
+        catch (OperationCanceledException e) when (stop.IsCancellationRequested || e is JobCancelledException)
         {
             // what was trained so far is the result
         }

@@ -72,12 +72,13 @@ internal static class Verify
 
     private static int Start(ParseResult parse)
     {
+        Launched.RequireAlone("verify");
         var device = Device.Read(parse);
         using var bridge = AutoBridge.FromHfPretrained(parse.GetValue(Folder)!, parse.GetValue(NoMtp));
         var reference = parse.GetValue(Reference) ?? Path.Combine(bridge.Folder, DefaultReference);
         using var verification = Verification.Prepare(
             bridge, reference, parse.GetValue(Gradients), RecipeOf(parse), parse.GetValue(Tolerance));
-        ThisMachine.RequireRoomFor(verification.Plan, device);
+        ThisMachine.RequireRoomFor(verification.Plan, device: device);
         var result = verification.RunAsync(device: device).GetAwaiter().GetResult();
         if (parse.GetValue(Json))
             Console.WriteLine(ToJson(verification.Plan, result).ToJsonString(Indented));

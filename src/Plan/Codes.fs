@@ -300,6 +300,38 @@ module Codes =
     [<Literal>]
     let DeviceUnsupported = "DSG0854"
 
+    /// Variables that say how a process was launched are incomplete or contradict each other.
+    [<Literal>]
+    let LaunchEnvironment = "DSG0860"
+
+    /// A job has not as many processes as its plan has ranks.
+    [<Literal>]
+    let WorldSize = "DSG0861"
+
+    /// Processes of a job are about to do different things.
+    [<Literal>]
+    let RanksDiffer = "DSG0862"
+
+    /// What works in one process only is asked for in a job of several.
+    [<Literal>]
+    let OneProcessOnly = "DSG0863"
+
+    /// Processes of a job do not find or do not hear each other.
+    [<Literal>]
+    let Rendezvous = "DSG0864"
+
+    /// A process of a job is gone.
+    [<Literal>]
+    let RankGone = "DSG0865"
+
+    /// MPI is not there, or fails.
+    [<Literal>]
+    let MpiUnavailable = "DSG0867"
+
+    /// Processes of a job do not see each other's files of a checkpoint.
+    [<Literal>]
+    let FolderNotShared = "DSG0866"
+
     /// A recompute policy names something that cannot be recomputed.
     [<Literal>]
     let UnknownRecompute = "DSG0590"

@@ -17,5 +17,6 @@ let main argv =
                 CheckpointTests.tests
                 VerifyTests.tests
                 GenerateTests.tests
+                LaunchTests.tests
             ]
         ))

@@ -1,4 +1,4 @@
-/// Collectives between threads: same bits for every member, rows that come back, and a failure that stops everybody.
+/// Collectives between threads and between processes: same bits for every member, rows that come back, and a failure that stops everybody.
 module DeepSeekGraph.Runtime.Tests.CollectiveTests
 
 open System
@@ -8,6 +8,7 @@ open Expecto
 open DeepSeekGraph
 open DeepSeekGraph.Runtime.Collectives
 open DeepSeekGraph.Runtime.Kernels
+open DeepSeekGraph.Runtime.Launch
 open DeepSeekGraph.Runtime.Memory
 open DeepSeekGraph.Runtime.Native
 open DeepSeekGraph.Runtime.Tests.Slots
@@ -37,9 +38,14 @@ let stageGroup id (stages: int list) : Group = {
     Stages = Array.ofList stages
 }
 
-let private inWorld (world: LoopbackWorld) sizes stages (work: RankContext -> ICollectives -> 'a) =
+/// Runs `work` on every rank of a mesh (of `stages` stages), each a thread with the world that `worldOf` gives it.
+let private runAll
+    (worldOf: int -> IWorld)
+    (sizes: int list)
+    stages
+    (work: RankContext -> ICollectives -> 'a)
+    : Result<'a, exn>[] =
     LibTorch.Load()
-    use world = world
     let mesh = mesh sizes
     let perStage = RankContext.RanksPerStage mesh
     let results = Array.create (perStage * stages) (Error(exn "did not run"))
@@ -51,24 +57,73 @@ let private inWorld (world: LoopbackWorld) sizes stages (work: RankContext -> IC
                 let rank = RankContext.At(mesh, i / perStage, i % perStage)
 
                 try
-                    results[i] <- Ok(work rank (world.For rank))
-                with e ->
-                    if not (e :? StoppedException) then
-                        world.Abort e
+                    let world = worldOf i
 
+                    try
+                        results[i] <- Ok(work rank (world.For(rank, [||])))
+                    with e ->
+                        if not (e :? StoppedException) then
+                            world.Abort e
+
+                        results[i] <- Error e
+                with e ->
                     results[i] <- Error e))
 
     threads |> Array.iter _.Start()
     threads |> Array.iter _.Join()
-    results, world.FirstError
+    results
 
-/// Runs `work` on every rank of a mesh (of `stages` stages) and returns what each returned, or threw.
-let together sizes stages (work: RankContext -> ICollectives -> 'a) : Result<'a, exn>[] * (exn | null) =
-    inWorld (new LoopbackWorld()) sizes stages work
+/// Where ranks meet: what each returned, or threw, and the first error of all.
+[<AbstractClass>]
+type Worlds(name: string) =
+    member _.Name = name
 
-/// The same, and what the exchange of rows sends is counted.
-let private togetherCounted (traffic: Traffic) sizes stages work =
-    inWorld (new LoopbackWorld(Traffic = traffic)) sizes stages work
+    /// Runs `work` on every rank of a mesh of `stages` stages; what the exchange of rows sends may be counted.
+    abstract Run:
+        traffic: Traffic | null * sizes: int list * stages: int * work: (RankContext -> ICollectives -> 'a) ->
+            Result<'a, exn>[] * (exn | null)
+
+/// Ranks as threads of one process.
+let private threads = {
+    new Worlds("in one process") with
+        member _.Run(traffic, sizes, stages, work) =
+            use world = new LoopbackWorld(Traffic = traffic)
+            runAll (fun _ -> world :> IWorld) sizes stages work, world.FirstError
+}
+
+/// A port of this machine that nobody listens on.
+let freePort () =
+    use listener = new System.Net.Sockets.TcpListener(System.Net.IPAddress.Loopback, 0)
+
+    listener.Start()
+    (listener.LocalEndpoint :?> System.Net.IPEndPoint).Port
+
+/// What rank `rank` of `size` is told by its launcher.
+let launched port token size rank = LaunchEnvironment(LaunchForm.Torchrun, rank, size, rank, "127.0.0.1", port, token)
+
+/// Ranks as processes are: each with a world of its own, which knows the others by TCP only.
+let private sockets = {
+    new Worlds("over TCP") with
+        member _.Run(_, sizes, stages, work) =
+            let size = List.fold (*) stages sizes
+            let port = freePort ()
+            let worlds: ProcessWorld[] = Array.zeroCreate size
+
+            let join rank =
+                worlds[rank] <- ProcessWorld.Join(launched port [| 7uy |] size rank)
+                worlds[rank] :> IWorld
+
+            let results = runAll join sizes stages work
+            let first = worlds[0].FirstError
+            // process 0 waits for the others' good-bye
+            for world in Array.rev worlds do
+                world.Dispose()
+
+            results, first
+}
+
+/// The ranks of a mesh as threads of one process.
+let together sizes stages (work: RankContext -> ICollectives -> 'a) = threads.Run(null, sizes, stages, work)
 
 let values (results: Result<'a, exn>[] * (exn | null)) =
     fst results
@@ -81,7 +136,7 @@ let perform (collectives: ICollectives) kind group (inputs: SlotValue list) (out
 
 let private f32 = DType.Float32
 
-let private reductions =
+let private reductions (worlds: Worlds) =
     testList "reductions" [
         for dtype in [ f32; DType.BFloat16 ] do
             testCase $"an all-reduce adds in member order, %s{dtype.Name}" (fun () ->
@@ -89,14 +144,19 @@ let private reductions =
                 let own r = random r n |> Array.map (fun v -> v * 10.0 ** float (r % 5)) |> rounded dtype
 
                 let run () =
-                    together [ 2; 2; 2 ] 1 (fun rank collectives ->
-                        let out = slot dtype [ n ]
+                    worlds.Run(
+                        null,
+                        [ 2; 2; 2 ],
+                        1,
+                        fun rank collectives ->
+                            let out = slot dtype [ n ]
 
-                        perform collectives Collective.AllReduceSum (axesGroup 0 [ 0; 1; 2 ]) [
-                            filled dtype [ n ] (own rank.Rank)
-                        ] [ out ]
+                            perform collectives Collective.AllReduceSum (axesGroup 0 [ 0; 1; 2 ]) [
+                                filled dtype [ n ] (own rank.Rank)
+                            ] [ out ]
 
-                        read out)
+                            read out
+                    )
                     |> values
 
                 let first = run ()
@@ -117,47 +177,57 @@ let private reductions =
 
         testCase "max, integers, and several at once" (fun () ->
             let results =
-                together [ 4 ] 1 (fun rank collectives ->
-                    let a, b = slot f32 [ 2 ], slot DType.Int64 [ 1 ]
-                    let group = axesGroup 0 [ 0 ]
+                worlds.Run(
+                    null,
+                    [ 4 ],
+                    1,
+                    fun rank collectives ->
+                        let a, b = slot f32 [ 2 ], slot DType.Int64 [ 1 ]
+                        let group = axesGroup 0 [ 0 ]
 
-                    perform collectives Collective.AllReduceMax group [ filled f32 [ 2 ] [| float rank.Rank; -1.0 |] ] [
-                        a
-                    ]
+                        perform collectives Collective.AllReduceMax group [
+                            filled f32 [ 2 ] [| float rank.Rank; -1.0 |]
+                        ] [ a ]
 
-                    perform collectives Collective.AllReduceSum group [
-                        ids [ 1 ] [| int64 rank.Rank + (1L <<< 40) |]
-                    ] [ b ]
+                        perform collectives Collective.AllReduceSum group [
+                            ids [ 1 ] [| int64 rank.Rank + (1L <<< 40) |]
+                        ] [ b ]
 
-                    let c, d = slot f32 [ 1 ], slot f32 [ 1 ]
+                        let c, d = slot f32 [ 1 ], slot f32 [ 1 ]
 
-                    perform collectives Collective.AllReduceSum group [
-                        filled f32 [ 1 ] [| 1.0 |]
-                        filled f32 [ 1 ] [| float rank.Rank |]
-                    ] [ c; d ]
+                        perform collectives Collective.AllReduceSum group [
+                            filled f32 [ 1 ] [| 1.0 |]
+                            filled f32 [ 1 ] [| float rank.Rank |]
+                        ] [ c; d ]
 
-                    read a, b.Tensor.data<int64>().ToArray(), read c, read d)
+                        read a, b.Tensor.data<int64>().ToArray(), read c, read d
+                )
                 |> values
 
             for result in results do
                 Expect.equal result ([| 3.0; -1.0 |], [| 6L + (1L <<< 42) |], [| 4.0 |], [| 6.0 |]) "result")
     ]
 
-let private movement =
+let private movement (worlds: Worlds) =
     testList "movement" [
         testCase "gather and scatter along a dim; the slowest axis is major" (fun () ->
             // groups along axes 0 and 2: members (0,0) (1,0) (0,1) (1,1)
             let results =
-                together [ 2; 2; 2 ] 1 (fun rank collectives ->
-                    let place = rank.Coordinates[0] + 2 * rank.Coordinates[2]
-                    let group = axesGroup 0 [ 0; 2 ]
-                    let offset = 100.0 * float rank.Coordinates[1]
-                    let own = Array.init 4 (fun i -> offset + float (10 * place + i))
-                    let whole = slot f32 [ 2; 8 ]
-                    perform collectives (Collective.AllGather 1) group [ filled f32 [ 2; 2 ] own ] [ whole ]
-                    let back = slot f32 [ 2; 2 ]
-                    perform collectives (Collective.ReduceScatter 1) group [ whole ] [ back ]
-                    rank.Coordinates[1], own, read whole, read back)
+                worlds.Run(
+                    null,
+                    [ 2; 2; 2 ],
+                    1,
+                    fun rank collectives ->
+                        let place = rank.Coordinates[0] + 2 * rank.Coordinates[2]
+                        let group = axesGroup 0 [ 0; 2 ]
+                        let offset = 100.0 * float rank.Coordinates[1]
+                        let own = Array.init 4 (fun i -> offset + float (10 * place + i))
+                        let whole = slot f32 [ 2; 8 ]
+                        perform collectives (Collective.AllGather 1) group [ filled f32 [ 2; 2 ] own ] [ whole ]
+                        let back = slot f32 [ 2; 2 ]
+                        perform collectives (Collective.ReduceScatter 1) group [ whole ] [ back ]
+                        rank.Coordinates[1], own, read whole, read back
+                )
                 |> values
 
             for part, own, whole, back in results do
@@ -169,14 +239,19 @@ let private movement =
 
         testCase "all-to-all swaps a split dim for another, and back" (fun () ->
             let results =
-                together [ 3 ] 1 (fun rank collectives ->
-                    let group = axesGroup 0 [ 0 ]
-                    let own = random rank.Rank 12
-                    let source = filled f32 [ 2; 6 ] own
-                    let across, back = slot f32 [ 6; 2 ], slot f32 [ 2; 6 ]
-                    perform collectives (Collective.AllToAll(1, 0)) group [ source ] [ across ]
-                    perform collectives (Collective.AllToAll(0, 1)) group [ across ] [ back ]
-                    read source, read across, read back)
+                worlds.Run(
+                    null,
+                    [ 3 ],
+                    1,
+                    fun rank collectives ->
+                        let group = axesGroup 0 [ 0 ]
+                        let own = random rank.Rank 12
+                        let source = filled f32 [ 2; 6 ] own
+                        let across, back = slot f32 [ 6; 2 ], slot f32 [ 2; 6 ]
+                        perform collectives (Collective.AllToAll(1, 0)) group [ source ] [ across ]
+                        perform collectives (Collective.AllToAll(0, 1)) group [ across ] [ back ]
+                        read source, read across, read back
+                )
                 |> values
 
             for rank, (own, across, back) in Array.indexed results do
@@ -192,25 +267,30 @@ let private movement =
 
         testCase "sends arrive in order, whatever else happens" (fun () ->
             let results =
-                together [ 2 ] 3 (fun rank collectives ->
-                    let group = stageGroup 5 [ 0; 1; 2 ]
-                    let mutable got = []
+                worlds.Run(
+                    null,
+                    [ 2 ],
+                    3,
+                    fun rank collectives ->
+                        let group = stageGroup 5 [ 0; 1; 2 ]
+                        let mutable got = []
 
-                    for i in 0..3 do
-                        if rank.Stage < 2 then
-                            perform collectives (Collective.Send(rank.Stage + 1)) group [
-                                filled f32 [] [| float (10 * rank.Rank + i) |]
-                            ] []
+                        for i in 0..3 do
+                            if rank.Stage < 2 then
+                                perform collectives (Collective.Send(rank.Stage + 1)) group [
+                                    filled f32 [] [| float (10 * rank.Rank + i) |]
+                                ] []
 
-                    for i in 0..3 do
-                        if rank.Stage > 0 then
-                            let out = slot f32 []
-                            perform collectives (Collective.Recv(rank.Stage - 1)) group [] [ out ]
-                            got <- (read out)[0] :: got
+                        for i in 0..3 do
+                            if rank.Stage > 0 then
+                                let out = slot f32 []
+                                perform collectives (Collective.Recv(rank.Stage - 1)) group [] [ out ]
+                                got <- (read out)[0] :: got
 
-                    let total = slot f32 []
-                    perform collectives Collective.AllReduceSum group [ filled f32 [] [| 1.0 |] ] [ total ]
-                    List.rev got, read total)
+                        let total = slot f32 []
+                        perform collectives Collective.AllReduceSum group [ filled f32 [] [| 1.0 |] ] [ total ]
+                        List.rev got, read total
+                )
                 |> values
 
             for rank, (got, total) in Array.indexed results do
@@ -220,7 +300,7 @@ let private movement =
                     Expect.equal got [ for i in 0..3 -> float (10 * (rank - 2) + i) ] "in order")
     ]
 
-let private routing =
+let private routing (worlds: Worlds) =
     testList "rows" [
         testCase "rows go to their experts, ordered, and come back" (fun () ->
             let b, s, e, h, peers = 1, 5, 8, 3, 4
@@ -235,17 +315,22 @@ let private routing =
             |]
 
             let results =
-                together [ peers ] 1 (fun rank collectives ->
-                    let r, group = rank.Rank, axesGroup 0 [ 0 ]
-                    let route = routeOf b s e (maskOf r)
-                    let own = filledRows f32 [ b; s; e; h ] route.Rows.Rows (rowsOf r)
-                    let there = rowSlot DType.Bool [ b; s * peers; e / peers ]
-                    perform collectives Collective.RouteToExperts group [ route ] [ there ]
-                    let rows = rowSlot f32 [ b; s * peers; e / peers; h ]
-                    perform collectives Collective.RowsToExperts group [ own; route; there ] [ rows ]
-                    let back = rowSlot f32 [ b; s; e; h ]
-                    perform collectives Collective.RowsToTokens group [ rows; there; route ] [ back ]
-                    read rows, read back, there.Rows.Counts)
+                worlds.Run(
+                    null,
+                    [ peers ],
+                    1,
+                    fun rank collectives ->
+                        let r, group = rank.Rank, axesGroup 0 [ 0 ]
+                        let route = routeOf b s e (maskOf r)
+                        let own = filledRows f32 [ b; s; e; h ] route.Rows.Rows (rowsOf r)
+                        let there = rowSlot DType.Bool [ b; s * peers; e / peers ]
+                        perform collectives Collective.RouteToExperts group [ route ] [ there ]
+                        let rows = rowSlot f32 [ b; s * peers; e / peers; h ]
+                        perform collectives Collective.RowsToExperts group [ own; route; there ] [ rows ]
+                        let back = rowSlot f32 [ b; s; e; h ]
+                        perform collectives Collective.RowsToTokens group [ rows; there; route ] [ back ]
+                        read rows, read back, there.Rows.Counts
+                )
                 |> values
 
             for r, (rows, back, counts) in Array.indexed results do
@@ -271,43 +356,48 @@ let private routing =
                 let plain, fused = Traffic perNode, Traffic perNode
 
                 let moved (traffic: Traffic) isFused =
-                    togetherCounted traffic [ peers ] 1 (fun rank collectives ->
-                        let r, group = rank.Rank, axesGroup 0 [ 0 ]
-                        let route = routeOf b s e (maskOf r)
-                        let x, p = filled f32 [ b; s; h ] (tokensOf r), filled f32 [ b; s; e ] (probsOf r)
-                        let there = rowSlot DType.Bool [ b; s * peers; e / peers ]
-                        perform collectives Collective.RouteToExperts group [ route ] [ there ]
+                    worlds.Run(
+                        traffic,
+                        [ peers ],
+                        1,
+                        fun rank collectives ->
+                            let r, group = rank.Rank, axesGroup 0 [ 0 ]
+                            let route = routeOf b s e (maskOf r)
+                            let x, p = filled f32 [ b; s; h ] (tokensOf r), filled f32 [ b; s; e ] (probsOf r)
+                            let there = rowSlot DType.Bool [ b; s * peers; e / peers ]
+                            perform collectives Collective.RouteToExperts group [ route ] [ there ]
 
-                        let rows, probs =
-                            rowSlot f32 [ b; s * peers; e / peers; h ], rowSlot f32 [ b; s * peers; e / peers ]
+                            let rows, probs =
+                                rowSlot f32 [ b; s * peers; e / peers; h ], rowSlot f32 [ b; s * peers; e / peers ]
 
-                        let y, back = slot f32 [ b; s; h ], slot f32 [ b; s; e ]
+                            let y, back = slot f32 [ b; s; h ], slot f32 [ b; s; e ]
 
-                        if isFused then
-                            perform collectives (Collective.Dispatch perNode) group [ x; p; route; there ] [
-                                rows
-                                probs
-                            ]
+                            if isFused then
+                                perform collectives (Collective.Dispatch perNode) group [ x; p; route; there ] [
+                                    rows
+                                    probs
+                                ]
 
-                            let received = read rows, read probs
+                                let received = read rows, read probs
 
-                            perform collectives (Collective.Combine perNode) group [ rows; probs; there; route ] [
-                                y
-                                back
-                            ]
+                                perform collectives (Collective.Combine perNode) group [ rows; probs; there; route ] [
+                                    y
+                                    back
+                                ]
 
-                            received, read y, read back
-                        else
-                            let own, ownProbs = rowSlot f32 [ b; s; e; h ], rowSlot f32 [ b; s; e ]
-                            run KernelId.PermuteWithProbs [] [ x; p; route ] [ own; ownProbs ]
-                            perform collectives Collective.RowsToExperts group [ own; route; there ] [ rows ]
-                            perform collectives Collective.RowsToExperts group [ ownProbs; route; there ] [ probs ]
-                            let received = read rows, read probs
-                            let home, homeProbs = rowSlot f32 [ b; s; e; h ], rowSlot f32 [ b; s; e ]
-                            perform collectives Collective.RowsToTokens group [ rows; there; route ] [ home ]
-                            perform collectives Collective.RowsToTokens group [ probs; there; route ] [ homeProbs ]
-                            run KernelId.UnpermuteWithProbs [] [ home; homeProbs; route ] [ y; back ]
-                            received, read y, read back)
+                                received, read y, read back
+                            else
+                                let own, ownProbs = rowSlot f32 [ b; s; e; h ], rowSlot f32 [ b; s; e ]
+                                run KernelId.PermuteWithProbs [] [ x; p; route ] [ own; ownProbs ]
+                                perform collectives Collective.RowsToExperts group [ own; route; there ] [ rows ]
+                                perform collectives Collective.RowsToExperts group [ ownProbs; route; there ] [ probs ]
+                                let received = read rows, read probs
+                                let home, homeProbs = rowSlot f32 [ b; s; e; h ], rowSlot f32 [ b; s; e ]
+                                perform collectives Collective.RowsToTokens group [ rows; there; route ] [ home ]
+                                perform collectives Collective.RowsToTokens group [ probs; there; route ] [ homeProbs ]
+                                run KernelId.UnpermuteWithProbs [] [ home; homeProbs; route ] [ y; back ]
+                                received, read y, read back
+                    )
                     |> values
 
                 for (rows, y, back), (rows', y', back') in Array.zip (moved fused true) (moved plain false) do
@@ -334,54 +424,61 @@ let private routing =
 
                 let rowBytes, probBytes = int64 (4 * h), 4L
 
-                Expect.equal
-                    plain.Between
-                    (2L * int64 (pairs true false) * (rowBytes + probBytes))
-                    "all-to-all: once an expert"
+                // the loopback counts what a network would carry
+                if Object.ReferenceEquals(worlds, threads) then
+                    Expect.equal
+                        plain.Between
+                        (2L * int64 (pairs true false) * (rowBytes + probBytes))
+                        "all-to-all: once an expert"
 
-                Expect.equal
-                    fused.Between
-                    (2L * (int64 (pairs true true) * rowBytes + int64 (pairs true false) * probBytes))
-                    "flex: once a node (there is one other node)"
+                    Expect.equal
+                        fused.Between
+                        (2L * (int64 (pairs true true) * rowBytes + int64 (pairs true false) * probBytes))
+                        "flex: once a node (there is one other node)"
 
-                Expect.isLessThan fused.Between plain.Between "fewer bytes between nodes")
+                    Expect.isLessThan fused.Between plain.Between "fewer bytes between nodes")
 
         testCase "a bundle of rows is one meeting with the results of many" (fun () ->
             let b, s, e, h = 1, 6, 4, 3
 
             let results =
-                together [ 2 ] 1 (fun rank collectives ->
-                    let group = axesGroup 0 [ 0 ]
-                    let route = routeOf b s e (randomMask (rank.Rank + 3) s e 2)
-                    let n = route.Rows.Rows
-                    let there = rowSlot DType.Bool [ b; 2 * s; e / 2 ]
-                    perform collectives Collective.RouteToExperts group [ route ] [ there ]
-                    let rows = filledRows f32 [ b; s; e; h ] n (random rank.Rank (n * h))
-                    let probabilities = filledRows f32 [ b; s; e ] n (random (rank.Rank + 50) n)
+                worlds.Run(
+                    null,
+                    [ 2 ],
+                    1,
+                    fun rank collectives ->
+                        let group = axesGroup 0 [ 0 ]
+                        let route = routeOf b s e (randomMask (rank.Rank + 3) s e 2)
+                        let n = route.Rows.Rows
+                        let there = rowSlot DType.Bool [ b; 2 * s; e / 2 ]
+                        perform collectives Collective.RouteToExperts group [ route ] [ there ]
+                        let rows = filledRows f32 [ b; s; e; h ] n (random rank.Rank (n * h))
+                        let probabilities = filledRows f32 [ b; s; e ] n (random (rank.Rank + 50) n)
 
-                    let results () = rowSlot f32 [ b; 2 * s; e / 2; h ], rowSlot f32 [ b; 2 * s; e / 2 ]
+                        let results () = rowSlot f32 [ b; 2 * s; e / 2; h ], rowSlot f32 [ b; 2 * s; e / 2 ]
 
-                    let (x, p), (x', p') = results (), results ()
+                        let (x, p), (x', p') = results (), results ()
 
-                    perform collectives Collective.RowsToExperts group [
-                        rows
-                        route
-                        there
-                        probabilities
-                        route
-                        there
-                    ] [ x; p ]
+                        perform collectives Collective.RowsToExperts group [
+                            rows
+                            route
+                            there
+                            probabilities
+                            route
+                            there
+                        ] [ x; p ]
 
-                    perform collectives Collective.RowsToExperts group [ rows; route; there ] [ x' ]
-                    perform collectives Collective.RowsToExperts group [ probabilities; route; there ] [ p' ]
-                    let back, back' = rowSlot f32 [ b; s; e; h ], rowSlot f32 [ b; s; e ]
+                        perform collectives Collective.RowsToExperts group [ rows; route; there ] [ x' ]
+                        perform collectives Collective.RowsToExperts group [ probabilities; route; there ] [ p' ]
+                        let back, back' = rowSlot f32 [ b; s; e; h ], rowSlot f32 [ b; s; e ]
 
-                    perform collectives Collective.RowsToTokens group [ x; there; route; p; there; route ] [
-                        back
-                        back'
-                    ]
+                        perform collectives Collective.RowsToTokens group [ x; there; route; p; there; route ] [
+                            back
+                            back'
+                        ]
 
-                    (read x, read p), (read x', read p'), (read back, read back'), (read rows, read probabilities))
+                        (read x, read p), (read x', read p'), (read back, read back'), (read rows, read probabilities)
+                )
                 |> values
 
             for bundled, single, back, own in results do
@@ -392,18 +489,23 @@ let private routing =
             let b, s, e, h = 1, 4, 3, 2
 
             let results =
-                together [ 2 ] 1 (fun rank collectives ->
-                    let group = axesGroup 0 [ 0 ]
-                    let route = routeOf b s e (randomMask (rank.Rank + 5) s e 2)
-                    let own = random rank.Rank (route.Rows.Rows * h) |> rounded f32
-                    let rows = filledRows f32 [ b; s; e; h ] route.Rows.Rows own
-                    let joined = rowSlot DType.Bool [ b; 2 * s; e ]
-                    perform collectives (Collective.AllGather 1) group [ route ] [ joined ]
-                    let whole = rowSlot f32 [ b; 2 * s; e; h ]
-                    perform collectives (Collective.AllGather 1) group [ rows; route; joined ] [ whole ]
-                    let back = rowSlot f32 [ b; s; e; h ]
-                    perform collectives (Collective.ReduceScatter 1) group [ whole; joined; route ] [ back ]
-                    own, read back, joined.Rows.Rows, whole.Tensor.shape[0])
+                worlds.Run(
+                    null,
+                    [ 2 ],
+                    1,
+                    fun rank collectives ->
+                        let group = axesGroup 0 [ 0 ]
+                        let route = routeOf b s e (randomMask (rank.Rank + 5) s e 2)
+                        let own = random rank.Rank (route.Rows.Rows * h) |> rounded f32
+                        let rows = filledRows f32 [ b; s; e; h ] route.Rows.Rows own
+                        let joined = rowSlot DType.Bool [ b; 2 * s; e ]
+                        perform collectives (Collective.AllGather 1) group [ route ] [ joined ]
+                        let whole = rowSlot f32 [ b; 2 * s; e; h ]
+                        perform collectives (Collective.AllGather 1) group [ rows; route; joined ] [ whole ]
+                        let back = rowSlot f32 [ b; s; e; h ]
+                        perform collectives (Collective.ReduceScatter 1) group [ whole; joined; route ] [ back ]
+                        own, read back, joined.Rows.Rows, whole.Tensor.shape[0]
+                )
                 |> values
 
             for own, back, rows, held in results do
@@ -411,16 +513,25 @@ let private routing =
                 Expect.equal held (int64 rows) "rows")
     ]
 
-let private faults =
+let private faults (worlds: Worlds) =
     testList "faults" [
         testCase "a NaN stays in its group" (fun () ->
             let results =
-                together [ 2; 2 ] 1 (fun rank collectives ->
-                    let poison = rank.Rank = 0
-                    let out = slot f32 [ 3 ]
-                    let own = Array.create 3 (if poison then nan else 1.0)
-                    perform collectives Collective.AllReduceSum (axesGroup 0 [ 0 ]) [ filled f32 [ 3 ] own ] [ out ]
-                    read out)
+                worlds.Run(
+                    null,
+                    [ 2; 2 ],
+                    1,
+                    fun rank collectives ->
+                        let poison = rank.Rank = 0
+                        let out = slot f32 [ 3 ]
+                        let own = Array.create 3 (if poison then nan else 1.0)
+
+                        perform collectives Collective.AllReduceSum (axesGroup 0 [ 0 ]) [ filled f32 [ 3 ] own ] [
+                            out
+                        ]
+
+                        read out
+                )
                 |> values
 
             Expect.isTrue
@@ -431,17 +542,22 @@ let private faults =
 
         testCase "a copy: overwriting after the start changes nothing" (fun () ->
             let results =
-                together [ 2 ] 1 (fun _ collectives ->
-                    let own, out = filled f32 [ 2 ] [| 1.0; 2.0 |], slot f32 [ 2 ]
+                worlds.Run(
+                    null,
+                    [ 2 ],
+                    1,
+                    fun _ collectives ->
+                        let own, out = filled f32 [ 2 ] [| 1.0; 2.0 |], slot f32 [ 2 ]
 
-                    let pending =
-                        collectives.Start(
-                            CollectiveCall(Collective.AllReduceSum, axesGroup 0 [ 0 ], [| own |], [| out |])
-                        )
+                        let pending =
+                            collectives.Start(
+                                CollectiveCall(Collective.AllReduceSum, axesGroup 0 [ 0 ], [| own |], [| out |])
+                            )
 
-                    run KernelId.Zero [] [] [ own ]
-                    pending.Wait()
-                    read out)
+                        run KernelId.Zero [] [] [ own ]
+                        pending.Wait()
+                        read out
+                )
                 |> values
 
             for result in results do
@@ -451,13 +567,18 @@ let private faults =
             let watch = Stopwatch.StartNew()
 
             let results, first =
-                together [ 8 ] 1 (fun rank collectives ->
-                    if rank.Rank = 5 then
-                        invalidOp "rank 5 broke"
+                worlds.Run(
+                    null,
+                    [ 8 ],
+                    1,
+                    fun rank collectives ->
+                        if rank.Rank = 5 then
+                            invalidOp "rank 5 broke"
 
-                    perform collectives Collective.AllReduceSum (axesGroup 0 [ 0 ]) [ filled f32 [ 1 ] [| 1.0 |] ] [
-                        slot f32 [ 1 ]
-                    ])
+                        perform collectives Collective.AllReduceSum (axesGroup 0 [ 0 ]) [ filled f32 [ 1 ] [| 1.0 |] ] [
+                            slot f32 [ 1 ]
+                        ]
+                )
 
             Expect.isLessThan watch.Elapsed.TotalSeconds 2.0 "time"
 
@@ -466,7 +587,7 @@ let private faults =
                 | null -> "none"
                 | e -> e.Message
 
-            Expect.equal message "rank 5 broke" "first error"
+            Expect.stringContains message "rank 5 broke" "first error"
 
             for rank, result in Array.indexed results do
                 match result with
@@ -474,4 +595,8 @@ let private faults =
                 | Error e -> Expect.equal (e :? StoppedException) (rank <> 5) "the others were stopped")
     ]
 
-let tests = testList "Collectives" [ reductions; movement; routing; faults ]
+let tests =
+    testList "Collectives" [
+        for worlds in [ threads; sockets ] do
+            testList worlds.Name [ reductions worlds; movement worlds; routing worlds; faults worlds ]
+    ]

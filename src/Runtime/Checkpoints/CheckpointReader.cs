@@ -1,5 +1,7 @@
 // An open checkpoint: manifest, mapped files whose checksums hold, and boxes of global tensors out of their blocks.
 
+using System.Text;
+using DeepSeekGraph.Runtime.Collectives;
 using DeepSeekGraph.Runtime.Memory;
 using DeepSeekGraph.Runtime.Native;
 using DeepSeekGraph.Runtime.Parameters;
@@ -29,16 +31,38 @@ public sealed unsafe class CheckpointReader : IDisposable
     public CheckpointManifest Manifest { get; }
 
     /// Opens iter_N, or what a root or a run's folder says; every file is read once for its checksum. DSG0840 to DSG0843.
-    public static CheckpointReader Open(string path)
+    public static CheckpointReader Open(string path) => Open(CheckpointRoot.Resolve(path), 0, 1);
+
+    /// The same by all processes of a job, of the one that process 0 finds; each reads its share of the files for their checksums.
+    public static CheckpointReader Open(string path, IWorld world)
     {
-        var folder = CheckpointRoot.Resolve(path);
+        var folder = Encoding.UTF8.GetString(
+            world.Meet("resume", [], _ => Encoding.UTF8.GetBytes(Path.GetFullPath(CheckpointRoot.Resolve(path))), world.Stop));
+        var reader = Open(folder, world.Process, world.Processes);
+        try
+        {
+            world.Meet("resume", [], static _ => [], world.Stop);
+            return reader;
+        }
+        catch
+        {
+            reader.Dispose();
+            throw;
+        }
+    }
+
+    /// Verifies every `parts`th file from `part` on.
+    private static CheckpointReader Open(string folder, int part, int parts)
+    {
         var place = Path.Combine(folder, CheckpointManifest.FileName);
         var reader = new CheckpointReader(folder, ManifestText.Read(Bytes(place, ManifestText.MostBytes), place));
         try
         {
             foreach (var file in reader.Manifest.Files)
                 reader._files.Add(reader.OpenFile(file));
-            Parallel.ForEach(reader.Manifest.Files.Zip(reader._files), pair => reader.RequireChecksum(pair.First, pair.Second));
+            Parallel.ForEach(
+                reader.Manifest.Files.Zip(reader._files).Where((_, i) => i % parts == part),
+                pair => reader.RequireChecksum(pair.First, pair.Second));
             foreach (var tensor in reader.Manifest.Tensors)
                 reader.RequirePlaces(tensor);
             return reader;

@@ -1,7 +1,9 @@
-// Saves a trainer's state between two steps: at once, or from a copy while training goes on.
+// Saves a trainer's state between two steps: at once, or from a copy while training goes on; all processes of a job together.
 
+using System.Collections.Concurrent;
 using System.Runtime.ExceptionServices;
 using DeepSeekGraph.Runtime.Execution;
+using DeepSeekGraph.Runtime.Launch;
 using DeepSeekGraph.Runtime.Training;
 
 namespace DeepSeekGraph.Runtime.Checkpoints;
@@ -36,6 +38,7 @@ public sealed class CheckpointSaver : IAsyncDisposable
     private readonly StateMap _map;
     private readonly Dictionary<int, StateCopy> _copies = [];
     private IDisposable? _claim;
+    private bool _prepared;
     private Task _pending = Task.CompletedTask;
 
     public CheckpointSaver(Trainer trainer, CheckpointOptions options)
@@ -45,7 +48,17 @@ public sealed class CheckpointSaver : IAsyncDisposable
     }
 
     /// Makes the root and takes away what a killed process left in it; nobody else saves there until Dispose. DSG0845, DSG0816.
-    public void Prepare() => _claim ??= CheckpointWriter.OnDisk(_options.Root, () => CheckpointRoot.Claim(_options.Root));
+    public void Prepare()
+    {
+        if (_prepared)
+            return;
+        SharedWork.OnFirst(_trainer.World, "checkpoint root", [], _ =>
+        {
+            _claim = CheckpointWriter.OnDisk(_options.Root, () => CheckpointRoot.Claim(_options.Root));
+            return "";
+        });
+        _prepared = true;
+    }
 
     /// Saves the state after the last step. Waits for the save before; where that one failed, throws why (DSG0816, DSG0845) without beginning
     /// this one. In the background it returns as soon as the state is copied.
@@ -74,27 +87,25 @@ public sealed class CheckpointSaver : IAsyncDisposable
             return;
         }
 
-        var writer = CheckpointWriter.Create(_options.Root, manifest.Step);
+        var writer = Open(manifest.Step);
         using (writer)
         {
-            var files = new StoredFile?[_trainer.Ranks.Count];
-            var failures = new Exception?[files.Length];
+            var files = new ConcurrentBag<StoredFile>();
+            var failures = new ConcurrentBag<Exception>();
             await _trainer.OnAllAsync(runner =>
             {
                 // a rank that throws ends the training of all
-                var rank = runner.Rank.Rank;
                 try
                 {
-                    files[rank] = Write(writer, rank, MemoryOf(runner));
+                    if (Write(writer, runner.Rank.Rank, MemoryOf(runner)) is { } file)
+                        files.Add(file);
                 }
                 catch (Exception e)
                 {
-                    failures[rank] = e;
+                    failures.Add(e);
                 }
             }).ConfigureAwait(false);
-            if (failures.OfType<Exception>().FirstOrDefault() is { } failure)
-                ExceptionDispatchInfo.Throw(failure);
-            Commit(writer, manifest, [.. files.OfType<StoredFile>()]);
+            Commit(writer, manifest, [.. files], failures.FirstOrDefault());
         }
     }
 
@@ -144,8 +155,28 @@ public sealed class CheckpointSaver : IAsyncDisposable
 
     private void WriteAll(CheckpointManifest manifest)
     {
-        using var writer = CheckpointWriter.Create(_options.Root, manifest.Step);
-        Commit(writer, manifest, [.. _map.Ranks.Select(rank => Write(writer, rank, slot => _copies[rank].Of(slot.Name))!)]);
+        using var writer = Open(manifest.Step);
+        var files = new List<StoredFile>();
+        Exception? failure = null;
+        try
+        {
+            foreach (var rank in _map.Ranks.Where(_trainer.World.Owns))
+                files.Add(Write(writer, rank, slot => _copies[rank].Of(slot.Name))!);
+        }
+        catch (DiagnosticException e)
+        {
+            failure = e;
+        }
+
+        Commit(writer, manifest, files, failure);
+    }
+
+    /// Process 0 creates the folder, the others write into it too.
+    private CheckpointWriter Open(long step)
+    {
+        CheckpointWriter? first = null;
+        var folder = SharedWork.OnFirst(_trainer.World, "checkpoint", [], _ => (first = CheckpointWriter.Create(_options.Root, step)).Folder);
+        return first ?? CheckpointWriter.Join(_options.Root, step, folder);
     }
 
     /// A rank's file; null where it stores nothing.
@@ -163,9 +194,20 @@ public sealed class CheckpointSaver : IAsyncDisposable
         });
     }
 
-    private void Commit(CheckpointWriter writer, CheckpointManifest manifest, IReadOnlyList<StoredFile> files)
+    /// Once all processes have said which files are on disk, process 0 writes the manifest and gives the folder its name. Where one of them
+    /// failed, all throw why.
+    private void Commit(CheckpointWriter writer, CheckpointManifest manifest, IReadOnlyList<StoredFile> files, Exception? failure)
     {
-        var kept = _options.Kept.Select(file => writer.Keep(file.Name, file.Bytes)).ToArray();
-        writer.Commit(manifest with { Files = files, Kept = kept }, _options.Keep);
+        var world = _trainer.World;
+        if (failure is not null && world.Processes == 1)
+            ExceptionDispatchInfo.Throw(failure);
+        SharedWork.OnFirst(world, "checkpoint", StoredFiles.Pack(world.Process, files, failure), all =>
+        {
+            StoredFile[] whole = [.. all.SelectMany(StoredFiles.Unpack).OrderBy(file => file.Name, StringComparer.Ordinal)];
+            writer.RequireThere(whole);
+            var kept = _options.Kept.Select(file => writer.Keep(file.Name, file.Bytes)).ToArray();
+            writer.Commit(manifest with { Files = whole, Kept = kept }, _options.Keep);
+            return "";
+        });
     }
 }

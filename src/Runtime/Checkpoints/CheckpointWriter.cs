@@ -10,25 +10,46 @@ namespace DeepSeekGraph.Runtime.Checkpoints;
 /// Any failure to write is DSG0816.
 internal sealed class CheckpointWriter : IDisposable
 {
-    private readonly StagedFolder _stage;
+    private readonly StagedFolder? _stage;
     private readonly string _root;
     private readonly long _step;
 
-    private CheckpointWriter(string root, long step, StagedFolder stage) => (_root, _step, _stage) = (root, step, stage);
+    private CheckpointWriter(string root, long step, string folder, StagedFolder? stage) => (_root, _step, Folder, _stage) = (root, step, folder, stage);
 
     /// The folder that holds this checkpoint and others.
     public string Root => _root;
 
+    /// Where files are written until Commit.
+    public string Folder { get; }
+
     /// A checkpoint of a step that is there already is replaced whole.
     public static CheckpointWriter Create(string root, long step)
-        => OnDisk(root, () => new CheckpointWriter(
-            root, step, StagedFolder.Create(Path.Combine(root, CheckpointRoot.NameOf(step)), static _ => true)));
+        => OnDisk(root, () =>
+        {
+            var stage = StagedFolder.Create(Path.Combine(root, CheckpointRoot.NameOf(step)), static _ => true);
+            return new CheckpointWriter(root, step, stage.Path, stage);
+        });
+
+    /// For a process that adds its ranks' files to a folder that process 0 created, and will commit. DSG0866.
+    public static CheckpointWriter Join(string root, long step, string folder)
+        => Directory.Exists(folder) ? new CheckpointWriter(root, step, folder, null) : throw NotShared(root, $"'{folder}' is not there on this node");
+
+    /// Does this process see the files that all have written?
+    public void RequireThere(IEnumerable<StoredFile> files)
+    {
+        foreach (var file in files)
+        {
+            var info = new FileInfo(Path.Combine(Folder, file.Name));
+            if (!info.Exists || info.Length != file.Bytes)
+                throw NotShared(_root, $"rank 0 sees {(info.Exists ? $"{info.Length} bytes" : "nothing")} of '{file.Name}', of which its rank wrote {file.Bytes}");
+        }
+    }
 
     /// The file of a rank, for tensors of these specs.
     public RankFile Begin(int rank, IEnumerable<SafeTensorSpec> specs)
     {
         var name = CheckpointManifest.RankFile(rank);
-        return OnDisk(_root, () => new RankFile(Path.Combine(_stage.Path, name), name, SafeTensorsLayout.Of(specs, null)));
+        return OnDisk(_root, () => new RankFile(Path.Combine(Folder, name), name, SafeTensorsLayout.Of(specs, null)));
     }
 
     /// A small file that export gives back.
@@ -48,13 +69,13 @@ internal sealed class CheckpointWriter : IDisposable
         => OnDisk(_root, () =>
         {
             WriteFile(CheckpointManifest.FileName, ManifestText.Write(manifest));
-            _stage.Commit();
+            (_stage ?? throw new InvalidOperationException("who did not create the folder does not commit it")).Commit();
             CheckpointRoot.SetLatest(_root, _step);
             CheckpointRoot.Prune(_root, keep, _step);
             return true;
         });
 
-    public void Dispose() => _stage.Dispose();
+    public void Dispose() => _stage?.Dispose();
 
     /// Turns what the disk refuses into DSG0816.
     internal static T OnDisk<T>(string folder, Func<T> action)
@@ -74,9 +95,16 @@ internal sealed class CheckpointWriter : IDisposable
         }
     }
 
+    private static DiagnosticException NotShared(string root, string what)
+        => DiagnosticException.Of(
+            Codes.FolderNotShared,
+            root,
+            $"the folder of checkpoints is not the same on all nodes: {what}",
+            "save to a file system that all nodes share: --out DIR, or --set training.save=DIR");
+
     private void WriteFile(string name, byte[] bytes)
     {
-        using var file = new FileStream(Path.Combine(_stage.Path, name), FileMode.CreateNew, FileAccess.Write);
+        using var file = new FileStream(Path.Combine(Folder, name), FileMode.CreateNew, FileAccess.Write);
         file.Write(bytes);
         file.Flush(flushToDisk: true);
     }

@@ -4,18 +4,21 @@ using static TorchSharp.torch;
 
 namespace DeepSeekGraph.Runtime.Collectives;
 
-/// <summary>Copies that one member brought; read by all, written by none.</summary>
-internal sealed class Parcel : IDisposable
+/// <summary>Copies that one member brought; read by all, written by none. At each place a tensor, a row set, or nothing.</summary>
+internal sealed class Parcel(Tensor?[] tensors, RowSet?[] rows) : IDisposable
 {
-    private Parcel(Tensor?[] tensors, RowSet?[] rows)
+    private int _owners = 1;
+
+    public Tensor?[] Tensors => tensors;
+
+    public RowSet?[] Rows => rows;
+
+    /// <summary>So many more will dispose it; the last one frees the tensors.</summary>
+    public Parcel Share(int more)
     {
-        Tensors = tensors;
-        Rows = rows;
+        Interlocked.Add(ref _owners, more);
+        return this;
     }
-
-    public Tensor?[] Tensors { get; }
-
-    public RowSet?[] Rows { get; }
 
     /// <summary>Copies the values; a row set is never written, so it is handed over as it is.</summary>
     public static Parcel Of(IReadOnlyList<SlotValue> values)
@@ -45,7 +48,9 @@ internal sealed class Parcel : IDisposable
 
     public void Dispose()
     {
-        foreach (var tensor in Tensors)
+        if (Interlocked.Decrement(ref _owners) > 0)
+            return;
+        foreach (var tensor in tensors)
             tensor?.Dispose();
     }
 }

@@ -14,6 +14,16 @@ public interface IPending
     void Wait();
 }
 
+/// <summary>Sends are buffered: nothing to wait for.</summary>
+internal sealed class Sent : IPending
+{
+    public static readonly Sent Instance = new();
+
+    public void Wait()
+    {
+    }
+}
+
 /// <summary>The collectives of one rank. Calls on one group complete in the order of their starts.</summary>
 public interface ICollectives
 {

@@ -5,11 +5,15 @@ using DeepSeekGraph.Runtime.Kernels;
 namespace DeepSeekGraph.Runtime.Collectives;
 
 /// <summary>The meeting places of a job in one process. Dispose after its ranks have ended.</summary>
-public sealed class LoopbackWorld : IDisposable
+public sealed class LoopbackWorld : IWorld
 {
     private readonly ConcurrentDictionary<(int Group, int Stage, int Place, int To), Lane> _lanes = new();
     private readonly CancellationTokenSource _stop = new();
     private Exception? _firstError;
+
+    public int Processes => 1;
+
+    public int Process => 0;
 
     /// <summary>Cancelled when a rank failed or the job was cancelled.</summary>
     public CancellationToken Stop => _stop.Token;
@@ -27,8 +31,18 @@ public sealed class LoopbackWorld : IDisposable
         _stop.Cancel();
     }
 
+    /// <summary>Nobody asks: a process that is gone takes all ranks with it.</summary>
+    public Func<string>? Whereabouts
+    {
+        set { }
+    }
+
+    public bool Owns(int rank) => true;
+
     /// <summary>The collectives of one rank.</summary>
-    public ICollectives For(RankContext rank) => new LoopbackCollectives(this, rank);
+    public ICollectives For(RankContext rank, IReadOnlyList<Group> groups) => new LoopbackCollectives(this, rank);
+
+    public byte[] Meet(string topic, byte[] mine, Func<IReadOnlyList<byte[]>, byte[]> decide, CancellationToken stop) => decide([mine]);
 
     public void Dispose()
     {

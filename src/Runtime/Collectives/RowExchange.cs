@@ -6,13 +6,13 @@ namespace DeepSeekGraph.Runtime.Collectives;
 
 internal static unsafe class RowExchange
 {
-    /// <summary>Everybody's counts of my experts: rows ordered by expert, member, and then as they lay there.</summary>
-    public static RowSet ToExperts(IReadOnlyList<RowSet> routes, int me, int padding)
+    /// <summary>Everybody's counts of my experts, part of `parts`: rows ordered by expert, member, and then as they lay there.</summary>
+    public static RowSet ToExperts(IReadOnlyList<RowSet> routes, int part, int parts, int padding)
     {
-        var experts = routes[me].Experts / routes.Count;
-        if (experts * routes.Count != routes[me].Experts)
-            throw new InvalidOperationException($"{routes[me].Experts} experts do not split over {routes.Count} ranks");
-        var first = me * experts;
+        var experts = routes[0].Experts / parts;
+        if (experts * parts != routes[0].Experts)
+            throw new InvalidOperationException($"{routes[0].Experts} experts do not split over {parts} ranks");
+        var first = part * experts;
         return RowSet.FromMembers([.. routes.Select(r => r.Counts[first..(first + experts)])], padding);
     }
 

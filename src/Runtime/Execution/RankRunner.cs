@@ -30,6 +30,7 @@ public sealed class RankRunner : IDisposable
     private readonly Stack<Frame> _spare = [];
     private readonly Frame _stepFrame;
     private long _begin;
+    private volatile Running? _running;
 
     /// <summary>
     /// Allocates the slots that outlive a step, zeroed, but for parameters and caches that another plan's rank at the same place
@@ -109,6 +110,23 @@ public sealed class RankRunner : IDisposable
     /// <summary>When set, called with -1 before a step and with the index of each entry of the timetable behind it.</summary>
     public System.Action<int>? AtBorder { get; set; }
 
+    /// <summary>The step and instruction that runs, in words; may be asked for on any thread, and then lags a little.</summary>
+    public string Whereabouts
+    {
+        get
+        {
+            if (_running is not { } running)
+                return "the border of two steps";
+            var (steps, current) = (_instructions.Programs[running.Program], _code.Current);
+            var at = current >= 0 && current < steps.Length ? steps[current] : null;
+            var waits = at is Instruction.Wait wait
+                ? _instructions.Programs.SelectMany(p => p).OfType<Instruction.Start>().FirstOrDefault(s => s.Token == wait.Token)
+                : null;
+            return $"step {running.Step}, {running.Action.Name}: "
+                + (waits is not null ? $"wait {waits.Text(Stage.Slots, Plan.Groups)["start ".Length..]}" : at?.Text(Stage.Slots, Plan.Groups) ?? "its begin or end");
+        }
+    }
+
     /// <summary>Every instance of a slot that holds a value now and does not outlive the step.</summary>
     public IEnumerable<SlotValue> Live => _frames.Values.Append(_stepFrame).SelectMany(frame => frame.Live);
 
@@ -150,6 +168,7 @@ public sealed class RankRunner : IDisposable
                 frame.Dispose();
             _frames.Clear();
             _stepFrame.Dispose();
+            _running = null;
         }
     }
 
@@ -257,6 +276,7 @@ public sealed class RankRunner : IDisposable
     private void Run(int program, Frame frame, Action action, long step)
     {
         _begin = Stopwatch.GetTimestamp();
+        _running = new Running(program, action, step);
         try
         {
             _code.RunProgram(program, frame);
@@ -326,6 +346,8 @@ public sealed class RankRunner : IDisposable
 
         SlotValue[] Slots(int[] places) => [.. places.Select(place => frame.Slots[place])];
     }
+
+    private sealed record Running(int Program, Action Action, long Step);
 
     private void CheckNothingLeft(string of, Frame frame, long step)
     {

@@ -44,10 +44,15 @@ public sealed class MetricsWriter : IDisposable
 
     /// Creates `path`, which must not exist (DSG0815); DSG0816 where it cannot.
     public MetricsWriter(string path)
+        : this(path, FileMode.CreateNew)
+    {
+    }
+
+    private MetricsWriter(string path, FileMode mode)
     {
         try
         {
-            _file = new FileStream(path, FileMode.CreateNew, FileAccess.Write, FileShare.Read);
+            _file = new FileStream(path, mode, FileAccess.Write, FileShare.Read);
         }
         catch (IOException) when (File.Exists(path))
         {
@@ -59,6 +64,9 @@ public sealed class MetricsWriter : IDisposable
             throw Unwritable(path, e);
         }
     }
+
+    /// Goes on behind the lines that are there; DSG0816 where it cannot.
+    public static MetricsWriter Append(string path) => new(path, FileMode.Append);
 
     /// Writes one line; doubles in the shortest form that reads back equal. DSG0816 when the disk is full.
     public void Write(StepMetrics metrics)
@@ -107,6 +115,26 @@ public static class MetricsFile
         }
 
         return steps;
+    }
+
+    /// Drops all steps behind `step`, as a run does that goes on from there again, and a line that was cut short; what stays.
+    public static IReadOnlyList<StepMetrics> Keep(string path, long step)
+    {
+        try
+        {
+            var text = File.ReadAllText(path, Encoding.UTF8);
+            string[] lines = [.. text[..(text.LastIndexOf('\n') + 1)].Split('\n', StringSplitOptions.RemoveEmptyEntries)];
+            var steps = lines.Select((line, i) => Parse(line, $"{path}:{i + 1}")).TakeWhile(metrics => metrics.Step <= step).ToArray();
+            var temporary = path + ".tmp";
+            File.WriteAllText(temporary, string.Concat(lines.Take(steps.Length).Select(line => line + "\n")));
+            File.Move(temporary, path, overwrite: true);
+            return steps;
+        }
+        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
+        {
+            throw DiagnosticException.Of(
+                Codes.OutputUnwritable, path, $"the metrics cannot be kept: {e.Message}", "free some space, or start anew with another --out");
+        }
     }
 
     private static StepMetrics Parse(string line, string at)

@@ -1,4 +1,4 @@
-// All ranks of a plan as threads of this process, with their meeting places and their code.
+// The ranks of a plan that this process owns, as threads, with their world and their code.
 using System.Runtime.ExceptionServices;
 using DeepSeekGraph.Runtime.Collectives;
 using DeepSeekGraph.Runtime.Cuda;
@@ -23,6 +23,9 @@ internal sealed record RankOptions
     /// <summary>Where all ranks compute.</summary>
     public RankDevice Device { get; init; } = RankDevice.Cpu;
 
+    /// <summary>What this process is part of, which outlives the ranks; null: it is alone and owns all of them.</summary>
+    public IWorld? World { get; init; }
+
     /// <summary>Ranks of another plan over the same mesh whose parameters and caches these use; they must outlive these.</summary>
     public LocalRanks? Sharing { get; init; }
 }
@@ -30,35 +33,43 @@ internal sealed record RankOptions
 /// <summary>Once a rank failed or work was cancelled, only Dispose is left to do.</summary>
 internal sealed class LocalRanks : IAsyncDisposable
 {
-    private readonly LoopbackWorld _world;
+    private readonly IWorld _world;
+    private readonly bool _alone;
     private readonly RankThread[] _ranks;
     private readonly GeneratedCode? _code;
 
     /// <summary>Nothing runs yet; `prepare` sees each rank when its first work makes it.</summary>
     public LocalRanks(PlanSet plan, RankOptions options, System.Action<RankRunner>? prepare = null)
     {
-        _world = new LoopbackWorld { Traffic = options.Traffic };
+        _world = options.World ?? new LoopbackWorld { Traffic = options.Traffic };
+        _alone = options.World is null;
         if (options.Executor == Executor.Compiled)
             _code = new GeneratedCode(plan, new CodeCache(options.CodeFolder ?? CodeCache.DefaultFolder));
         var perStage = RankContext.RanksPerStage(plan.Mesh);
-        _ranks = new RankThread[plan.Stages.Count * perStage];
-        for (var i = 0; i < _ranks.Length; i++)
+        int[] owned = [.. Enumerable.Range(0, plan.Stages.Count * perStage).Where(_world.Owns)];
+        _ranks = new RankThread[owned.Length];
+        for (var i = 0; i < owned.Length; i++)
         {
-            var (stage, rank) = (i / perStage, RankContext.At(plan.Mesh, i / perStage, i % perStage));
+            var (stage, rank) = (owned[i] / perStage, RankContext.At(plan.Mesh, owned[i] / perStage, owned[i] % perStage));
             var other = options.Sharing?._ranks[i];
-            _ranks[i] = new RankThread(_world, () => Create(stage, rank, other?.Runner), i, options.ThreadsPerRank, options.Device);
+            _ranks[i] = new RankThread(_world, () => Create(stage, rank, other?.Runner), owned[i], options.ThreadsPerRank, options.Device);
         }
+
+        _world.Whereabouts = () => string.Join("; ", _ranks.Select(r => r.Runner?.Whereabouts ?? "the start"));
 
         RankRunner Create(int stage, RankContext rank, RankRunner? sharing)
         {
             var runner = new RankRunner(
-                plan, plan.Stages[stage], rank, _world.For(rank), _world.Stop, _code?.For(stage), sharing, options.Device);
+                plan, plan.Stages[stage], rank, _world.For(rank, plan.Groups), _world.Stop, _code?.For(stage), sharing, options.Device);
             prepare?.Invoke(runner);
             return runner;
         }
     }
 
-    /// <summary>By number; touch their slots while no work is under way only.</summary>
+    /// <summary>The world that they are part of.</summary>
+    public IWorld World => _world;
+
+    /// <summary>Those of this process, by number; touch their slots while no work is under way only.</summary>
     public IReadOnlyList<RankRunner> Runners => [.. _ranks.Select(r => r.Runner!)];
 
     /// <summary>That plans are interpreted, or not kept, and why; each once.</summary>
@@ -84,7 +95,9 @@ internal sealed class LocalRanks : IAsyncDisposable
                 rank.Dispose();
         }).ConfigureAwait(false);
         _code?.Dispose();
-        _world.Dispose();
+        _world.Whereabouts = null;
+        if (_alone)
+            _world.Dispose();
     }
 
     private void ThrowIfStopped()

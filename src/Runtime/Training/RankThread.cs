@@ -11,9 +11,9 @@ internal sealed class RankThread : IDisposable
 {
     private readonly BlockingCollection<(System.Action<RankRunner> Work, TaskCompletionSource Done)> _jobs = [];
     private readonly Thread _thread;
-    private readonly LoopbackWorld _world;
+    private readonly IWorld _world;
 
-    public RankThread(LoopbackWorld world, Func<RankRunner> create, int rank, int threads, RankDevice device)
+    public RankThread(IWorld world, Func<RankRunner> create, int rank, int threads, RankDevice device)
     {
         _world = world;
         _thread = new Thread(() => Loop(create, threads, device), 16 << 20) { IsBackground = true, Name = $"rank {rank}" };

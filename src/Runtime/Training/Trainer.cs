@@ -1,7 +1,8 @@
-// Trains: all ranks of a plan as threads of this process, one step after the other.
+// Trains: the ranks of a plan that this process owns, all or one of many processes', one step after the other.
 using System.Diagnostics;
 using System.Runtime.CompilerServices;
 using DeepSeekGraph.Runtime.Checkpoints;
+using DeepSeekGraph.Runtime.Collectives;
 using DeepSeekGraph.Runtime.Execution;
 using DeepSeekGraph.Runtime.Kernels;
 using DeepSeekGraph.Runtime.Memory;
@@ -15,6 +16,8 @@ namespace DeepSeekGraph.Runtime.Training;
 /// <summary>Runs a plan. Once a rank failed or a step was cancelled, only Dispose is left to do.</summary>
 public sealed class Trainer : IAsyncDisposable
 {
+    private static readonly string[] s_metrics = ["metric:loss", "metric:mtp_loss", "metric:balance_loss", "metric:grad_norm"];
+
     private readonly LocalRanks _ranks;
     private IReadOnlyList<string> _resumed = [];
 
@@ -29,6 +32,7 @@ public sealed class Trainer : IAsyncDisposable
             CodeFolder = options.CodeFolder,
             Traffic = options.Traffic,
             Device = options.Device,
+            World = options.World,
         };
         _ranks = new LocalRanks(plan, how, runner =>
         {
@@ -47,7 +51,10 @@ public sealed class Trainer : IAsyncDisposable
     /// <summary>Sequences that steps have read, over all ranks; counted on like Step.</summary>
     public long Sequences { get; private set; }
 
-    /// <summary>The ranks, by number; touch their slots between steps only.</summary>
+    /// <summary>What this process is part of.</summary>
+    public IWorld World => _ranks.World;
+
+    /// <summary>The ranks of this process, by number; touch their slots between steps only.</summary>
     public IReadOnlyList<RankRunner> Ranks => _ranks.Runners;
 
     /// <summary>
@@ -58,8 +65,11 @@ public sealed class Trainer : IAsyncDisposable
     /// <summary>Stages whose code was compiled for this trainer; the others were interpreted or kept from an earlier run.</summary>
     public int CompiledStages => _ranks.CompiledStages;
 
-    /// <summary>Bytes held at most, measured: by stage, the largest of its ranks.</summary>
-    public IReadOnlyList<MemoryRow> PeakBytes => [.. Ranks.GroupBy(r => r.Rank.Stage).Select(Measured)];
+    /// <summary>Bytes held at most, measured: by stage, the largest of its ranks in this process.</summary>
+    public IReadOnlyList<MemoryRow> PeakBytes => PeakMemory.Of(Ranks);
+
+    /// <summary>The same over all processes; of this one alone where others have ended. All processes call it.</summary>
+    public IReadOnlyList<MemoryRow> GatherPeakBytes() => PeakMemory.Of(World, Ranks);
 
     /// <summary>Allocates all ranks, and initialises them or loads them from the checkpoint; DSG0844 where that is of another model.</summary>
     public static async Task<Trainer> StartAsync(PlanSet plan, TrainerOptions options, CancellationToken cancellationToken = default)
@@ -104,15 +114,16 @@ public sealed class Trainer : IAsyncDisposable
                 cancellationToken).ConfigureAwait(false);
             Step = step;
             Sequences += (long)Plan.Microbatches * Plan.MicroBatch;
+            var numbers = SharedNumbers.Of(World, [.. s_metrics.Select(Metric)]);
             var seconds = Stopwatch.GetElapsedTime(begin).TotalSeconds;
             yield return new StepMetrics
             {
                 Step = step,
-                Loss = Metric("metric:loss") ?? double.NaN,
-                MtpLoss = Metric("metric:mtp_loss"),
-                BalanceLoss = Metric("metric:balance_loss"),
+                Loss = numbers[0] ?? double.NaN,
+                MtpLoss = numbers[1],
+                BalanceLoss = numbers[2],
                 Lr = rate,
-                GradNorm = Metric("metric:grad_norm") ?? double.NaN,
+                GradNorm = numbers[3] ?? double.NaN,
                 Tokens = inputs.Tokens,
                 TokensPerS = inputs.Tokens / seconds,
                 Seconds = seconds,
@@ -142,7 +153,7 @@ public sealed class Trainer : IAsyncDisposable
     public IInputSource InputsOf(long step)
         => new BatchInputs(Plan, (Options.Batches ?? throw new InvalidOperationException("inputs need TrainerOptions.Batches")).Get(step - 1));
 
-    /// <summary>A metric of the last step; null when the plan has none of that name.</summary>
+    /// <summary>A metric of the last step; null when no rank of this process has one of that name.</summary>
     public double? Metric(string name)
         => Ranks.Reverse().Where(r => r.Rank.Coordinates.All(c => c == 0)).Select(r => r.Find(name)).FirstOrDefault(v => v is not null) is { } slot
             ? Number(slot.Tensor)
@@ -157,6 +168,7 @@ public sealed class Trainer : IAsyncDisposable
     /// <summary>A metric before the epilogue has reduced it: the sum of its accumulators (`acc:` and the name) over ranks and stages.</summary>
     public double GatherMetric(string name)
     {
+        RequireAllRanks();
         int[] stages = [.. Ranks.Where(r => r.Find("acc:" + name) is not null).Select(r => r.Rank.Stage).Distinct()];
         using var sum = Gathering.Sum(Ranks, stages, "acc:" + name);
         return Number(sum);
@@ -164,12 +176,18 @@ public sealed class Trainer : IAsyncDisposable
 
     /// <summary>Whole parameters by name, in their compute type; the caller disposes them.</summary>
     public IReadOnlyDictionary<string, Tensor> GatherParameters()
-        => Plan.Parameters.ToDictionary(p => p.Name, p => Gathering.Slot(Ranks, p.Stages[0], p.Name));
+    {
+        RequireAllRanks();
+        return Plan.Parameters.ToDictionary(p => p.Name, p => Gathering.Slot(Ranks, p.Stages[0], p.Name));
+    }
 
     /// <summary>Whole gradients by parameter name, summed over what is still partial; the caller disposes them.</summary>
     public IReadOnlyDictionary<string, Tensor> GatherGradients()
-        => Plan.Parameters.Where(p => Ranks.Any(r => r.Find("grad:" + p.Name) is not null))
+    {
+        RequireAllRanks();
+        return Plan.Parameters.Where(p => Ranks.Any(r => r.Find("grad:" + p.Name) is not null))
             .ToDictionary(p => p.Name, p => Gathering.Sum(Ranks, p.Stages, "grad:" + p.Name));
+    }
 
     /// <summary>Runs work on every rank's own thread, as a checkpoint does; the first error is thrown.</summary>
     public Task OnAllAsync(System.Action<RankRunner> work, CancellationToken cancellationToken = default)
@@ -200,25 +218,16 @@ public sealed class Trainer : IAsyncDisposable
         double Inverse(string mask) => tokens(mask) is var count and not 0 ? 1.0 / count : 0;
     }
 
-    /// What was counted; a meter does not tell activations from buffers of collectives, and there is no arena.
-    private static MemoryRow Measured(IGrouping<int, RankRunner> stage)
+    /// <summary>DSG0863 where other processes have ranks of the plan.</summary>
+    private void RequireAllRanks()
     {
-        long Most(Func<MemoryMeter, long> of) => stage.Max(r => of(r.Memory));
-        var peak = Most(m => m.Peak);
-        return new MemoryRow(
-            stage.Key,
-            Most(m => m.PeakOf(SlotKind.Parameter)),
-            Most(m => m.PeakOf(SlotKind.Optimizer)),
-            Most(m => m.PeakOf(SlotKind.Gradient)),
-            Most(m => m.PeakOf(SlotKind.Counter) + m.PeakOf(SlotKind.Scalar) + m.PeakOf(SlotKind.Cache)),
-            Most(m => m.Peak - m.LiveOf(SlotKind.Parameter) - m.LiveOf(SlotKind.Optimizer) - m.LiveOf(SlotKind.Gradient)
-                - m.LiveOf(SlotKind.Counter) - m.LiveOf(SlotKind.Scalar) - m.LiveOf(SlotKind.Cache)),
-            0,
-            peak,
-            peak,
-            peak,
-            peak,
-            [],
-            []);
+        if (World.Processes > 1)
+        {
+            throw DiagnosticException.Of(
+                Codes.OneProcessOnly,
+                $"rank {World.Process}",
+                $"whole tensors are put together in one process; this job has {World.Processes}",
+                "run the plan in one process, or save a checkpoint and read that");
+        }
     }
 }

@@ -59,6 +59,9 @@ public sealed record TrainerOptions
     /// <summary>Records or replays expert choices.</summary>
     public RoutingTrace? Trace { get; init; }
 
+    /// <summary>What this process is part of; null: it is alone, and all ranks are its threads.</summary>
+    public IWorld? World { get; init; }
+
     /// <summary>Counts what the exchange of routed rows would send between and inside nodes.</summary>
     public Traffic? Traffic { get; init; }
 }
