@@ -31,6 +31,9 @@ await foreach (var step in trainer.RunAsync(options.Steps))
     losses.Add((step.Loss, step.GradNorm));
 trainer.Ranks[0].Profile?.Reset();
 var (stepMs, stepHost) = await MedianAsync(true);
+var kernels = trainer.Ranks[0].Profile is { } profile
+    ? profile.Totals.Select(t => (t.Name, Milliseconds: t.Milliseconds / profile.Steps, Calls: (double)t.Calls / profile.Steps)).ToArray()
+    : [];
 var (forwardBackwardMs, forwardBackwardHost) = await MedianAsync(false);
 var (free, total) = device.Memory();
 var flops = Work.FlopsOf(job.Config, plan.SeqLength);
@@ -56,12 +59,8 @@ Console.WriteLine(JsonSerializer.Serialize(new
 }));
 if (options.LossFile is { } file)
     File.WriteAllLines(file, losses.Select(l => $"{l.Loss:R} {l.Norm:R}"));
-if (options.Profile)
-{
-    var profile = trainer.Ranks[0].Profile!;
-    foreach (var (name, milliseconds, calls) in profile.Totals.Take(40).ToArray())
-        Console.WriteLine($"{name,-28} {milliseconds / profile.Steps,9:F3} ms {(double)calls / profile.Steps,7:F1} calls");
-}
+foreach (var (name, milliseconds, calls) in kernels)
+    Console.WriteLine($"{name,-28} {milliseconds,9:F3} ms {calls,7:F1} calls");
 
 async Task<(double Milliseconds, double Host)> MedianAsync(bool epilogue)
 {
