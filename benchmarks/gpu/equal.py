@@ -54,7 +54,7 @@ ids = tokens(S)
 # fp32 sums of the router as dsg has them
 torch.set_float32_matmul_precision("highest")
 states = [(p, p.detach().float() if p.dtype != torch.float32 else p.data, torch.zeros_like(p, dtype=bf), torch.zeros_like(p, dtype=bf)) for p in net.parameters()]
-lr, b1, b2, eps, decay = 1e-4, 0.9, 0.95, 1e-8, 0.1
+lr, b1, b2, eps, decay = 1e-5, 0.9, 0.95, 1e-8, 0.1
 lines = []
 for step in range(1, steps + 1):
     loss = net(ids)

@@ -14,6 +14,8 @@ internal sealed record BenchOptions
 
     public int Steps { get; init; } = 3;
 
+    public double LearningRate { get; init; } = 1e-4;
+
     public int Repeats { get; init; } = 11;
 
     /// <summary>Waits after each kernel and counts its time: the sum is more than a step takes.</summary>
@@ -48,6 +50,7 @@ internal sealed record BenchOptions
                 "--layers" => options with { Layers = int.Parse(Value()) },
                 "--clip" => options with { Clip = double.Parse(Value()) },
                 "--steps" => options with { Steps = int.Parse(Value()) },
+                "--lr" => options with { LearningRate = double.Parse(Value()) },
                 "--repeats" => options with { Repeats = int.Parse(Value()) },
                 "--profile" => options with { Profile = true },
                 "--same" => options with { SameTokens = true },

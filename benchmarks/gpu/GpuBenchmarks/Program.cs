@@ -19,7 +19,7 @@ await using var trainer = await Trainer.StartAsync(plan, new TrainerOptions
     Device = device,
     Executor = Executor.Interpreter,
     Batches = new RandomTokens(job.Config.VocabSize, plan, options.SameTokens),
-    LearningRate = new LearningRate(1e-4, 1e-4),
+    LearningRate = new LearningRate(options.LearningRate, options.LearningRate),
     Profile = options.Profile,
     Weights = options.Weights is { } folder ? Weights.From(folder, plan) : null,
 });
