@@ -21,6 +21,9 @@ internal sealed record BenchOptions
     /// <summary>Waits after each kernel and counts its time: the sum is more than a step takes.</summary>
     public bool Profile { get; init; }
 
+    /// <summary>Kernels one by one instead of steps.</summary>
+    public bool Kernels { get; init; }
+
     /// <summary>The one batch of every step.</summary>
     public bool SameTokens { get; init; }
 
@@ -53,6 +56,7 @@ internal sealed record BenchOptions
                 "--lr" => options with { LearningRate = double.Parse(Value()) },
                 "--repeats" => options with { Repeats = int.Parse(Value()) },
                 "--profile" => options with { Profile = true },
+                "--kernels" => options with { Kernels = true },
                 "--same" => options with { SameTokens = true },
                 "--weights" => options with { Weights = Value() },
                 "--dump" => options with { DumpTo = Value() },

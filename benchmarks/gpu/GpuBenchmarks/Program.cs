@@ -8,10 +8,29 @@ using DeepSeekGraph.Benchmarks;
 using DeepSeekGraph.Models;
 using DeepSeekGraph.Runtime.Cuda;
 using DeepSeekGraph.Runtime.Training;
+using Torch = TorchSharp.torch;
 
 CultureInfo.CurrentCulture = CultureInfo.InvariantCulture;
 var options = BenchOptions.Parse(args);
 var device = RankDevice.Cuda(0);
+if (options.Kernels)
+{
+    Torch.set_grad_enabled(false);
+    device.Enter();
+    var cases = new KernelCases(device);
+    var copy = cases.Copy();
+    Console.WriteLine($"copy {copy / 1e12:F3} TB/s on {device.Name}");
+    foreach (var c in cases.All())
+    {
+        var seconds = cases.Seconds(c);
+        Console.WriteLine(c.Flops > 0
+            ? $"{c.Name,-26} {seconds * 1e6,9:F1} us {c.Flops / seconds / 1e12,8:F0} TFLOP/s"
+            : $"{c.Name,-26} {seconds * 1e6,9:F1} us {c.Bytes / seconds / 1e12,8:F3} TB/s {c.Bytes / seconds / copy,6:P0} of a copy");
+    }
+
+    return;
+}
+
 var job = options.Job();
 var plan = job.Compile();
 await using var trainer = await Trainer.StartAsync(plan, new TrainerOptions
