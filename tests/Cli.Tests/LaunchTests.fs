@@ -300,11 +300,12 @@ let private refused =
                     Expect.stringContains result.Error $"error %s{code}" (String.concat " " arguments))
     ]
 
-let private mpirun =
+/// A program on the PATH, or where Debian has daemons.
+let private programOf name =
     let path = Environment.GetEnvironmentVariable "PATH" |> Option.ofObj |> Option.defaultValue ""
 
-    path.Split ':'
-    |> Array.map (fun folder -> Path.Combine(folder, "mpirun"))
+    (path + ":/usr/sbin").Split ':'
+    |> Array.map (fun folder -> Path.Combine(folder, name))
     |> Array.tryFind File.Exists
 
 /// All eight ranks of the default job, whose sums MPI makes in an order of its own.
@@ -354,8 +355,42 @@ let private overMpi (mpirun: string) =
             near norm norm' "gradient norm")
 
 let private mpi =
-    match mpirun with
+    match programOf "mpirun" with
     | Some path -> testCase "mpirun -n 8 trains the default job as threads do, to rounding" (fun () -> overMpi path)
     | None -> ptestCase "mpirun -n 8 trains the default job as threads do, to rounding (needs Open MPI)" ignore
 
-let tests = testList "Launch" [ sameBits; killed 2 4 four; killed 0 2 pair; restarted; stopped; refused; mpi ]
+let private slurm =
+    let name = "Slurm with four pretend nodes: a job trains, is cancelled, resumes, and one is submitted"
+
+    let needed = [ "srun"; "slurmctld"; "slurmd"; "munged" ]
+
+    if Environment.UserName = "root" && List.forall (programOf >> Option.isSome) needed then
+        testCase name (fun () ->
+            let script = Path.Combine(Dsg.root, "tests", "cluster", "slurm.sh")
+
+            let info =
+                ProcessStartInfo(
+                    "sh",
+                    [ script; $"dotnet %s{Dsg.program}" ],
+                    RedirectStandardOutput = true,
+                    RedirectStandardError = true,
+                    RedirectStandardInput = true
+                )
+
+            let result = Process.Start info |> nonNull |> Dsg.finish
+            Expect.equal result.Code 0 (result.Out + result.Error)
+            Expect.stringEnds (result.Out.TrimEnd()) "slurm: ok" result.Out)
+    else
+        ptestCase $"%s{name} (needs slurm-wlm, munge and root)" ignore
+
+let tests =
+    testList "Launch" [
+        sameBits
+        killed 2 4 four
+        killed 0 2 pair
+        restarted
+        stopped
+        refused
+        mpi
+        slurm
+    ]
