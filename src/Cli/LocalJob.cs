@@ -17,10 +17,8 @@ internal sealed class LocalJob(int processes, int restarts, string[] command)
     /// They stop by themselves when one is gone; these are for those that do not.
     private static readonly TimeSpan s_patience = TimeSpan.FromSeconds(20), s_afterTerminate = TimeSpan.FromSeconds(5);
 
-    private readonly string _token = Environment.GetEnvironmentVariable(LaunchEnvironment.TokenVariable) is { Length: > 0 } given
-        ? given
-        : Convert.ToHexStringLower(RandomNumberGenerator.GetBytes(16));
     private readonly Lock _output = new();
+    private string? _token;
     private Process[] _children = [];
     private int _signal;
 
@@ -36,6 +34,9 @@ internal sealed class LocalJob(int processes, int restarts, string[] command)
     {
         using var interrupted = PosixSignalRegistration.Create(PosixSignal.SIGINT, context => Forward(context, Interrupt));
         using var terminated = PosixSignalRegistration.Create(PosixSignal.SIGTERM, context => Forward(context, Terminate));
+        // launchers of several nodes must be given one
+        if (Master is null)
+            _token = Convert.ToHexStringLower(RandomNumberGenerator.GetBytes(16));
         var folder = Directory.CreateTempSubdirectory("dsg-launch-");
         try
         {
@@ -127,10 +128,11 @@ internal sealed class LocalJob(int processes, int restarts, string[] command)
             ("LOCAL_WORLD_SIZE", Text(processes)),
             ("MASTER_ADDR", Master?.Address ?? "127.0.0.1"),
             ("MASTER_PORT", Text(port)),
-            (LaunchEnvironment.TokenVariable, _token),
             (Launcher.PidVariable, Text(Environment.ProcessId)),
             (Launcher.RecordVariable, record)])
             info.Environment[name] = value;
+        if (_token is not null)
+            info.Environment[LaunchEnvironment.TokenVariable] = _token;
         var child = Process.Start(info)!;
         child.StandardInput.Close();
         return child;

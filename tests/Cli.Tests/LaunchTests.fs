@@ -83,6 +83,12 @@ let private sameBits =
             succeed folder (launch 4 @ "--" :: more @ [ "--save"; "sync"; "--out"; "four2" ]) |> ignore
             Expect.equal (numbers folder "four2") (numbers folder "one2") "resumed")
 
+/// A port of this machine that nobody listens on.
+let private freePort () =
+    use listener = new Net.Sockets.TcpListener(Net.IPAddress.Loopback, 0)
+    listener.Start()
+    (listener.LocalEndpoint :?> Net.IPEndPoint).Port
+
 /// The process id of a rank of a launcher.
 let private pidOf (launcher: Process) (rank: int) =
     Directory.GetDirectories "/proc"
@@ -184,6 +190,41 @@ let private restarted =
             Expect.stringContains result.Out "[0] resumed: " "from a checkpoint"
             Expect.equal (numbers folder "run") (numbers folder "whole") "every step once, with the same numbers")
 
+let private nodes =
+    testCase "two launchers, as on two nodes, run one job"
+    <| fun () ->
+        Dsg.inFolder (fun folder ->
+            let port = freePort ()
+
+            let node rank =
+                Dsg.start
+                    folder
+                    Dsg.program
+                    [
+                        yield! launch 1
+                        "--nnodes"
+                        "2"
+                        "--node-rank"
+                        string<int> rank
+                        "--master-addr"
+                        "127.0.0.1"
+                        "--master-port"
+                        string<int> port
+                        "pretrain"
+                        "--steps"
+                        "2"
+                        yield! pair
+                        yield! small (Path.Combine(folder, "text.txt"))
+                        "--out"
+                        "run"
+                    ]
+
+            Dsg.writeText folder |> ignore
+            let results = [ node 0; node 1 ] |> List.map Dsg.finish
+            Expect.equal (results |> List.map (fun r -> r.Code, r.Error)) [ 0, ""; 0, "" ] "both end well"
+            Expect.equal (List.length (numbers folder "run")) 2 "steps"
+            Expect.equal results[1].Out "" "rank 1 is silent")
+
 let private stopped =
     testCase "a signal to the launcher stops all ranks; what they have is the result"
     <| fun () ->
@@ -208,10 +249,7 @@ let private stopped =
 
 /// Two processes with torchrun's variables, each with arguments of its own.
 let private two folder (arguments: int -> string list) =
-    use listener = new Net.Sockets.TcpListener(Net.IPAddress.Loopback, 0)
-    listener.Start()
-    let port = (listener.LocalEndpoint :?> Net.IPEndPoint).Port
-    listener.Stop()
+    let port = freePort ()
 
     Array.Parallel.map
         (fun rank ->
@@ -389,6 +427,7 @@ let tests =
         killed 2 4 four
         killed 0 2 pair
         restarted
+        nodes
         stopped
         refused
         mpi

@@ -233,4 +233,23 @@ let private doctor =
             Expect.stringContains without.Out "MISSING" "what is missing"
             Expect.stringContains without.Out "DSG_LIBTORCH" "how to mend it")
 
-let tests = testList "Submit" [ slurm; kubernetes; refused; doctor ]
+/// A folder with LibTorch, run with nothing of this machine in the environment.
+let private published =
+    let name = "the published folder trains without .NET, alone and as two processes"
+
+    if Environment.GetEnvironmentVariable "DSG_PUBLISH" = "1" then
+        testCase name (fun () ->
+            Dsg.inFolder (fun folder ->
+                let data = Dsg.writeText folder
+                let code, out = shell $"'%s{Dsg.root}/build.sh' publish '%s{folder}/dsg'"
+                Expect.equal code 0 out
+                let bare = $"cd '%s{folder}' && env -i HOME='%s{folder}' PATH=/nonexistent dsg/dsg"
+                let job = $"pretrain --data '%s{data}' --steps 2 --tp 2 --pp 1 --ep 1 --dp 1 --seq-length 16 --dtype fp32 --out"
+
+                for command in [ "doctor"; $"%s{job} a"; $"launch --nproc 2 %s{job} b" ] do
+                    let code, out = shell $"%s{bare} %s{command}"
+                    Expect.equal code 0 $"%s{command}: %s{out}"))
+    else
+        ptestCase $"%s{name} (DSG_PUBLISH=1)" ignore
+
+let tests = testList "Submit" [ slurm; kubernetes; refused; doctor; published ]
