@@ -1,6 +1,7 @@
 // A run: the ranks of a plan in this process, all or its own, step by step, with what is shown and saved meanwhile.
 
 using System.Globalization;
+using System.Runtime.ExceptionServices;
 using DeepSeekGraph.Models;
 using DeepSeekGraph.Runtime;
 using DeepSeekGraph.Runtime.Checkpoints;
@@ -84,6 +85,8 @@ internal static class Training
 
                 var seen = await StepsAsync(trainer, steps, launched.IsFirst ? folder : null, saving, signals.Token).ConfigureAwait(false);
                 await saving.FinishAsync().ConfigureAwait(false);
+                if (trainer.World.FirstError is { } error and not OperationCanceledException)
+                    ExceptionDispatchInfo.Throw(error);
                 var peak = trainer.GatherPeakBytes();
                 if (launched.IsFirst)
                     Report.Print(new Outcome(plan, steps - (int)Math.Min(done, seen.FirstOrDefault()?.Step - 1 ?? done), seen, peak, folder) { Saved = saving.Summary });
