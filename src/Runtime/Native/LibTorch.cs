@@ -42,10 +42,13 @@ public static class LibTorch
     public static bool HasCuda(string folder) => File.Exists(Path.Combine(folder, CudaLibrary));
 
     /// <summary>Folders in which libraries that come with a CUDA build of LibTorch lie, and CUDA's own.</summary>
-    public static IEnumerable<string> Neighbours()
+    public static IEnumerable<string> Neighbours() => Neighbours(Folder);
+
+    /// <summary>The same of a LibTorch that is not loaded.</summary>
+    public static IEnumerable<string> Neighbours(string libtorch)
     {
-        yield return Folder;
-        var packages = Path.GetFullPath(Path.Combine(Folder, "..", "..", "nvidia"));
+        yield return libtorch;
+        var packages = Path.GetFullPath(Path.Combine(libtorch, "..", "..", "nvidia"));
         if (Directory.Exists(packages))
         {
             foreach (var package in Directory.EnumerateDirectories(packages).Order(StringComparer.Ordinal))
