@@ -10,6 +10,7 @@ internal static class CudaKernels
     {
         [KernelId.Iota] = Fills(CudaDense.Iota),
         [KernelId.Add] = Fills(CudaDense.Add),
+        [KernelId.Cast] = Fills(CudaDense.Cast),
         [KernelId.LocalSlice] = Fills(CudaDense.LocalSlice),
         [KernelId.Contract] = Adopts(CudaProducts.Contract),
         [KernelId.GroupedMatMul] = Adopts(CudaProducts.GroupedMatMul),

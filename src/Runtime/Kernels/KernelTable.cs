@@ -25,7 +25,6 @@ public static class KernelTable
         [KernelId.Silu] = Adopts(ElementwiseKernels.Silu),
         [KernelId.Scale] = Adopts(ElementwiseKernels.Scale),
         [KernelId.Offset] = Adopts(ElementwiseKernels.Offset),
-        [KernelId.Cast] = Fills(ElementwiseKernels.Cast),
         [KernelId.Slice] = Fills(MovementKernels.Slice),
         [KernelId.Pad] = Fills(MovementKernels.Pad),
         [KernelId.Concat] = Fills(MovementKernels.Concat),
@@ -40,6 +39,7 @@ public static class KernelTable
     {
         [KernelId.Iota] = Fills(SourceKernels.Iota),
         [KernelId.Add] = Adopts(ElementwiseKernels.Add),
+        [KernelId.Cast] = Fills(ElementwiseKernels.Cast),
         [KernelId.LocalSlice] = Fills(MovementKernels.LocalSlice),
         [KernelId.Contract] = Adopts(ContractionKernels.Contract),
         [KernelId.GroupedMatMul] = Fills(GroupedKernels.GroupedMatMul),

@@ -94,15 +94,16 @@ public static class LibTorch
         return libtorch;
     }
 
-    /// <summary>The folder named by the environment, else the one that the build recorded in libtorch.path.</summary>
+    /// <summary>The folder named by the environment, else the one that the build recorded in libtorch.path, else python's.</summary>
     static string FindFolder(string own)
     {
         var named = Environment.GetEnvironmentVariable(FolderVariable);
         var record = Path.Combine(own, "libtorch.path");
         var folder = !string.IsNullOrEmpty(named) ? named
             : cuda && PythonFolder() is { } python && HasCuda(python) ? python
-            : File.Exists(record) ? File.ReadAllText(record).Trim()
-            : own;
+            : File.Exists(record) && File.ReadAllText(record).Trim() is var recorded && File.Exists(Path.Combine(recorded, "libtorch.so")) ? recorded
+            : File.Exists(Path.Combine(own, "libtorch.so")) ? own
+            : PythonFolder() ?? (File.Exists(record) ? File.ReadAllText(record).Trim() : own);
 
         if (!File.Exists(Path.Combine(folder, "libtorch.so")))
         {
