@@ -54,14 +54,14 @@ internal sealed class NcclWatch : IDisposable
     private readonly ManualResetEventSlim _aborted = new();
     private readonly CancellationTokenRegistration _onStop;
     private volatile IReadOnlyList<nint> _communicators = [];
+    private int _isAborting;
     private Thread? _thread;
 
     /// <summary>`unfinished` is asked under the lock `calls`, which whoever calls NCCL holds.</summary>
     public NcclWatch(INcclCalls nccl, int rank, NcclJob job, FlightRecord record, Func<IEnumerable<Flight>> unfinished, Lock calls)
     {
         (_nccl, _rank, _job, _record, _unfinished, _calls) = (nccl, rank, job, record, unfinished, calls);
-        // the one who stops the job has others to tell
-        _onStop = job.Stop.Register(() => Sockets.Start("nccl abort", AbortAll));
+        _onStop = job.Stop.Register(BeginAbort);
     }
 
     /// <summary>Begins to watch.</summary>
@@ -78,6 +78,8 @@ internal sealed class NcclWatch : IDisposable
         _thread?.Join();
         if (_job.Stop.IsCancellationRequested)
         {
+            // it may be stopping just now, and this registration gone before its turn came
+            BeginAbort();
             _aborted.Wait(Patience.Farewell);
             return;
         }
@@ -152,6 +154,13 @@ internal sealed class NcclWatch : IDisposable
             Codes.NcclFault, Place, what, "look at the GPUs and links of this node and its peers (nvidia-smi, dmesg); NCCL_DEBUG=INFO says more");
 
     private string Place => _job.Whereabouts() is { Length: > 0 } where ? $"rank {_rank}, {where}" : $"rank {_rank}";
+
+    /// <summary>Once, on a thread of its own: the one who stops the job has others to tell.</summary>
+    private void BeginAbort()
+    {
+        if (Interlocked.Exchange(ref _isAborting, 1) == 0)
+            Sockets.Start("nccl abort", AbortAll);
+    }
 
     /// <summary>
     /// Frees the GPU from what will never come, so that the rank's thread comes back from waiting for it. Each communicator on a thread of
