@@ -12,6 +12,7 @@ open DeepSeekGraph.Runtime.Cuda
 open DeepSeekGraph.Runtime.Kernels
 open DeepSeekGraph.Runtime.Memory
 open DeepSeekGraph.Runtime.Native
+open DeepSeekGraph.Runtime.Training
 open DeepSeekGraph.Runtime.Tests.Slots
 open DeepSeekGraph.Runtime.Tests.CollectiveTests
 
@@ -23,7 +24,8 @@ type internal FabricWorld(ranks: int) =
     member _.Fabric = fabric
 
     interface IWorld with
-        member _.Processes = ranks
+        // all ranks are threads here, so that one process has what they hold
+        member _.Processes = 1
         member _.Process = 0
         member _.Owns _ = true
         member _.Stop = stop.Token
@@ -37,18 +39,23 @@ type internal FabricWorld(ranks: int) =
         member _.Meet(_, mine, decide, _) = decide.Invoke [| mine |]
         member _.Dispose() = stop.Dispose()
 
-        member _.For(rank, _, _) =
-            let made = Dictionary<int, NcclCollectives>()
+        member _.For(rank, groups, _) =
+            let over topic (groups: IReadOnlyList<Group>) =
+                let share = Func<byte[], byte[]>(fun mine -> fabric.Share(topic, rank.Rank, mine))
+                new NcclCollectives(FakeNccl fabric, rank, groups, share, NcclJob(ranks, stop.Token))
 
-            { new ICollectives with
-                member _.Start call =
-                    if not (made.ContainsKey call.Group.Id) then
-                        let share = Func<byte[], byte[]>(fun mine -> fabric.Share($"%i{call.Group.Id}", rank.Rank, mine))
-                        let job = NcclJob(ranks, stop.Token)
-                        made[call.Group.Id] <- new NcclCollectives(FakeNccl fabric, rank, [| call.Group |], share, job)
+            if groups.Count > 0 then
+                over "plan" groups :> ICollectives
+            else
+                let made = Dictionary<int, NcclCollectives>()
 
-                    made[call.Group.Id].Start call
-            }
+                { new ICollectives with
+                    member _.Start call =
+                        if not (made.ContainsKey call.Group.Id) then
+                            made[call.Group.Id] <- over $"%i{call.Group.Id}" [| call.Group |]
+
+                        made[call.Group.Id].Start call
+                }
 
 let private fabric = {
     new Worlds("as on GPUs") with
@@ -435,6 +442,55 @@ let private faults =
             Expect.all lines (fun line -> line.StartsWith "rank 4:") "each with its rank")
     ]
 
+/// Tokens below a vocabulary, the same for the same step.
+type private Tokens(plan: PlanSet, vocabulary: int) =
+    interface IBatchSource with
+        member _.Get step =
+            let rows = plan.Microbatches * plan.MicroBatch
+            let columns = (plan.Inputs |> Seq.find (fun input -> input.Name = "tokens")).Extents[1]
+            let source = Random(int32 step)
+            TrainingBatch(rows, columns, Array.init (rows * columns) (fun _ -> int64 (source.Next vocabulary)))
+
+/// Loss and gradient norm of some steps, in a world or over the loopback.
+let private trained (plan: PlanSet) (batches: IBatchSource) (world: IWorld | null) =
+    task {
+        let options =
+            TrainerOptions(Batches = batches, Seed = 7UL, Executor = Executor.Interpreter, World = world)
+
+        use! trainer = Trainer.StartAsync(plan, options)
+        let seen = List<float * float>()
+        let steps = trainer.RunAsync(3L, CancellationToken.None).GetAsyncEnumerator()
+
+        while! steps.MoveNextAsync() do
+            seen.Add(steps.Current.Loss, steps.Current.GradNorm)
+
+        return List.ofSeq seen
+    }
+    |> _.GetAwaiter().GetResult()
+
+/// DSG_NCCL_PLANS: files of plans (colons between them) without routed rows that ranks exchange; dsg compile writes them.
+let private wholePlans =
+    let same name (plan: PlanSet) batches =
+        testCase $"a plan trains as over the loopback: %s{name}" (fun () ->
+            let ranks = plan.Stages.Count * RankContext.RanksPerStage plan.Mesh
+            let expected = trained plan batches null
+            use world = new FabricWorld(ranks)
+            let actual = trained plan batches world
+            Expect.equal actual expected "loss and gradient norm, bit for bit"
+            Expect.equal world.Fabric.Left 0 "everything that was sent was taken")
+
+    testList "whole plans" [
+        let tiny = TinyPlan.plan 2 2 4
+        same "two stages of two ranks" tiny (Tokens(tiny, TinyPlan.vocab))
+
+        match Environment.GetEnvironmentVariable "DSG_NCCL_PLANS" with
+        | null -> ()
+        | files ->
+            for file in files.Split(':', StringSplitOptions.RemoveEmptyEntries) do
+                let plan = PlanFile.Read file
+                same file plan (Tokens(plan, 256))
+    ]
+
 let tests =
     testList "Nccl" [
         testList fabric.Name [ reductions fabric; movement fabric; rows ]
@@ -442,4 +498,5 @@ let tests =
         world
         order
         faults
+        wholePlans
     ]
