@@ -10,6 +10,12 @@ using DeepSeekGraph.Runtime.Cuda;
 using DeepSeekGraph.Runtime.Training;
 
 CultureInfo.CurrentCulture = CultureInfo.InvariantCulture;
+if (args is ["nccl", .. var rest])
+{
+    Links.Run(Links.Count(rest));
+    return;
+}
+
 var options = BenchOptions.Parse(args);
 var device = RankDevice.Cuda(0);
 var job = options.Job();
