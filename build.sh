@@ -54,6 +54,26 @@ fix_style() {
   build/architecture.sh --write
 }
 
+# One folder that runs on a node without .NET. LibTorch (500 MB) goes into it too; with --no-libtorch, DSG_LIBTORCH says where it is
+# (docs/cluster.md).
+publish() {
+  folder=artifacts/publish/dsg with=yes
+  for word in "$@"; do
+    case "$word" in
+      --no-libtorch) with=no ;;
+      -*) echo "publish: there is no option '$word': choose --no-libtorch" >&2; return 2 ;;
+      *) folder=$word ;;
+    esac
+  done
+  dotnet publish src/Cli -nologo -v quiet --self-contained -o "$folder" || return 1
+  # beside the program, not where this machine has its packages
+  libtorch=$(cat "$folder/libtorch.path") && rm "$folder/libtorch.path" || return 1
+  if [ "$with" = yes ]; then
+    cp "$libtorch"/*.so* "$folder/" || return 1
+  fi
+  echo "published to $folder: $(du -sh "$folder" | cut -f 1); start $folder/dsg"
+}
+
 command=${1:-test}
 [ $# -eq 0 ] || shift
 case "$command" in
@@ -63,7 +83,6 @@ case "$command" in
   fix) fix_style ;;
   # The training step by hand, compiled and interpreted, side by side; committed results are in benchmarks/results.
   bench) build && THP_MEM_ALLOC_ENABLE=1 dotnet artifacts/bin/Benchmarks/release/DeepSeekGraph.Benchmarks.dll "$@" ;;
-  # A folder that runs without dotnet; LibTorch is found through DSG_LIBTORCH (docs/adr/0008).
-  publish) dotnet publish src/Cli -nologo -v quiet --self-contained -o "${1:-artifacts/publish/dsg}" ;;
-  *) echo 'usage: ./build.sh [build | test [AREA...] | check | fix | bench [ROUNDS [--profile]] | publish [FOLDER]]' >&2; exit 2 ;;
+  publish) publish "$@" ;;
+  *) echo 'usage: ./build.sh [build | test [AREA...] | check | fix | bench [ROUNDS [--profile]] | publish [FOLDER] [--no-libtorch]]' >&2; exit 2 ;;
 esac

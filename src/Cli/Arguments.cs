@@ -24,7 +24,7 @@ internal static class Arguments
         });
     }
 
-    /// `command`: what dsg launch starts.
+    /// `command`: what dsg launch starts, or the options that dsg submit gives to dsg run.
     public static RootCommand Root(params string[] command) => new("""
         DeepSeekGraph: DeepSeek-V3 training as a compiled, checked plan.
 
@@ -39,6 +39,7 @@ internal static class Arguments
         Compile.Verb(),
         Run.Verb(),
         LaunchVerb.Verb(command),
+        Submit.Verb(command),
         Import.Verb(),
         Export.Verb(),
         Generate.Verb(),
@@ -49,5 +50,6 @@ internal static class Arguments
         ListRecipes.Verb(),
         ListPasses.Verb(),
         Explain.Verb(),
+        Doctor.Verb(),
     };
 }

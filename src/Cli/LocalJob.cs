@@ -17,16 +17,26 @@ internal sealed class LocalJob(int processes, int restarts, string[] command)
     /// They stop by themselves when one is gone; these are for those that do not.
     private static readonly TimeSpan s_patience = TimeSpan.FromSeconds(20), s_afterTerminate = TimeSpan.FromSeconds(5);
 
-    private readonly string _token = Convert.ToHexStringLower(RandomNumberGenerator.GetBytes(16));
     private readonly Lock _output = new();
+    private string? _token;
     private Process[] _children = [];
     private int _signal;
+
+    public int Nodes { get; init; } = 1;
+
+    public int Node { get; init; }
+
+    /// Of several nodes, where rank 0 listens.
+    public (string Address, int Port)? Master { get; init; }
 
     /// The exit code of the first process that failed, or of the signal that stopped them.
     public int Run()
     {
         using var interrupted = PosixSignalRegistration.Create(PosixSignal.SIGINT, context => Forward(context, Interrupt));
         using var terminated = PosixSignalRegistration.Create(PosixSignal.SIGTERM, context => Forward(context, Terminate));
+        // launchers of several nodes must be given one
+        if (Master is null)
+            _token = Convert.ToHexStringLower(RandomNumberGenerator.GetBytes(16));
         var folder = Directory.CreateTempSubdirectory("dsg-launch-");
         try
         {
@@ -52,10 +62,10 @@ internal sealed class LocalJob(int processes, int restarts, string[] command)
 
     private (int Code, string Failed) RunOnce(string record)
     {
-        var port = FreePort();
+        var port = Master?.Port ?? FreePort();
         lock (_output)
-            _children = [.. Enumerable.Range(0, processes).Select(rank => Start(rank, port, record))];
-        Thread[] pumps = [.. _children.SelectMany((child, rank) => new[] { Pump(child.StandardOutput, Console.Out, rank), Pump(child.StandardError, Console.Error, rank) })];
+            _children = [.. Enumerable.Range(0, processes).Select(local => Start(local, port, record))];
+        Thread[] pumps = [.. _children.SelectMany((child, local) => new[] { Pump(child.StandardOutput, Console.Out, RankOf(local)), Pump(child.StandardError, Console.Error, RankOf(local)) })];
         var ended = WaitForAll();
         foreach (var pump in pumps)
             pump.Join();
@@ -78,7 +88,7 @@ internal sealed class LocalJob(int processes, int restarts, string[] command)
                 if (!_children[rank].WaitForExit(0))
                     running++;
                 else if (first is null && _children[rank].ExitCode is var code and not ExitCode.Ok)
-                    (first, since) = ((code, $"rank {rank} {Words(code)}"), Stopwatch.GetTimestamp());
+                    (first, since) = ((code, $"rank {RankOf(rank)} {Words(code)}"), Stopwatch.GetTimestamp());
             }
 
             if (running == 0)
@@ -98,7 +108,9 @@ internal sealed class LocalJob(int processes, int restarts, string[] command)
 
     private static string Words(int code) => code > 128 ? $"was ended by signal {code - 128}" : $"ended with exit code {code}";
 
-    private Process Start(int rank, int port, string record)
+    private int RankOf(int local) => (Node * processes) + local;
+
+    private Process Start(int local, int port, string record)
     {
         var program = Environment.ProcessPath!;
         // under `dotnet dsg.dll` the program is the host
@@ -110,16 +122,17 @@ internal sealed class LocalJob(int processes, int restarts, string[] command)
             RedirectStandardError = true,
         };
         foreach (var (name, value) in (ReadOnlySpan<(string, string)>)[
-            ("RANK", Text(rank)),
-            ("WORLD_SIZE", Text(processes)),
-            ("LOCAL_RANK", Text(rank)),
+            ("RANK", Text(RankOf(local))),
+            ("WORLD_SIZE", Text(Nodes * processes)),
+            ("LOCAL_RANK", Text(local)),
             ("LOCAL_WORLD_SIZE", Text(processes)),
-            ("MASTER_ADDR", "127.0.0.1"),
+            ("MASTER_ADDR", Master?.Address ?? "127.0.0.1"),
             ("MASTER_PORT", Text(port)),
-            (LaunchEnvironment.TokenVariable, _token),
             (Launcher.PidVariable, Text(Environment.ProcessId)),
             (Launcher.RecordVariable, record)])
             info.Environment[name] = value;
+        if (_token is not null)
+            info.Environment[LaunchEnvironment.TokenVariable] = _token;
         var child = Process.Start(info)!;
         child.StandardInput.Close();
         return child;

@@ -1,6 +1,7 @@
 // A run: the ranks of a plan in this process, all or its own, step by step, with what is shown and saved meanwhile.
 
 using System.Globalization;
+using System.Runtime.ExceptionServices;
 using DeepSeekGraph.Models;
 using DeepSeekGraph.Runtime;
 using DeepSeekGraph.Runtime.Checkpoints;
@@ -87,6 +88,8 @@ internal static class Training
 
                 var seen = await StepsAsync(trainer, steps, launched.IsFirst ? folder : null, saving, signals.Token).ConfigureAwait(false);
                 await saving.FinishAsync().ConfigureAwait(false);
+                if (trainer.World.FirstError is { } error and not OperationCanceledException)
+                    ExceptionDispatchInfo.Throw(error);
                 if (trainer.World is ProcessWorld { HostWait: { } wait } && seen.Count > 0)
                     Console.WriteLine(string.Create(CultureInfo.InvariantCulture, $"host wait for rows: {wait.TotalMilliseconds / seen.Count:F2} ms a step"));
                 var peak = trainer.GatherPeakBytes();

@@ -340,6 +340,10 @@ module Codes =
     [<Literal>]
     let MpiUnavailable = "DSG0867"
 
+    /// A job for a cluster that cannot be.
+    [<Literal>]
+    let SubmissionIllegal = "DSG0868"
+
     /// Processes of a job do not see each other's files of a checkpoint.
     [<Literal>]
     let FolderNotShared = "DSG0866"

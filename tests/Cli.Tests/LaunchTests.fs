@@ -83,6 +83,12 @@ let private sameBits =
             succeed folder (launch 4 @ "--" :: more @ [ "--save"; "sync"; "--out"; "four2" ]) |> ignore
             Expect.equal (numbers folder "four2") (numbers folder "one2") "resumed")
 
+/// A port of this machine that nobody listens on.
+let private freePort () =
+    use listener = new Net.Sockets.TcpListener(Net.IPAddress.Loopback, 0)
+    listener.Start()
+    (listener.LocalEndpoint :?> Net.IPEndPoint).Port
+
 /// The process id of a rank of a launcher.
 let private pidOf (launcher: Process) (rank: int) =
     Directory.GetDirectories "/proc"
@@ -184,6 +190,38 @@ let private restarted =
             Expect.stringContains result.Out "[0] resumed: " "from a checkpoint"
             Expect.equal (numbers folder "run") (numbers folder "whole") "every step once, with the same numbers")
 
+let private nodes =
+    testCase "two launchers, as on two nodes, run one job"
+    <| fun () ->
+        Dsg.inFolder (fun folder ->
+            let port = freePort ()
+
+            let node rank =
+                Dsg.start folder Dsg.program [
+                    yield! launch 1
+                    "--nnodes"
+                    "2"
+                    "--node-rank"
+                    string<int> rank
+                    "--master-addr"
+                    "127.0.0.1"
+                    "--master-port"
+                    string<int> port
+                    "pretrain"
+                    "--steps"
+                    "2"
+                    yield! pair
+                    yield! small (Path.Combine(folder, "text.txt"))
+                    "--out"
+                    "run"
+                ]
+
+            Dsg.writeText folder |> ignore
+            let results = [ node 0; node 1 ] |> List.map Dsg.finish
+            Expect.equal (results |> List.map (fun r -> r.Code, r.Error)) [ 0, ""; 0, "" ] "both end well"
+            Expect.equal (List.length (numbers folder "run")) 2 "steps"
+            Expect.equal results[1].Out "" "rank 1 is silent")
+
 let private stopped =
     testCase "a signal to the launcher stops all ranks; what they have is the result"
     <| fun () ->
@@ -208,10 +246,7 @@ let private stopped =
 
 /// Two processes with torchrun's variables, each with arguments of its own.
 let private two folder (arguments: int -> string list) =
-    use listener = new Net.Sockets.TcpListener(Net.IPAddress.Loopback, 0)
-    listener.Start()
-    let port = (listener.LocalEndpoint :?> Net.IPEndPoint).Port
-    listener.Stop()
+    let port = freePort ()
 
     Array.Parallel.map
         (fun rank ->
@@ -300,11 +335,12 @@ let private refused =
                     Expect.stringContains result.Error $"error %s{code}" (String.concat " " arguments))
     ]
 
-let private mpirun =
+/// A program on the PATH, or where Debian has daemons.
+let private programOf name =
     let path = Environment.GetEnvironmentVariable "PATH" |> Option.ofObj |> Option.defaultValue ""
 
-    path.Split ':'
-    |> Array.map (fun folder -> Path.Combine(folder, "mpirun"))
+    (path + ":/usr/sbin").Split ':'
+    |> Array.map (fun folder -> Path.Combine(folder, name))
     |> Array.tryFind File.Exists
 
 /// All eight ranks of the default job, whose sums MPI makes in an order of its own.
@@ -354,8 +390,43 @@ let private overMpi (mpirun: string) =
             near norm norm' "gradient norm")
 
 let private mpi =
-    match mpirun with
+    match programOf "mpirun" with
     | Some path -> testCase "mpirun -n 8 trains the default job as threads do, to rounding" (fun () -> overMpi path)
     | None -> ptestCase "mpirun -n 8 trains the default job as threads do, to rounding (needs Open MPI)" ignore
 
-let tests = testList "Launch" [ sameBits; killed 2 4 four; killed 0 2 pair; restarted; stopped; refused; mpi ]
+let private slurm =
+    let name = "Slurm with four pretend nodes: a job trains, is cancelled, resumes, and one is submitted"
+
+    let needed = [ "srun"; "slurmctld"; "slurmd"; "munged" ]
+
+    if Environment.UserName = "root" && List.forall (programOf >> Option.isSome) needed then
+        testCase name (fun () ->
+            let script = Path.Combine(Dsg.root, "tests", "cluster", "slurm.sh")
+
+            let info =
+                ProcessStartInfo(
+                    "sh",
+                    [ script; $"dotnet %s{Dsg.program}" ],
+                    RedirectStandardOutput = true,
+                    RedirectStandardError = true,
+                    RedirectStandardInput = true
+                )
+
+            let result = Process.Start info |> nonNull |> Dsg.finish
+            Expect.equal result.Code 0 (result.Out + result.Error)
+            Expect.stringEnds (result.Out.TrimEnd()) "slurm: ok" result.Out)
+    else
+        ptestCase $"%s{name} (needs slurm-wlm, munge and root)" ignore
+
+let tests =
+    testList "Launch" [
+        sameBits
+        killed 2 4 four
+        killed 0 2 pair
+        restarted
+        nodes
+        stopped
+        refused
+        mpi
+        slurm
+    ]

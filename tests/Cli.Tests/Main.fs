@@ -18,5 +18,6 @@ let main argv =
                 VerifyTests.tests
                 GenerateTests.tests
                 LaunchTests.tests
+                SubmitTests.tests
             ]
         ))

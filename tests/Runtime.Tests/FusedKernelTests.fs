@@ -378,7 +378,7 @@ let private wholeHead =
             let expectedH, expectedW = gradients tokens k v h w dz
             close $"hidden states, %s{size}" dtype (read dh) expectedH
             // fp32 for bf16 operands as well: summed over chunks
-            close $"head, %s{size}" f32 (read dw) expectedW
+            close $"head, %s{size}" (if device.Value.IsCuda then dtype else f32) (read dw) expectedW
             let again = slot f32 [ v; k ]
             run KernelId.LinearCrossEntropyGrad [] (operands @ [ weights ]) [ loss; dh; again ]
             Expect.equal (read again) (read dw) "the same bits again")

@@ -20,6 +20,7 @@ let main argv =
             MetricsTests.tests
             CheckpointTests.tests
             KernelTests.tests
+            CudaTests.tests
             CacheTests.tests
             RowKernelTests.tests
             MasterTests.tests

@@ -14,10 +14,15 @@ internal sealed record BenchOptions
 
     public int Steps { get; init; } = 3;
 
+    public double LearningRate { get; init; } = 1e-4;
+
     public int Repeats { get; init; } = 11;
 
     /// <summary>Waits after each kernel and counts its time: the sum is more than a step takes.</summary>
     public bool Profile { get; init; }
+
+    /// <summary>Kernels one by one instead of steps.</summary>
+    public bool Kernels { get; init; }
 
     /// <summary>The one batch of every step.</summary>
     public bool SameTokens { get; init; }
@@ -48,8 +53,10 @@ internal sealed record BenchOptions
                 "--layers" => options with { Layers = int.Parse(Value()) },
                 "--clip" => options with { Clip = double.Parse(Value()) },
                 "--steps" => options with { Steps = int.Parse(Value()) },
+                "--lr" => options with { LearningRate = double.Parse(Value()) },
                 "--repeats" => options with { Repeats = int.Parse(Value()) },
                 "--profile" => options with { Profile = true },
+                "--kernels" => options with { Kernels = true },
                 "--same" => options with { SameTokens = true },
                 "--weights" => options with { Weights = Value() },
                 "--dump" => options with { DumpTo = Value() },

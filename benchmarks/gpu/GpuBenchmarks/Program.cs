@@ -8,6 +8,7 @@ using DeepSeekGraph.Benchmarks;
 using DeepSeekGraph.Models;
 using DeepSeekGraph.Runtime.Cuda;
 using DeepSeekGraph.Runtime.Training;
+using Torch = TorchSharp.torch;
 
 CultureInfo.CurrentCulture = CultureInfo.InvariantCulture;
 if (args is ["nccl", .. var rest])
@@ -18,6 +19,24 @@ if (args is ["nccl", .. var rest])
 
 var options = BenchOptions.Parse(args);
 var device = RankDevice.Cuda(0);
+if (options.Kernels)
+{
+    Torch.set_grad_enabled(false);
+    device.Enter();
+    var cases = new KernelCases(device);
+    var copy = cases.Copy();
+    Console.WriteLine($"copy {copy / 1e12:F3} TB/s on {device.Name}");
+    foreach (var c in cases.All())
+    {
+        var seconds = cases.Seconds(c);
+        Console.WriteLine(c.Flops > 0
+            ? $"{c.Name,-26} {seconds * 1e6,9:F1} us {c.Flops / seconds / 1e12,8:F0} TFLOP/s"
+            : $"{c.Name,-26} {seconds * 1e6,9:F1} us {c.Bytes / seconds / 1e12,8:F3} TB/s {c.Bytes / seconds / copy,6:P0} of a copy");
+    }
+
+    return;
+}
+
 var job = options.Job();
 var plan = job.Compile();
 await using var trainer = await Trainer.StartAsync(plan, new TrainerOptions
@@ -25,7 +44,7 @@ await using var trainer = await Trainer.StartAsync(plan, new TrainerOptions
     Device = device,
     Executor = Executor.Interpreter,
     Batches = new RandomTokens(job.Config.VocabSize, plan, options.SameTokens),
-    LearningRate = new LearningRate(1e-4, 1e-4),
+    LearningRate = new LearningRate(options.LearningRate, options.LearningRate),
     Profile = options.Profile,
     Weights = options.Weights is { } folder ? Weights.From(folder, plan) : null,
 });
@@ -37,6 +56,9 @@ await foreach (var step in trainer.RunAsync(options.Steps))
     losses.Add((step.Loss, step.GradNorm));
 trainer.Ranks[0].Profile?.Reset();
 var (stepMs, stepHost) = await MedianAsync(true);
+var kernels = trainer.Ranks[0].Profile is { } profile
+    ? profile.Totals.Select(t => (t.Name, Milliseconds: t.Milliseconds / profile.Steps, Calls: (double)t.Calls / profile.Steps)).ToArray()
+    : [];
 var (forwardBackwardMs, forwardBackwardHost) = await MedianAsync(false);
 var (free, total) = device.Memory();
 var flops = Work.FlopsOf(job.Config, plan.SeqLength);
@@ -62,12 +84,8 @@ Console.WriteLine(JsonSerializer.Serialize(new
 }));
 if (options.LossFile is { } file)
     File.WriteAllLines(file, losses.Select(l => $"{l.Loss:R} {l.Norm:R}"));
-if (options.Profile)
-{
-    var profile = trainer.Ranks[0].Profile!;
-    foreach (var (name, milliseconds, calls) in profile.Totals.Take(40).ToArray())
-        Console.WriteLine($"{name,-28} {milliseconds / profile.Steps,9:F3} ms {(double)calls / profile.Steps,7:F1} calls");
-}
+foreach (var (name, milliseconds, calls) in kernels)
+    Console.WriteLine($"{name,-28} {milliseconds,9:F3} ms {calls,7:F1} calls");
 
 async Task<(double Milliseconds, double Host)> MedianAsync(bool epilogue)
 {

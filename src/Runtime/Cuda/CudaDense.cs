@@ -39,6 +39,22 @@ internal static class CudaDense
             operand.Dispose();
     }
 
+    /// <summary>a -> out in the slot's element type.</summary>
+    public static void Cast(in KernelCall call)
+    {
+        var (a, slot) = (call.In(0), call.Out());
+        if (a.dtype == slot.ScalarType || !a.is_floating_point() || slot.ScalarType is not (ScalarType.Float32 or ScalarType.BFloat16))
+        {
+            ElementwiseKernels.Cast(call);
+            return;
+        }
+
+        var target = slot.Fill(ElementwiseKernels.Rows(call.Inputs[0]));
+        var n = a.numel();
+        var vector = n % 8 == 0;
+        Gpu.Launch("Elementwise", $"accumulate_{Gpu.Type(a)}_{Gpu.Type(target)}", Gpu.Blocks(n, vector), 256, a, target, n, true, vector);
+    }
+
     /// <summary>a -> this rank's block of a dim; of routes and of rows by expert only where they stay whole.</summary>
     public static void LocalSlice(in KernelCall call)
     {

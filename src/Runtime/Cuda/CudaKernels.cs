@@ -1,4 +1,4 @@
-// The kernels of a GPU by id; complete, by test. What LibTorch does as well on either device is the processor's kernel.
+// The kernels of a GPU by id; complete, by test, with those of KernelTable.Either.
 using DeepSeekGraph.Runtime.Kernels;
 using static DeepSeekGraph.Runtime.Kernels.KernelTable;
 
@@ -6,36 +6,16 @@ namespace DeepSeekGraph.Runtime.Cuda;
 
 internal static class CudaKernels
 {
-    public static readonly IReadOnlyDictionary<KernelId, KernelEntry> Table = new Dictionary<KernelId, KernelEntry>
+    public static readonly IReadOnlyDictionary<KernelId, KernelEntry> Table = new Dictionary<KernelId, KernelEntry>(Either)
     {
-        [KernelId.Full] = Fills(SourceKernels.Full),
         [KernelId.Iota] = Fills(CudaDense.Iota),
         [KernelId.Add] = Fills(CudaDense.Add),
-        [KernelId.Sub] = Adopts(ElementwiseKernels.Sub),
-        [KernelId.Mul] = Adopts(ElementwiseKernels.Mul),
-        [KernelId.Div] = Adopts(ElementwiseKernels.Div),
-        [KernelId.Neg] = Adopts(ElementwiseKernels.Neg),
-        [KernelId.Exp] = Adopts(ElementwiseKernels.Exp),
-        [KernelId.Log] = Adopts(ElementwiseKernels.Log),
-        [KernelId.Rsqrt] = Adopts(ElementwiseKernels.Rsqrt),
-        [KernelId.Sigmoid] = Adopts(ElementwiseKernels.Sigmoid),
-        [KernelId.Silu] = Adopts(ElementwiseKernels.Silu),
-        [KernelId.Scale] = Adopts(ElementwiseKernels.Scale),
-        [KernelId.Offset] = Adopts(ElementwiseKernels.Offset),
-        [KernelId.Cast] = Fills(ElementwiseKernels.Cast),
-        [KernelId.Slice] = Fills(MovementKernels.Slice),
-        [KernelId.Pad] = Fills(MovementKernels.Pad),
-        [KernelId.Concat] = Fills(MovementKernels.Concat),
-        [KernelId.Broadcast] = Fills(MovementKernels.Broadcast),
+        [KernelId.Cast] = Fills(CudaDense.Cast),
         [KernelId.LocalSlice] = Fills(CudaDense.LocalSlice),
-        [KernelId.Transpose] = Fills(MovementKernels.Transpose),
-        [KernelId.Zigzag] = Fills(MovementKernels.Zigzag),
         [KernelId.Contract] = Adopts(CudaProducts.Contract),
         [KernelId.GroupedMatMul] = Adopts(CudaProducts.GroupedMatMul),
         [KernelId.GroupedWeightGrad] = Adopts(CudaProducts.GroupedWeightGrad),
         [KernelId.Fp8Quantize] = Fills(CudaDense.Fp8Quantize),
-        [KernelId.Sum] = Adopts(ReductionKernels.Sum),
-        [KernelId.Max] = Adopts(ReductionKernels.Max),
         [KernelId.RmsNorm] = Fills(CudaNorm.RmsNorm),
         [KernelId.RmsNormGradX] = Fills(CudaNorm.RmsNormGradX),
         [KernelId.RmsNormGradW] = Fills(CudaNorm.RmsNormGradW),

@@ -28,11 +28,13 @@ internal static class CudaRotary
         int d = (int)shape[^1], rope = (int)table.shape[^1];
         long tokens = shape[0] * shape[1], positions = table.shape.Length == 3 ? tokens : shape[1];
         var heads = tokens == 0 ? 0 : (int)(x.numel() / (tokens * d));
+        // features that are not turned stay where they are, if the storage may
+        var inPlace = call.Out().TakeOver(call.Inputs[0]);
         using var y = new Target(call.Out(), x.dtype);
         var vector = d % 8 == 0 && rope % 8 == 0;
         Gpu.Launch(
             "Rotary", "rope_last_" + Gpu.Type(x), tokens, Gpu.Threads((long)heads * d, vector), x, table, y.Tensor, tokens, heads, d, rope, positions,
-            call.Int(0) != 0, vector);
+            call.Int(0) != 0, inPlace, vector);
     }
 
     /// <summary>kv[b s n nope+v], kPe[b s rope], table -> k[b s n nope+rope], v[b s n v].</summary>

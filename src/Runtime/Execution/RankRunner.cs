@@ -23,7 +23,7 @@ public sealed class RankRunner : IDisposable
     private readonly Dictionary<string, int> _places = [];
     private readonly int[] _inputs;
     private readonly SlotValue?[] _shared;
-    private readonly bool[] _onlyAdded;
+    private readonly bool[] _readOnce;
     private readonly HashSet<SlotValue> _lent = [];
     private readonly SortedDictionary<int, Frame> _frames = [];
     private readonly Dictionary<int, int> _lastEntries = [];
@@ -60,7 +60,7 @@ public sealed class RankRunner : IDisposable
 
         _inputs = [.. Enumerable.Range(0, stage.Slots.Count).Where(i => stage.Slots[i].Kind.IsInput)];
 
-        _onlyAdded = OnlyAdded();
+        _readOnce = ReadOnce();
         var perStep = PerStep();
         _shared = new SlotValue?[stage.Slots.Count];
         var ofStep = new List<SlotValue>();
@@ -208,18 +208,17 @@ public sealed class RankRunner : IDisposable
         return perStep;
     }
 
-    /// <summary>Which slots are read by one accumulation and by nothing else.</summary>
-    private bool[] OnlyAdded()
+    /// <summary>Which slots one launch reads, once, and nothing else does.</summary>
+    private bool[] ReadOnce()
     {
-        int[] added = new int[Stage.Slots.Count], read = new int[Stage.Slots.Count];
+        var read = new int[Stage.Slots.Count];
         foreach (var instruction in _instructions.Programs.SelectMany(p => p))
         {
-            var counts = instruction is Instruction.Launch { Id: KernelId.Accumulate } ? added : read;
             foreach (var input in Inputs(instruction))
-                counts[input]++;
+                read[input] += instruction is Instruction.Launch ? 1 : 2;
         }
 
-        return [.. added.Zip(read, static (a, r) => a == 1 && r == 0)];
+        return [.. read.Select(static n => n == 1)];
     }
 
     private static int[] Inputs(Instruction instruction)
@@ -246,7 +245,7 @@ public sealed class RankRunner : IDisposable
             if (_shared[i] is { } shared)
                 slots[i] = shared;
             else
-                own.Add(slots[i] = new SlotValue(Stage.Slots[i], Memory, Device.Torch) { OnlyAdded = _onlyAdded[i] });
+                own.Add(slots[i] = new SlotValue(Stage.Slots[i], Memory, Device.Torch) { ReadOnce = _readOnce[i] });
         }
 
         return new Frame(slots, [.. own], _instructions.Tokens);

@@ -10,11 +10,10 @@ public sealed record KernelEntry(Kernel Run, bool Adopts);
 /// <summary>KernelId -> kernel for the CPU.</summary>
 public static class KernelTable
 {
-    private static readonly Dictionary<KernelId, KernelEntry> Entries = new()
+    /// <summary>What LibTorch does alike on any device.</summary>
+    internal static readonly IReadOnlyDictionary<KernelId, KernelEntry> Either = new Dictionary<KernelId, KernelEntry>
     {
         [KernelId.Full] = Fills(SourceKernels.Full),
-        [KernelId.Iota] = Fills(SourceKernels.Iota),
-        [KernelId.Add] = Adopts(ElementwiseKernels.Add),
         [KernelId.Sub] = Adopts(ElementwiseKernels.Sub),
         [KernelId.Mul] = Adopts(ElementwiseKernels.Mul),
         [KernelId.Div] = Adopts(ElementwiseKernels.Div),
@@ -26,20 +25,26 @@ public static class KernelTable
         [KernelId.Silu] = Adopts(ElementwiseKernels.Silu),
         [KernelId.Scale] = Adopts(ElementwiseKernels.Scale),
         [KernelId.Offset] = Adopts(ElementwiseKernels.Offset),
-        [KernelId.Cast] = Fills(ElementwiseKernels.Cast),
         [KernelId.Slice] = Fills(MovementKernels.Slice),
         [KernelId.Pad] = Fills(MovementKernels.Pad),
         [KernelId.Concat] = Fills(MovementKernels.Concat),
         [KernelId.Broadcast] = Fills(MovementKernels.Broadcast),
-        [KernelId.LocalSlice] = Fills(MovementKernels.LocalSlice),
         [KernelId.Transpose] = Fills(MovementKernels.Transpose),
         [KernelId.Zigzag] = Fills(MovementKernels.Zigzag),
+        [KernelId.Sum] = Adopts(ReductionKernels.Sum),
+        [KernelId.Max] = Adopts(ReductionKernels.Max),
+    };
+
+    private static readonly Dictionary<KernelId, KernelEntry> Entries = new(Either)
+    {
+        [KernelId.Iota] = Fills(SourceKernels.Iota),
+        [KernelId.Add] = Adopts(ElementwiseKernels.Add),
+        [KernelId.Cast] = Fills(ElementwiseKernels.Cast),
+        [KernelId.LocalSlice] = Fills(MovementKernels.LocalSlice),
         [KernelId.Contract] = Adopts(ContractionKernels.Contract),
         [KernelId.GroupedMatMul] = Fills(GroupedKernels.GroupedMatMul),
         [KernelId.GroupedWeightGrad] = Fills(GroupedKernels.GroupedWeightGrad),
         [KernelId.Fp8Quantize] = Fills(QuantizationKernels.Fp8Quantize),
-        [KernelId.Sum] = Adopts(ReductionKernels.Sum),
-        [KernelId.Max] = Adopts(ReductionKernels.Max),
         [KernelId.RmsNorm] = Fills(NormalizationKernels.RmsNorm),
         [KernelId.RmsNormGradX] = Fills(NormalizationKernels.RmsNormGradX),
         [KernelId.RmsNormGradW] = Fills(NormalizationKernels.RmsNormGradW),

@@ -16,6 +16,7 @@ internal sealed class Hub : IDisposable
     private readonly Dictionary<(string Topic, long Number), byte[]?[]> _open = [];
     private readonly Lock _lock = new();
     private readonly CancellationTokenSource _closed = new();
+    private readonly ManualResetEventSlim _cancelled = new();
     private readonly long _begin = Stopwatch.GetTimestamp();
     private readonly Thread _watch;
     private int _joined;
@@ -229,8 +230,8 @@ internal sealed class Hub : IDisposable
 
         if (gone)
         {
-            // until those that miss it have said so
-            Thread.Sleep(Patience.Beat + (Patience.Beat / 4));
+            // until those that miss it have said so, unless its launcher is ending them already
+            _cancelled.Wait(Patience.Beat + (Patience.Beat / 4));
             Gone(connection, "its process ended without a word");
         }
     }
@@ -256,6 +257,8 @@ internal sealed class Hub : IDisposable
             if (_fault is not null && (!_fault.IsCancellation || fault.IsCancellation))
                 return;
             _fault = fault;
+            if (fault.IsCancellation)
+                _cancelled.Set();
         }
 
         Tell(FrameKind.Fault, fault.ToBytes());

@@ -157,12 +157,12 @@ public sealed class ProcessWorld : IWorld
     private static string VersionOfDsg { get; } =
         typeof(ProcessWorld).Assembly.GetCustomAttribute<AssemblyInformationalVersionAttribute>()?.InformationalVersion ?? "unknown";
 
-    /// <summary>True where it is the first.</summary>
+    /// <summary>True where it is the first; a rank that is gone says more than the stop by signal that its launcher made of it.</summary>
     private bool Keep(Exception error)
     {
         lock (_lock)
         {
-            if (_firstError is not null || _disposed)
+            if (_disposed || (_firstError is not null && (_firstError is not OperationCanceledException || error is OperationCanceledException)))
                 return false;
             _firstError = error;
             if (error is not OperationCanceledException)

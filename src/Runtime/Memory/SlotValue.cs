@@ -24,8 +24,8 @@ public sealed class SlotValue : IDisposable
         ScalarType = info.DType.ToScalarType();
     }
 
-    /// <summary>True for a value that is only ever added to an accumulator: the first sum may take over its storage.</summary>
-    public bool OnlyAdded { get; init; }
+    /// <summary>True for a value of a microbatch that one step reads and no other: that step may take over its storage.</summary>
+    public bool ReadOnce { get; init; }
 
     /// <summary>The slot this is an instance of.</summary>
     public SlotInfo Info { get; }
@@ -101,10 +101,22 @@ public sealed class SlotValue : IDisposable
     /// </summary>
     public bool TakeFirst(SlotValue value)
     {
-        if (!_zero || !value.OnlyAdded || value.ScalarType != ScalarType || value._tensor is null || Info.Routed || value.Info.Routed)
+        if (!_zero || !value.ReadOnce || value.ScalarType != ScalarType || value._tensor is null || Info.Routed || value.Info.Routed)
             return false;
         (_tensor, value._tensor) = (value._tensor, _tensor);
         _zero = false;
+        return true;
+    }
+
+    /// <summary>Takes over the storage of a value that nobody else reads, which then holds nothing; false where that cannot be.</summary>
+    public bool TakeOver(SlotValue value)
+    {
+        if (!value.ReadOnce || IsPersistent || value.ScalarType != ScalarType || value._tensor is not { } tensor
+            || Info.Routed || value.Info.Routed || !value.Info.Extents.SequenceEqual(Info.Extents))
+            return false;
+        value._tensor = null;
+        value.Set(null, null);
+        Set(tensor, null);
         return true;
     }
 

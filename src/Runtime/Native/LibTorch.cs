@@ -42,10 +42,13 @@ public static class LibTorch
     public static bool HasCuda(string folder) => File.Exists(Path.Combine(folder, CudaLibrary));
 
     /// <summary>Folders in which libraries that come with a CUDA build of LibTorch lie, and CUDA's own.</summary>
-    public static IEnumerable<string> Neighbours()
+    public static IEnumerable<string> Neighbours() => Neighbours(Folder);
+
+    /// <summary>The same of a LibTorch that is not loaded.</summary>
+    public static IEnumerable<string> Neighbours(string libtorch)
     {
-        yield return Folder;
-        var packages = Path.GetFullPath(Path.Combine(Folder, "..", "..", "nvidia"));
+        yield return libtorch;
+        var packages = Path.GetFullPath(Path.Combine(libtorch, "..", "..", "nvidia"));
         if (Directory.Exists(packages))
         {
             foreach (var package in Directory.EnumerateDirectories(packages).Order(StringComparer.Ordinal))
@@ -91,15 +94,16 @@ public static class LibTorch
         return libtorch;
     }
 
-    /// <summary>The folder named by the environment, else the one that the build recorded in libtorch.path.</summary>
+    /// <summary>The folder named by the environment, else the one that the build recorded in libtorch.path, else python's.</summary>
     static string FindFolder(string own)
     {
         var named = Environment.GetEnvironmentVariable(FolderVariable);
         var record = Path.Combine(own, "libtorch.path");
         var folder = !string.IsNullOrEmpty(named) ? named
             : cuda && PythonFolder() is { } python && HasCuda(python) ? python
-            : File.Exists(record) ? File.ReadAllText(record).Trim()
-            : own;
+            : File.Exists(record) && File.ReadAllText(record).Trim() is var recorded && File.Exists(Path.Combine(recorded, "libtorch.so")) ? recorded
+            : File.Exists(Path.Combine(own, "libtorch.so")) ? own
+            : PythonFolder() ?? (File.Exists(record) ? File.ReadAllText(record).Trim() : own);
 
         if (!File.Exists(Path.Combine(folder, "libtorch.so")))
         {

@@ -1,29 +1,42 @@
 // n operands of one type are summed in fp32, in operand order, and rounded once; iota; one value into many.
 
-template <class T>
-__device__ void sum(T* out, i64 n, int count, const T* const (&p)[8], int vector) {
+// The number of operands is known to the compiler, so that all loads of a vector are under way at once.
+template <class T, int Count>
+__device__ void sumOf(T* out, i64 n, const T* const (&p)[8], int vector) {
     if (vector) {
         FOR_EACH(v, n / 8) {
-            float s[8], x[8];
-            load8(p[0], v * 8, s);
+            float x[Count][8];
 #pragma unroll
-            for (int k = 1; k < 8; k++) {
-                if (k < count) {
-                    load8(p[k], v * 8, x);
+            for (int k = 0; k < Count; k++)
+                load8(p[k], v * 8, x[k]);
 #pragma unroll
-                    for (int j = 0; j < 8; j++)
-                        s[j] += x[j];
-                }
-            }
-            store8(out, v * 8, s);
+            for (int k = 1; k < Count; k++)
+#pragma unroll
+                for (int j = 0; j < 8; j++)
+                    x[0][j] += x[k][j];
+            store8(out, v * 8, x[0]);
         }
         return;
     }
     FOR_EACH(i, n) {
         float s = load(p[0], i);
-        for (int k = 1; k < count; k++)
+#pragma unroll
+        for (int k = 1; k < Count; k++)
             s += load(p[k], i);
         store(out, i, s);
+    }
+}
+
+template <class T>
+__device__ void sum(T* out, i64 n, int count, const T* const (&p)[8], int vector) {
+    switch (count) {
+    case 2: sumOf<T, 2>(out, n, p, vector); break;
+    case 3: sumOf<T, 3>(out, n, p, vector); break;
+    case 4: sumOf<T, 4>(out, n, p, vector); break;
+    case 5: sumOf<T, 5>(out, n, p, vector); break;
+    case 6: sumOf<T, 6>(out, n, p, vector); break;
+    case 7: sumOf<T, 7>(out, n, p, vector); break;
+    case 8: sumOf<T, 8>(out, n, p, vector); break;
     }
 }
 

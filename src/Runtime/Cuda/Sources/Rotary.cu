@@ -15,12 +15,12 @@ extern "C" __global__ void rotary_table(const i64* positions, const float* frequ
 
 // x[tokens heads d] -> y, the last `rope` features of each head turned (inverse: back). A block is a token.
 template <class T>
-__device__ void rotateLast(const T* x, const float* table, T* y, i64 tokens, int heads, int d, int rope, i64 positions, int inverse) {
+__device__ void rotateLast(const T* x, const float* table, T* y, i64 tokens, int heads, int d, int rope, i64 positions, int inverse, int inPlace) {
     int keep = d - rope;
     for (i64 t = blockIdx.x; t < tokens; t += gridDim.x) {
         const float* angles = table + t % positions * rope;
         i64 base = t * heads * d;
-        for (int i = threadIdx.x; i < heads * keep; i += blockDim.x) {
+        for (int i = threadIdx.x; !inPlace && i < heads * keep; i += blockDim.x) {
             i64 at = base + i / keep * d + i % keep;
             store(y, at, load(x, at));
         }
@@ -34,17 +34,18 @@ __device__ void rotateLast(const T* x, const float* table, T* y, i64 tokens, int
     }
 }
 
-// The same, 8 features a thread: d and rope are multiples of 8.
+// The same, 8 features a thread: d and rope are multiples of 8. In place only the last `rope` features are touched.
 template <class T>
-__device__ void rotateLast8(const T* x, const float* table, T* y, i64 tokens, int heads, int d, int rope, i64 positions, int inverse) {
-    int keep = d - rope;
+__device__ void rotateLast8(const T* x, const float* table, T* y, i64 tokens, int heads, int d, int rope, i64 positions, int inverse, int inPlace) {
+    int keep = d - rope, width = inPlace ? rope : d, skip = d - width;
     for (i64 t = blockIdx.x; t < tokens; t += gridDim.x) {
         const float* angles = table + t % positions * rope;
         i64 base = t * heads * d;
-        for (int at = threadIdx.x * 8; at < heads * d; at += blockDim.x * 8) {
-            int place = at % d;
+        for (int i = threadIdx.x * 8; i < heads * width; i += blockDim.x * 8) {
+            int place = skip + i % width;
+            i64 at = base + (i64)(i / width) * d + place;
             float v[8];
-            load8(x, base + at, v);
+            load8(x, at, v);
             if (place >= keep) {
                 int k = (place - keep) / 2;
 #pragma unroll
@@ -54,7 +55,7 @@ __device__ void rotateLast8(const T* x, const float* table, T* y, i64 tokens, in
                     v[2 * j + 1] = b * c + a * s;
                 }
             }
-            store8(y, base + at, v);
+            store8(y, at, v);
         }
     }
 }
@@ -156,11 +157,11 @@ __device__ void splitKv(const T* dk, const T* dv, const float* table, T* dkv, T*
 }
 
 #define ROTARY(T, name)                                                                                                                             \
-    extern "C" __global__ void rope_last_##name(const T* x, const float* table, T* y, i64 tokens, int heads, int d, int rope, i64 positions, int inverse, int vector) { \
+    extern "C" __global__ void rope_last_##name(const T* x, const float* table, T* y, i64 tokens, int heads, int d, int rope, i64 positions, int inverse, int inPlace, int vector) { \
         if (vector)                                                                                                                                  \
-            rotateLast8(x, table, y, tokens, heads, d, rope, positions, inverse);                                                                    \
+            rotateLast8(x, table, y, tokens, heads, d, rope, positions, inverse, inPlace);                                                                    \
         else                                                                                                                                         \
-            rotateLast(x, table, y, tokens, heads, d, rope, positions, inverse);                                                                     \
+            rotateLast(x, table, y, tokens, heads, d, rope, positions, inverse, inPlace);                                                                     \
     }                                                                                                                                                \
     extern "C" __global__ void rope_kv_##name(const T* kv, const T* kPe, const float* table, T* k, T* v, i64 tokens, int heads, int nope, int rope,    \
                                               int value, i64 positions, int vector) {                                                                \

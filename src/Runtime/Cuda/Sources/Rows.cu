@@ -59,8 +59,17 @@ __device__ void gather(const V* x, const int* flat, V* rows, i64 count, int h, i
     for (i64 row = blockIdx.x; row < count; row += gridDim.x) {
         int at = flat[row];
         const V* from = x + (i64)(at < 0 ? 0 : at / experts) * h;
-        for (int i = threadIdx.x; i < h; i += blockDim.x)
-            rows[row * h + i] = at < 0 ? zero : from[i];
+        // four loads of a thread are under way at once
+        for (int i = threadIdx.x; i < h; i += blockDim.x * 4) {
+            V v[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                v[j] = at < 0 || i + j * blockDim.x >= h ? zero : from[i + j * blockDim.x];
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                if (i + j * blockDim.x < h)
+                    rows[row * h + i + j * blockDim.x] = v[j];
+        }
     }
 }
 
