@@ -5,6 +5,7 @@ using System.Runtime.ExceptionServices;
 using DeepSeekGraph.Models;
 using DeepSeekGraph.Runtime;
 using DeepSeekGraph.Runtime.Checkpoints;
+using DeepSeekGraph.Runtime.Cuda;
 using DeepSeekGraph.Runtime.Data;
 using DeepSeekGraph.Runtime.Data.Tokenizers;
 using DeepSeekGraph.Runtime.Launch;
@@ -56,6 +57,8 @@ internal static class Training
         Console.WriteLine(Heading(plan, steps, rate, settings.Seed));
         if (DeviceOption.Remark(how.Device, launched.World is null ? PlanSummary.Ranks(plan) : 1) is { } shared)
             Console.WriteLine(shared);
+        if (how.Device.IsCuda && launched.World is { Processes: > 1 })
+            Console.WriteLine($"backend: nccl {RankDevice.NcclVersion}, a GPU a process");
         if (launched.World is { } world)
         {
             Agreement.Require(world, [
@@ -87,6 +90,8 @@ internal static class Training
                 await saving.FinishAsync().ConfigureAwait(false);
                 if (trainer.World.FirstError is { } error and not OperationCanceledException)
                     ExceptionDispatchInfo.Throw(error);
+                if (trainer.World is ProcessWorld { HostWait: { } wait } && seen.Count > 0)
+                    Console.WriteLine(string.Create(CultureInfo.InvariantCulture, $"host wait for rows: {wait.TotalMilliseconds / seen.Count:F2} ms a step"));
                 var peak = trainer.GatherPeakBytes();
                 if (launched.IsFirst)
                     Report.Print(new Outcome(plan, steps - (int)Math.Min(done, seen.FirstOrDefault()?.Step - 1 ?? done), seen, peak, folder) { Saved = saving.Summary });

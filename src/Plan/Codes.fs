@@ -300,6 +300,18 @@ module Codes =
     [<Literal>]
     let DeviceUnsupported = "DSG0854"
 
+    /// NCCL, which processes with GPUs talk by, is not on this machine, or too old.
+    [<Literal>]
+    let NcclMissing = "DSG0855"
+
+    /// A collective between GPUs does not end.
+    [<Literal>]
+    let NcclTimeout = "DSG0856"
+
+    /// NCCL reports a fault of a GPU or a link.
+    [<Literal>]
+    let NcclFault = "DSG0857"
+
     /// Variables that say how a process was launched are incomplete or contradict each other.
     [<Literal>]
     let LaunchEnvironment = "DSG0860"

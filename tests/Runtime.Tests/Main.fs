@@ -27,6 +27,7 @@ let main argv =
             Fp8KernelTests.tests
             FusedKernelTests.tests
             CollectiveTests.tests
+            NcclTests.tests
             LaunchTests.tests
             PaddingTests.tests
             RunnerTests.tests

@@ -11,6 +11,12 @@ using DeepSeekGraph.Runtime.Training;
 using Torch = TorchSharp.torch;
 
 CultureInfo.CurrentCulture = CultureInfo.InvariantCulture;
+if (args is ["nccl", .. var rest])
+{
+    Links.Run(Links.Count(rest));
+    return;
+}
+
 var options = BenchOptions.Parse(args);
 var device = RankDevice.Cuda(0);
 if (options.Kernels)

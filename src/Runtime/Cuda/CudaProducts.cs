@@ -26,7 +26,7 @@ internal static class CudaProducts
         using var x = Matrix(call.In(0), route);
         using var w = Bank(call.In(1), route.Experts, transposed ? -1 : x.shape[1], transposed ? x.shape[1] : -1);
         long k = x.shape[1], n = transposed ? w.shape[2] : w.shape[1];
-        if (ByLibrary(x, w, n, k) && slot.ScalarType == ScalarType.BFloat16)
+        if (route.Rows > 0 && ByLibrary(x, w, n, k) && slot.ScalarType == ScalarType.BFloat16)
         {
             using var turned = transposed ? w.alias() : w.transpose(1, 2);
             using var result = Aten.GroupedMm(x, turned, route.Ends);
@@ -56,7 +56,7 @@ internal static class CudaProducts
         using var dy = Matrix(call.In(0), route);
         using var x = Matrix(call.In(1), route);
         long n = dy.shape[1], k = x.shape[1];
-        if (ByLibrary(dy, x, n, k) && slot.ScalarType == ScalarType.BFloat16)
+        if (route.Rows > 0 && ByLibrary(dy, x, n, k) && slot.ScalarType == ScalarType.BFloat16)
         {
             using var turned = dy.t();
             using var result = Aten.GroupedMm(turned, x, route.Ends);

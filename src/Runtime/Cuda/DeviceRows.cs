@@ -1,4 +1,4 @@
-// Which rows of routed tokens a rank holds, with everything in the GPU's memory: nobody on the host waits to know how many there are.
+// Which rows of routed tokens a rank holds, with everything in the GPU's memory: without other ranks, nobody on the host waits to know how many.
 using DeepSeekGraph.Runtime.Memory;
 using static TorchSharp.torch;
 
@@ -53,6 +53,24 @@ public sealed class DeviceRows : IDisposable
 
     /// <summary>The rows of each token, experts ascending, then -1, [tokens, width] i32.</summary>
     public Tensor RowOf { get; }
+
+    /// <summary>
+    /// What the host knows of counts and blocks once they were exchanged with other ranks, as a set by expert with one member for each
+    /// rank that rows came from; null before. Rows by token stay as many as there may be.
+    /// </summary>
+    internal RowSet? Host { get; set; }
+
+    /// <summary>Rows that came from several ranks, exactly as many as there are: by expert, then member, then token. `fill` copies integers to a tensor.</summary>
+    internal static DeviceRows ByExpert(RowSet host, Device device, System.Action<int[], Tensor> fill)
+    {
+        var counts = empty(host.Experts, dtype: ScalarType.Int32, device: device);
+        var offsets = empty(host.Experts + 1, dtype: ScalarType.Int32, device: device);
+        fill(host.Counts, counts);
+        fill(host.Offsets, offsets);
+        return new DeviceRows(
+            host.Rows, 0, host.Experts, 0, host.Padding, counts, offsets,
+            empty(0, dtype: ScalarType.Int32, device: device), empty([0, 0], dtype: ScalarType.Int32, device: device)) { Host = host };
+    }
 
     /// <summary>Bytes of the index tensors.</summary>
     public long Bytes => Counts.ByteCount() + Offsets.ByteCount() + Flat.ByteCount() + RowOf.ByteCount();

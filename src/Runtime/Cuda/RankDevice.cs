@@ -35,6 +35,8 @@ public sealed class RankDevice
     /// <summary>GPU number `index` of this machine; DSG0852 where it, LibTorch's CUDA or NVRTC is missing.</summary>
     public static RankDevice Cuda(int index)
     {
+        // a stream for each kind of collective: with too few queues one would wait for another that waits for a peer
+        NativeVariables.Default("CUDA_DEVICE_MAX_CONNECTIONS", "16");
         if (Driver.Count <= index)
         {
             throw DiagnosticException.Of(
@@ -54,6 +56,9 @@ public sealed class RankDevice
 
     /// <summary>As the vendor names it.</summary>
     public string Name => IsCuda ? Driver.Name(Index) : "cpu";
+
+    /// <summary>Version of NCCL, by which processes with a GPU each exchange values; DSG0855 where it is missing or too old.</summary>
+    public static string NcclVersion => NcclLibrary.Version;
 
     /// <summary>Bytes of the GPU's memory; 0 for the processor.</summary>
     public long TotalMemory => IsCuda ? Driver.TotalMemory(Index) : 0;
