@@ -76,7 +76,7 @@ type internal FakeNccl(fabric: Fabric) =
     let mutable handles = 100n
 
     let read (at: nativeint) (bytes: int64) =
-        let copy = Array.zeroCreate<byte> (int bytes)
+        let copy = Array.zeroCreate<byte>(int bytes)
 
         if bytes > 0L then
             Marshal.Copy(at, copy, 0, copy.Length)
@@ -145,10 +145,9 @@ type internal FakeNccl(fabric: Fabric) =
                     if peer <> c.Me then
                         fabric.Post(c.Name, c.Me, peer, own))
             (fun () ->
-                use'
-                    [|
-                        for peer in 0 .. c.Size - 1 -> if peer = c.Me then own else fabric.Take(c.Name, peer, c.Me)
-                    |])
+                use' [|
+                    for peer in 0 .. c.Size - 1 -> if peer = c.Me then own else fabric.Take(c.Name, peer, c.Me)
+                |])
 
     member val Log = List<string>()
     member val Ended = List<string>()
@@ -173,25 +172,22 @@ type internal FakeNccl(fabric: Fabric) =
             c.Splits <- c.Splits + 1
             let mutable part = 0n
 
-            gather
-                handle
-                (fun () -> Array.append (BitConverter.GetBytes color) (BitConverter.GetBytes key))
-                (fun all ->
-                    let others =
-                        all
-                        |> Array.indexed
-                        |> Array.filter (fun (_, bytes) -> BitConverter.ToInt32(bytes, 0) = color)
-                        |> Array.sortBy (fun (rank, bytes) -> BitConverter.ToInt32(bytes, 4), rank)
-                        |> Array.map fst
+            gather handle (fun () -> Array.append (BitConverter.GetBytes color) (BitConverter.GetBytes key)) (fun all ->
+                let others =
+                    all
+                    |> Array.indexed
+                    |> Array.filter (fun (_, bytes) -> BitConverter.ToInt32(bytes, 0) = color)
+                    |> Array.sortBy (fun (rank, bytes) -> BitConverter.ToInt32(bytes, 4), rank)
+                    |> Array.map fst
 
-                    if color >= 0 then
-                        part <-
-                            add {
-                                Name = $"%s{c.Name}/%i{c.Splits}:%i{color}"
-                                Size = others.Length
-                                Me = Array.IndexOf(others, c.Me)
-                                Splits = 0
-                            })
+                if color >= 0 then
+                    part <-
+                        add {
+                            Name = $"%s{c.Name}/%i{c.Splits}:%i{color}"
+                            Size = others.Length
+                            Me = Array.IndexOf(others, c.Me)
+                            Splits = 0
+                        })
 
             part
 
@@ -262,10 +258,8 @@ type internal FakeNccl(fabric: Fabric) =
         member _.NewStream() = next ()
         member _.NewEvent() = next ()
 
-        member this.Record(recorded, stream) =
-            this.Log.Add $"record %i{recorded} on %i{stream}"
+        member this.Record(recorded, stream) = this.Log.Add $"record %i{recorded} on %i{stream}"
 
-        member this.Follow(stream, awaited) =
-            this.Log.Add $"%i{stream} follows %i{awaited}"
+        member this.Follow(stream, awaited) = this.Log.Add $"%i{stream} follows %i{awaited}"
 
         member this.IsDone _ = not this.Stuck

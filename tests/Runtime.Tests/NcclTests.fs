@@ -30,7 +30,9 @@ type internal FabricWorld(ranks: int) =
         member _.Owns _ = true
         member _.Stop = stop.Token
         member _.FirstError = first
-        member _.Whereabouts with set _ = ()
+
+        member _.Whereabouts
+            with set _ = ()
 
         member _.Abort error =
             Interlocked.CompareExchange(&first, error, null) |> ignore
@@ -49,12 +51,13 @@ type internal FabricWorld(ranks: int) =
             else
                 let made = Dictionary<int, NcclCollectives>()
 
-                { new ICollectives with
-                    member _.Start call =
-                        if not (made.ContainsKey call.Group.Id) then
-                            made[call.Group.Id] <- over $"%i{call.Group.Id}" [| call.Group |]
+                {
+                    new ICollectives with
+                        member _.Start call =
+                            if not (made.ContainsKey call.Group.Id) then
+                                made[call.Group.Id] <- over $"%i{call.Group.Id}" [| call.Group |]
 
-                        made[call.Group.Id].Start call
+                            made[call.Group.Id].Start call
                 }
 
 let private fabric = {
@@ -70,7 +73,13 @@ let private fabric = {
 let private deviceRoute padding b s e (mask: float[]) width =
     let bytes = mask |> Array.map byte
     let host = RowSet.FromMask(ReadOnlySpan bytes, b * s, e, padding)
-    let most = if padding = 1 then b * s * width else (b * s * width + e * (padding - 1)) / padding * padding
+
+    let most =
+        if padding = 1 then
+            b * s * width
+        else
+            (b * s * width + e * (padding - 1)) / padding * padding
+
     let flat = Array.create most -1
 
     for expert in 0 .. e - 1 do
@@ -80,9 +89,7 @@ let private deviceRoute padding b s e (mask: float[]) width =
     let i32 (values: int[]) = torch.tensor (values, dtype = Nullable torch.ScalarType.Int32)
     let slot = blockSlot padding DType.Bool [ b; s; e ]
 
-    slot.Adopt(
-        new DeviceRows(most, b * s, e, width, padding, i32 host.Counts, i32 host.Offsets, i32 flat, i32 [||])
-    )
+    slot.Adopt(new DeviceRows(most, b * s, e, width, padding, i32 host.Counts, i32 host.Offsets, i32 flat, i32 [||]))
 
     slot, host
 
@@ -182,7 +189,12 @@ let private rows =
                             ] [ back; backProbs ]
 
                             Expect.equal (rowsOf host h back) (rounded DType.Float32 (valuesOf r)) "rows come back"
-                            Expect.equal (rowsOf host 1 backProbs) (rounded DType.Float32 (probsOf r)) "and probabilities"
+
+                            Expect.equal
+                                (rowsOf host 1 backProbs)
+                                (rounded DType.Float32 (probsOf r))
+                                "and probabilities"
+
                             Expect.all (fillOf host h back) (fun v -> v = 0.0) "zero where blocks are filled up"
                             let known = there.DeviceRows
                             use counts = known.Counts.alias ()
@@ -223,64 +235,71 @@ let private rows =
     ]
 
 let private groups =
-    testCase "communicators are those of GroupMembers, one for groups over the same axes, none for a rank alone" (fun () ->
-        // 2 x 1 x 3 ranks on each of 2 stages
-        let sizes, stages = [ 2; 1; 3 ], 2
-        let axes = [ [ 0 ]; [ 1 ]; [ 2 ]; [ 0; 1 ]; [ 0; 2 ] ]
-        let ofAxes = axes |> List.mapi axesGroup
-        let ofStages = [ stageGroup 5 [ 0; 1 ]; stageGroup 6 [ 1; 0 ]; stageGroup 7 [ 1 ] ]
-        let all = Array.ofList (ofAxes @ ofStages)
-        let fabric = Fabric()
+    testCase
+        "communicators are those of GroupMembers, one for groups over the same axes, none for a rank alone"
+        (fun () ->
+            // 2 x 1 x 3 ranks on each of 2 stages
+            let sizes, stages = [ 2; 1; 3 ], 2
+            let axes = [ [ 0 ]; [ 1 ]; [ 2 ]; [ 0; 1 ]; [ 0; 2 ] ]
+            let ofAxes = axes |> List.mapi axesGroup
+            let ofStages = [ stageGroup 5 [ 0; 1 ]; stageGroup 6 [ 1; 0 ]; stageGroup 7 [ 1 ] ]
+            let all = Array.ofList (ofAxes @ ofStages)
+            let fabric = Fabric()
 
-        let made =
-            together sizes stages (fun rank _ ->
-                let nccl = FakeNccl fabric
-                let job = NcclJob(12, CancellationToken.None)
-                let share = Func<byte[], byte[]>(fun mine -> fabric.Share("id", rank.Rank, mine))
-                use collectives = new NcclCollectives(nccl, rank, all, share, job)
-                let origins = NcclGroups.Of(all, rank, 12) |> Seq.map (fun g -> g.Origin) |> List.ofSeq
-                rank, origins, nccl.Groups)
-            |> values
+            let made =
+                together sizes stages (fun rank _ ->
+                    let nccl = FakeNccl fabric
+                    let job = NcclJob(12, CancellationToken.None)
+                    let share = Func<byte[], byte[]>(fun mine -> fabric.Share("id", rank.Rank, mine))
+                    use collectives = new NcclCollectives(nccl, rank, all, share, job)
+                    let origins = NcclGroups.Of(all, rank, 12) |> Seq.map (fun g -> g.Origin) |> List.ofSeq
+                    rank, origins, nccl.Groups)
+                |> values
 
-        for rank, origins, communicators in made do
-            Expect.equal
-                origins
-                [
-                    Origin.Split
-                    Origin.Alone
-                    Origin.Split
-                    Origin.Shared
-                    Origin.Split
-                    Origin.Split
-                    Origin.Split
-                    Origin.Alone
-                ]
-                "where they come from"
+            for rank, origins, communicators in made do
+                Expect.equal
+                    origins
+                    [
+                        Origin.Split
+                        Origin.Alone
+                        Origin.Split
+                        Origin.Shared
+                        Origin.Split
+                        Origin.Split
+                        Origin.Split
+                        Origin.Alone
+                    ]
+                    "where they come from"
 
-            let expected =
-                [ all[0]; all[2]; all[4]; all[5]; all[6] ]
-                |> List.map (fun group ->
-                    let members = GroupMembers.Of(group, rank)
-                    members.Ranks.Length, members.Me)
+                let expected =
+                    [ all[0]; all[2]; all[4]; all[5]; all[6] ]
+                    |> List.map (fun group ->
+                        let members = GroupMembers.Of(group, rank)
+                        members.Ranks.Length, members.Me)
 
-            Expect.equal (communicators |> List.tail |> List.map (fun (_, size, me) -> size, me)) expected "size and place"
+                Expect.equal
+                    (communicators |> List.tail |> List.map (fun (_, size, me) -> size, me))
+                    expected
+                    "size and place"
 
-        // members of one communicator are those of the group
-        for i, group in List.indexed [ all[0]; all[2]; all[4]; all[5]; all[6] ] do
-            for rank, _, communicators in made do
-                let name, _, _ = communicators[i + 1]
+            // members of one communicator are those of the group
+            for i, group in List.indexed [ all[0]; all[2]; all[4]; all[5]; all[6] ] do
+                for rank, _, communicators in made do
+                    let name, _, _ = communicators[i + 1]
 
-                let those =
-                    made
-                    |> Array.filter (fun (_, _, others) -> let other, _, _ = others[i + 1] in other = name)
-                    |> Array.map (fun (r, _, _) -> r.Rank)
+                    let those =
+                        made
+                        |> Array.filter (fun (_, _, others) -> let other, _, _ = others[i + 1] in other = name)
+                        |> Array.map (fun (r, _, _) -> r.Rank)
 
-                Expect.equal (Array.sort those) (Array.sort (GroupMembers.Of(group, rank).Ranks)) "members")
+                    Expect.equal (Array.sort those) (Array.sort (GroupMembers.Of(group, rank).Ranks)) "members")
 
 let private world =
     testCase "all ranks in their order are the world" (fun () ->
         let of' ranks sizes group =
-            NcclGroups.Of([| group |], RankContext.At(mesh sizes, 0, 0), ranks) |> Seq.map _.Origin |> List.ofSeq
+            NcclGroups.Of([| group |], RankContext.At(mesh sizes, 0, 0), ranks)
+            |> Seq.map _.Origin
+            |> List.ofSeq
 
         Expect.equal (of' 4 [ 2; 2 ] (axesGroup 0 [ 0; 1 ])) [ Origin.World ] "both axes"
         Expect.equal (of' 8 [ 2; 2 ] (axesGroup 0 [ 0; 1 ])) [ Origin.Split ] "one stage of two"
@@ -332,33 +351,38 @@ let private sum (collectives: NcclCollectives) =
     collectives.Start(CollectiveCall(Collective.AllReduceSum, axesGroup 0 [ 0 ], [| own |], [| out |])), out
 
 let private order =
-    testCase "a collective begins behind stream 0, and stream 0 goes on behind it; the communicators are closed at the end" (fun () ->
-        let results, told, _ =
-            single 600.0 (fun _ nccl collectives _ ->
-                let pending, out = sum collectives
-                let started = nccl.Log.ToArray()
-                pending.Wait()
-                Expect.equal (read out) [| 2.0; 4.0 |] "sum"
+    testCase
+        "a collective begins behind stream 0, and stream 0 goes on behind it; the communicators are closed at the end"
+        (fun () ->
+            let results, told, _ =
+                single 600.0 (fun _ nccl collectives _ ->
+                    let pending, out = sum collectives
+                    let started = nccl.Log.ToArray()
+                    pending.Wait()
+                    Expect.equal (read out) [| 2.0; 4.0 |] "sum"
 
-                match started, nccl.Log.ToArray()[started.Length ..] with
-                | [| begun; follows; "group"; ended |], [| goesOn |] ->
-                    let event = begun.Split(' ')[1]
-                    let stream = follows.Split(' ')[0]
-                    let last = ended.Split(' ')[1]
-                    Expect.equal begun $"record %s{event} on 0" "behind what stream 0 has to do"
-                    Expect.equal follows $"%s{stream} follows %s{event}" "the stream of the group waits for it"
-                    Expect.equal ended $"record %s{last} on %s{stream}" "an event behind it"
-                    Expect.equal goesOn $"0 follows %s{last}" "and stream 0 waits for that"
-                    Expect.notEqual event last "another event"
-                    Expect.notEqual stream "0" "a stream of its own"
-                | other -> failtest $"%A{other}"
+                    match started, nccl.Log.ToArray()[started.Length ..] with
+                    | [| begun; follows; "group"; ended |], [| goesOn |] ->
+                        let event = begun.Split(' ')[1]
+                        let stream = follows.Split(' ')[0]
+                        let last = ended.Split(' ')[1]
+                        Expect.equal begun $"record %s{event} on 0" "behind what stream 0 has to do"
+                        Expect.equal follows $"%s{stream} follows %s{event}" "the stream of the group waits for it"
+                        Expect.equal ended $"record %s{last} on %s{stream}" "an event behind it"
+                        Expect.equal goesOn $"0 follows %s{last}" "and stream 0 waits for that"
+                        Expect.notEqual event last "another event"
+                        Expect.notEqual stream "0" "a stream of its own"
+                    | other -> failtest $"%A{other}"
 
-                Expect.equal (collectives.Record.Last |> Seq.map _.State |> List.ofSeq) [ FlightState.Queued ] "recorded")
+                    Expect.equal
+                        (collectives.Record.Last |> Seq.map _.State |> List.ofSeq)
+                        [ FlightState.Queued ]
+                        "recorded")
 
-        Expect.isEmpty told "nothing to tell"
+            Expect.isEmpty told "nothing to tell"
 
-        for nccl in results do
-            Expect.equal (List.ofSeq nccl.Ended) [ "close 1" ] "the world")
+            for nccl in results do
+                Expect.equal (List.ofSeq nccl.Ended) [ "close 1" ] "the world")
 
 let private faults =
     testList "faults" [
@@ -427,7 +451,11 @@ let private faults =
                 let wrong = diagnostic (fun () -> NcclJob.TimeoutOf text |> ignore)
                 Expect.equal (wrong.Code, wrong.At) (Codes.OptionValue, NcclJob.TimeoutVariable) text
 
-            Expect.equal (NcclJob.TimeoutOf "7", NcclJob.TimeoutOf null) (TimeSpan.FromSeconds 7.0, TimeSpan.FromSeconds 600.0) "seconds"
+            Expect.equal
+                (NcclJob.TimeoutOf "7", NcclJob.TimeoutOf null)
+                (TimeSpan.FromSeconds 7.0, TimeSpan.FromSeconds 600.0)
+                "seconds"
+
             Expect.equal (NcclLibrary.VersionOf 22809, NcclLibrary.VersionOf 2708) ("2.28.9", "2.7.8") "versions")
 
         testCase "a record keeps the last ones" (fun () ->
@@ -454,8 +482,7 @@ type private Tokens(plan: PlanSet, vocabulary: int) =
 /// Loss and gradient norm of some steps, in a world or over the loopback.
 let private trained (plan: PlanSet) (batches: IBatchSource) (world: IWorld | null) =
     task {
-        let options =
-            TrainerOptions(Batches = batches, Seed = 7UL, Executor = Executor.Interpreter, World = world)
+        let options = TrainerOptions(Batches = batches, Seed = 7UL, Executor = Executor.Interpreter, World = world)
 
         use! trainer = Trainer.StartAsync(plan, options)
         let seen = List<float * float>()

@@ -69,7 +69,8 @@ public sealed class DeviceRows : IDisposable
         fill(host.Offsets, offsets);
         return new DeviceRows(
             host.Rows, 0, host.Experts, 0, host.Padding, counts, offsets,
-            empty(0, dtype: ScalarType.Int32, device: device), empty([0, 0], dtype: ScalarType.Int32, device: device)) { Host = host };
+            empty(0, dtype: ScalarType.Int32, device: device), empty([0, 0], dtype: ScalarType.Int32, device: device))
+        { Host = host };
     }
 
     /// <summary>Bytes of the index tensors.</summary>

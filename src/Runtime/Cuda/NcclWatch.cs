@@ -85,7 +85,7 @@ internal sealed class NcclWatch : IDisposable
         }
 
         // splits before the world that they are of; a peer that died meanwhile must not hold this process up
-        var close = Sockets.Start("nccl close", () =>
+        var close = Begin("nccl close", () =>
         {
             try
             {
@@ -155,6 +155,14 @@ internal sealed class NcclWatch : IDisposable
 
     private string Place => _job.Whereabouts() is { Length: > 0 } where ? $"rank {_rank}, {where}" : $"rank {_rank}";
 
+    /// <summary>A thread with the stack that NCCL expects.</summary>
+    private static Thread Begin(string name, ThreadStart work)
+    {
+        var thread = new Thread(work, 8 << 20) { IsBackground = true, Name = name };
+        thread.Start();
+        return thread;
+    }
+
     /// <summary>Once, on a thread of its own: the one who stops the job has others to tell.</summary>
     private void BeginAbort()
     {
@@ -176,7 +184,7 @@ internal sealed class NcclWatch : IDisposable
             var held = _calls.TryEnter(Patience.Beat);
             try
             {
-                Thread[] aborts = [.. _communicators.Select(communicator => Sockets.Start("nccl abort", () =>
+                Thread[] aborts = [.. _communicators.Select(communicator => Begin("nccl abort", () =>
                 {
                     try
                     {

@@ -100,7 +100,10 @@ public sealed class ProcessWorld : IWorld
     {
         var job = new NcclJob(Processes, Stop)
         {
-            Device = device.Torch, Abort = Abort, FirstError = () => FirstError, Whereabouts = () => _where(),
+            Device = device.Torch,
+            Abort = Abort,
+            FirstError = () => FirstError,
+            Whereabouts = () => _where(),
         };
         var made = new NcclCollectives(new NcclCalls(device.Index), rank, groups, id => Meet("nccl", id, static all => all[0], Stop), job);
         _nccl.Add(made);
