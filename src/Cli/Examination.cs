@@ -41,8 +41,9 @@ internal static class Examination
     private static Finding Memory()
     {
         var bytes = (double)GC.GetGCMemoryInfo().TotalAvailableMemoryBytes;
-        return new Finding(
-            "memory", bytes >= LeastMemory ? Size(bytes) : null, "everything", true, bytes >= LeastMemory ? null : $"{Size(bytes)} are too few: 1 GB is the least");
+        return bytes >= LeastMemory
+            ? new Finding("memory", Size(bytes), "everything", true)
+            : new Finding("memory", null, "everything", true, $"{Size(bytes)} are too few: 1 GB is the least");
     }
 
     /// Of the folder, or its nearest one that exists.
@@ -54,8 +55,9 @@ internal static class Examination
         try
         {
             var free = new DriveInfo(folder).AvailableFreeSpace;
-            var enough = free >= LeastDisk;
-            return new Finding("disk of " + runs, enough ? $"{Size(free)} free" : null, "runs and checkpoints", true, enough ? null : "free some space, or give another --out");
+            return free >= LeastDisk
+                ? new Finding("disk of " + runs, $"{Size(free)} free", "runs and checkpoints", true)
+                : new Finding("disk of " + runs, null, "runs and checkpoints", true, "free some space, or give another --out");
         }
         catch (Exception e) when (e is IOException or UnauthorizedAccessException or ArgumentException)
         {
@@ -88,19 +90,23 @@ internal static class Examination
             "GPUs",
             Mend: there ? null : "install NVIDIA's driver, where there is a GPU");
 
-        static string Version(string line) => line.Split(' ', StringSplitOptions.RemoveEmptyEntries).FirstOrDefault(word => word.Contains('.', StringComparison.Ordinal) && char.IsAsciiDigit(word[0])) ?? "";
+        static string Version(string line)
+            => line.Split(' ', StringSplitOptions.RemoveEmptyEntries)
+                .FirstOrDefault(word => word.Contains('.', StringComparison.Ordinal) && char.IsAsciiDigit(word[0])) ?? "";
     }
 
     /// By its name alone, as it is loaded, or beside LibTorch.
     private static Finding Library(string what, string? folder, string name, string use, string mend, params string[] others)
     {
-        var found = ((string[])[name, .. others]).FirstOrDefault(file => Loads(file) || (folder is not null && File.Exists(Path.Combine(folder, file))));
+        var found = ((string[])[name, .. others])
+            .FirstOrDefault(file => Loads(file) || (folder is not null && File.Exists(Path.Combine(folder, file))));
         return new Finding(what, found, use, Mend: found is null ? mend : null);
     }
 
     private static Finding Program(string name, string use, string? mend)
     {
-        var found = (Environment.GetEnvironmentVariable("PATH") ?? "").Split(':').Select(folder => Path.Combine(folder, name)).FirstOrDefault(File.Exists);
+        var path = Environment.GetEnvironmentVariable("PATH") ?? "";
+        var found = path.Split(':').Select(folder => Path.Combine(folder, name)).FirstOrDefault(File.Exists);
         return new Finding(name, found, use, Mend: found is null ? mend : null);
     }
 

@@ -197,27 +197,24 @@ let private nodes =
             let port = freePort ()
 
             let node rank =
-                Dsg.start
-                    folder
-                    Dsg.program
-                    [
-                        yield! launch 1
-                        "--nnodes"
-                        "2"
-                        "--node-rank"
-                        string<int> rank
-                        "--master-addr"
-                        "127.0.0.1"
-                        "--master-port"
-                        string<int> port
-                        "pretrain"
-                        "--steps"
-                        "2"
-                        yield! pair
-                        yield! small (Path.Combine(folder, "text.txt"))
-                        "--out"
-                        "run"
-                    ]
+                Dsg.start folder Dsg.program [
+                    yield! launch 1
+                    "--nnodes"
+                    "2"
+                    "--node-rank"
+                    string<int> rank
+                    "--master-addr"
+                    "127.0.0.1"
+                    "--master-port"
+                    string<int> port
+                    "pretrain"
+                    "--steps"
+                    "2"
+                    yield! pair
+                    yield! small (Path.Combine(folder, "text.txt"))
+                    "--out"
+                    "run"
+                ]
 
             Dsg.writeText folder |> ignore
             let results = [ node 0; node 1 ] |> List.map Dsg.finish

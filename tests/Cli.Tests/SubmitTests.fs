@@ -244,7 +244,9 @@ let private published =
                 let code, out = shell $"'%s{Dsg.root}/build.sh' publish '%s{folder}/dsg'"
                 Expect.equal code 0 out
                 let bare = $"cd '%s{folder}' && env -i HOME='%s{folder}' PATH=/nonexistent dsg/dsg"
-                let job = $"pretrain --data '%s{data}' --steps 2 --tp 2 --pp 1 --ep 1 --dp 1 --seq-length 16 --dtype fp32 --out"
+
+                let job =
+                    $"pretrain --data '%s{data}' --steps 2 --tp 2 --pp 1 --ep 1 --dp 1 --seq-length 16 --dtype fp32 --out"
 
                 for command in [ "doctor"; $"%s{job} a"; $"launch --nproc 2 %s{job} b" ] do
                     let code, out = shell $"%s{bare} %s{command}"

@@ -74,7 +74,8 @@ internal sealed class Hub : IDisposable
         {
             Sockets.Prepare(socket);
             using var stream = new NetworkStream(socket, ownsSocket: true);
-            if (Handshake.Accept(stream, _token) is not { Purpose: Purpose.Control, Rank: var rank } || Frames.Read(stream) is not (FrameKind.Join, var join))
+            if (Handshake.Accept(stream, _token) is not { Purpose: Purpose.Control, Rank: var rank }
+                || Frames.Read(stream) is not (FrameKind.Join, var join))
                 return;
             socket.ReceiveTimeout = 0;
             connection = Joined(rank, stream, socket, join);
@@ -222,10 +223,8 @@ internal sealed class Hub : IDisposable
         {
             if (connection.HasLeft)
                 return;
-            connection.HasLeft = true;
             gone = !connection.SaidBye && _fault is null && !_closed.IsCancellationRequested;
-            _left++;
-            BreakHopeless();
+            Leave(connection);
         }
 
         if (gone)
@@ -234,6 +233,14 @@ internal sealed class Hub : IDisposable
             _cancelled.Wait(Patience.Beat + (Patience.Beat / 4));
             Gone(connection, "its process ended without a word");
         }
+    }
+
+    /// <summary>Nothing more is expected of it; the caller holds the lock.</summary>
+    private void Leave(HubConnection connection)
+    {
+        connection.HasLeft = true;
+        _left++;
+        BreakHopeless();
     }
 
     private void Gone(HubConnection lost, string how)
@@ -288,7 +295,11 @@ internal sealed class Hub : IDisposable
 
             foreach (var connection in _connections)
             {
-                if (connection is { HasLeft: false } && connection.Silence > Patience.Silence && _fault is null)
+                if (connection is not { HasLeft: false } || connection.Silence < Patience.Silence)
+                    continue;
+                lock (_lock)
+                    Leave(connection);
+                if (_fault is null)
                     Gone(connection, $"nothing was heard of it for {Patience.Silence.TotalSeconds} s");
             }
         }
