@@ -245,10 +245,12 @@ internal sealed class Hub : IDisposable
 
     private void Gone(HubConnection lost, string how)
     {
-        var waiting = _connections.OfType<HubConnection>()
+        string[] waiting = [.. _connections.OfType<HubConnection>()
             .Where(c => c.WaitingFor == lost.Rank && c != lost)
             .Take(3)
-            .Select(c => $"rank {c.Rank} waits for it at {c.Where}");
+            .Select(c => $"rank {c.Rank} waits for it at {c.Where}")];
+        if (waiting.Length == 0 && _connections[0] is { Where.Length: > 0 } first && first != lost)
+            waiting = [$"rank 0 was at {first.Where}"];
         End(new Fault(0, [new Diagnostic(
             Codes.RankGone,
             $"rank {lost.Rank}{(lost.Where.Length > 0 ? $", {lost.Where}" : "")}",
