@@ -215,29 +215,25 @@ internal sealed class Hub : IDisposable
         }
     }
 
-    /// <summary>After a good-bye nothing is wrong; without, the process is gone.</summary>
+    /// <summary>After a good-bye nothing is wrong; without, the process is gone, and all hear why before meetings without it end.</summary>
     private void Ended(HubConnection connection)
     {
-        bool gone;
-        lock (_lock)
-        {
-            if (connection.HasLeft)
-                return;
-            gone = !connection.SaidBye && _fault is null && !_closed.IsCancellationRequested;
-            Leave(connection);
-        }
-
-        if (gone)
+        if (!connection.SaidBye && _fault is null && !_closed.IsCancellationRequested)
         {
             // until those that miss it have said so, unless its launcher is ending them already
             _cancelled.Wait(Patience.Beat + (Patience.Beat / 4));
             Gone(connection, "its process ended without a word");
         }
+
+        lock (_lock)
+            Leave(connection);
     }
 
     /// <summary>Nothing more is expected of it; the caller holds the lock.</summary>
     private void Leave(HubConnection connection)
     {
+        if (connection.HasLeft)
+            return;
         connection.HasLeft = true;
         _left++;
         BreakHopeless();
@@ -299,10 +295,10 @@ internal sealed class Hub : IDisposable
             {
                 if (connection is not { HasLeft: false } || connection.Silence < Patience.Silence)
                     continue;
-                lock (_lock)
-                    Leave(connection);
                 if (_fault is null)
                     Gone(connection, $"nothing was heard of it for {Patience.Silence.TotalSeconds} s");
+                lock (_lock)
+                    Leave(connection);
             }
         }
     }
