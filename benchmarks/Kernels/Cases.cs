@@ -12,7 +12,7 @@ internal static class Cases
     private const double Eps = 1e-6;
 
     public static IEnumerable<Case> All()
-        => [.. Norm(), .. Router(), .. Balance(), .. Rope(), .. Rows(), .. Gated(), Head(1024, 512), Head(2048, 512)];
+        => [.. Norm(), .. Router(), .. Balance(), .. Rope(), .. Rows(), .. Gated(), Update(), Head(1024, 512), Head(2048, 512)];
 
     private static IEnumerable<Case> Norm()
     {
@@ -28,6 +28,25 @@ internal static class Cases
             $"{T} x {H}",
             run => run.One(KernelId.Add, run.Floats(1, T, H), [], r, run.One(KernelId.RmsNormGradX, run.Floats(1, T, H), [Float(Eps)], dy, x, w)),
             run => run.One(KernelId.RmsNormGradXAdd, run.Floats(1, T, H), [Float(Eps)], dy, x, w, r));
+    }
+
+    /// An fp32 master against a remainder; weights, gradients and moments of bf16. 4 M numbers, in place.
+    private static Case Update()
+    {
+        const int N = 1 << 22;
+        var kept = new Run();
+        SlotValue Narrow(SlotValue value) => kept.One(KernelId.Cast, kept.Slot(DType.BFloat16, N), [], value);
+        Attribute[] adam = [Float(0.9), Float(0.95), Float(1e-8), Float(0.1)];
+        SlotValue grad = Narrow(Normal(1, N)), m = Narrow(Normal(0.1, N)), v = Narrow(Ones(N));
+        SlotValue master = Normal(0.02, N), weight = Narrow(master), remainder = kept.Slot(DType.Int16, N);
+        remainder.Fill().random_(-32768, 32768);
+        SlotValue scale = Ones(), lr = Values.Slot(DType.Float32, false, null), step = Ones();
+        lr.Fill().fill_(1e-4);
+        return new(
+            "adam_w, a remainder for the fp32 master",
+            $"{N}",
+            run => run.All(KernelId.AdamW, [master, m, v, weight], adam, grad, scale, lr, step),
+            run => run.All(KernelId.AdamW, [remainder, m, v, weight], adam, grad, scale, lr, step, weight));
     }
 
     private static IEnumerable<Case> Router()

@@ -18,11 +18,13 @@ internal static class Examination
         yield return Disk(runs);
         var (torch, folder) = Torch();
         yield return torch;
-        var cuda = folder is not null && File.Exists(Path.Combine(folder, "libtorch_cuda.so"));
-        yield return new Finding("LibTorch CUDA", cuda ? "libtorch_cuda.so" : null, "GPUs", Mend: cuda
+
+        // what --device cuda would take: the LibTorch that is loaded, else the one of python3
+        var cuda = new[] { folder, LibTorch.PythonFolder() }.FirstOrDefault(f => f is not null && LibTorch.HasCuda(f));
+        yield return new Finding("LibTorch CUDA", cuda, "--device cuda", Mend: cuda is not null
             ? null
-            : $"set {LibTorch.FolderVariable} to the lib folder of a CUDA build of PyTorch >= 2.10: "
-                + "python3 -c 'import torch, os; print(os.path.join(os.path.dirname(torch.__file__), \"lib\"))'");
+            : $"install PyTorch 2.10 or newer with CUDA for python3, or set {LibTorch.FolderVariable} to the lib folder of one");
+        folder = cuda ?? folder;
         yield return Driver();
         yield return Library("NCCL", folder, "libnccl.so.2", "several GPUs", "comes with PyTorch's CUDA packages, or: apt install libnccl2");
         yield return Library("NVRTC", folder, "libnvrtc.so.13", "own GPU kernels", "comes with PyTorch's CUDA packages", "libnvrtc.so.12");
@@ -98,8 +100,8 @@ internal static class Examination
     /// By its name alone, as it is loaded, or beside LibTorch.
     private static Finding Library(string what, string? folder, string name, string use, string mend, params string[] others)
     {
-        var found = ((string[])[name, .. others])
-            .FirstOrDefault(file => Loads(file) || (folder is not null && File.Exists(Path.Combine(folder, file))));
+        var found = ((string[])[name, .. others]).FirstOrDefault(file =>
+            Loads(file) || (folder is not null && LibTorch.Neighbours(folder).Any(near => File.Exists(Path.Combine(near, file)))));
         return new Finding(what, found, use, Mend: found is null ? mend : null);
     }
 

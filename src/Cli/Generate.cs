@@ -2,6 +2,7 @@
 
 using System.CommandLine;
 using DeepSeekGraph.Compiler;
+using DeepSeekGraph.Runtime.Cuda;
 using DeepSeekGraph.Runtime.Generation;
 using DeepSeekGraph.Runtime.Training;
 
@@ -23,6 +24,7 @@ internal sealed record GenerateChoices
     public required Recipe Recipe { get; init; }
     public required Sampling Sampling { get; init; }
     public Executor Executor { get; init; }
+    public RankDevice Device { get; init; } = RankDevice.Cpu;
 }
 
 internal static class Generate
@@ -52,6 +54,8 @@ internal static class Generate
             published, checkpoint, tokenizer, prompts, ids, most, temperature, topP, topK, seed, chat, json, dtype, executor, plans,
         };
         degrees.AddTo(verb);
+        var device = new DeviceOption();
+        device.AddTo(verb);
         verb.SetAction(parse => Generation.Run(new GenerateChoices
         {
             HuggingFace = parse.GetValue(published),
@@ -65,6 +69,7 @@ internal static class Generate
             DType = parse.GetValue(dtype),
             Plans = parse.GetValue(plans),
             Executor = RunOptions.ExecutorOf(parse.GetValue(executor)),
+            Device = device.Read(parse),
             Recipe = degrees.Over(Recipe.Default.WithName("generate"), parse),
             Sampling = new Sampling
             {

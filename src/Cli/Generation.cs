@@ -38,12 +38,13 @@ internal static class Generation
             PlanFile.Write(Path.Combine(folder, "decode.txt"), plans.Decode);
         }
 
-        ThisMachine.RequireRoomFor(plans.Prefill);
+        ThisMachine.RequireRoomFor(plans.Prefill, device: choices.Device);
 
         var generator = await Generator.StartAsync(plans.Prefill, plans.Decode, source.Options with
         {
             ThreadsPerRank = ThisMachine.ThreadsPerRank(plans.Prefill),
             Executor = choices.Executor,
+            Device = choices.Device,
         }).ConfigureAwait(false);
         await using (generator.ConfigureAwait(false))
         {

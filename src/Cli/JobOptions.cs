@@ -25,6 +25,11 @@ internal sealed record JobChoices(string Recipe)
     public string? Recompute { get; init; }
     /// Assignments such as recipe.global_batch_size=64, in the order given.
     public IReadOnlyList<string> Set { get; init; } = [];
+
+    /// No degree of parallelism is given: a GPU is one rank then.
+    public bool IsSilentOnDegrees
+        => (Tensor ?? Pipeline ?? Expert ?? Data ?? ExpertTensor ?? Context ?? VirtualPipeline) is null && Layout is null
+            && !Set.Any(assignment => assignment.StartsWith("recipe.", StringComparison.Ordinal));
 }
 
 internal sealed class JobOptions

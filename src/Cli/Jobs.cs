@@ -108,7 +108,7 @@ internal static class Jobs
                 return recipe.DType;
             case null or "auto":
                 var chosen = faster();
-                Console.WriteLine($"dtype auto: {chosen.Name}, by a probe of this machine's matrix products");
+                Console.WriteLine($"dtype auto: {chosen.Name}, {DTypeProbe.Reason}");
                 return chosen;
             default:
                 throw DiagnosticException.Of(

@@ -46,6 +46,13 @@ internal static class Overrides
         ["model.init_method_std"] = "model.initializer_range",
     };
 
+    /// Megatron's choice -> ours, where it says with two settings what one says here.
+    private static readonly Dictionary<string, string> MegatronChoices = new(StringComparer.Ordinal)
+    {
+        ["optimizer.store_param_remainders=true"] = "optimizer.main_params_dtype=remainder",
+        ["optimizer.store_param_remainders=false"] = "optimizer.main_params_dtype=fp32",
+    };
+
     /// Does this assignment choose the element type of matrices?
     public static bool IsDType(string assignment)
         => assignment.StartsWith("recipe.dtype=", StringComparison.Ordinal);
@@ -73,7 +80,7 @@ internal static class Overrides
 
     private static NamedRecipe Assign(NamedRecipe job, string assignment)
     {
-        if (assignment.Split('=', 2) is not [var word, var text])
+        if (MegatronChoices.GetValueOrDefault(assignment, assignment).Split('=', 2) is not [var word, var text])
         {
             throw DiagnosticException.Of(
                 Codes.OptionValue, "--set", $"'{assignment}' is no KEY=VALUE", "such as --set model.num_layers=12");
@@ -115,6 +122,6 @@ internal static class Overrides
             Codes.UnknownSetting,
             "--set",
             $"there is no setting '{key}'",
-            $"{Nearest.Help(key, All(job).Select(f => f.Key).Concat(Megatron.Keys))};"
+            $"{Nearest.Help(key, All(job).Select(f => f.Key).Concat(Megatron.Keys).Concat(MegatronChoices.Keys))};"
                 + $" dsg recipes show {job.Name} lists all");
 }

@@ -12,14 +12,16 @@ internal static class Pretrain
         var verb = new Command("pretrain", "Train a model: compile a recipe and run its plan, a thread or (when launched so) a process a rank");
         job.AddTo(verb);
         options.AddTo(verb);
-        verb.SetAction(parse => Launched.Run(launched => Start(job.Read(parse), options.Read(parse), launched)));
+        verb.SetAction(parse => Launched.Run(launched => Start(job.Read(parse), options.Read(parse, launched), launched)));
         return verb;
     }
 
     private static int Start(JobChoices choices, RunChoices run, Launched launched)
     {
+        if (run.Device.IsCuda && launched.World is null && choices.IsSilentOnDegrees)
+            choices = choices with { Tensor = 1 };
         using var resumed = Resumed.Open(run, launched, choices);
         var job = Jobs.Chosen(resumed?.Over(choices) ?? choices, settings => resumed?.Over(settings) ?? settings, launched.FasterType);
-        return Training.Run(job.Compile(), run.Over(job.Training), run.Executor, resumed, launched);
+        return Training.Run(job.Compile(), run.Over(job.Training), run, resumed, launched);
     }
 }

@@ -13,7 +13,7 @@ internal static class Run
         var options = new RunOptions();
         var verb = new Command("run", "Train with a plan file: the same bits as `dsg pretrain`") { file };
         options.AddTo(verb);
-        verb.SetAction(parse => Launched.Run(launched => Start(parse.GetValue(file)!, options.Read(parse), launched)));
+        verb.SetAction(parse => Launched.Run(launched => Start(parse.GetValue(file)!, options.Read(parse, launched), launched)));
         return verb;
     }
 
@@ -30,6 +30,6 @@ internal static class Run
         // a plan file does not say how long it is trained: its recipe does
         var recipe = Recipes.All.FirstOrDefault(recipe => recipe.Name == PlanSummary.Name(plan)) ?? Recipes.Proxy;
         using var resumed = Resumed.Open(choices, launched);
-        return Training.Run(plan, choices.Over(resumed?.Over(recipe.Training) ?? recipe.Training), choices.Executor, resumed, launched);
+        return Training.Run(plan, choices.Over(resumed?.Over(recipe.Training) ?? recipe.Training), choices, resumed, launched);
     }
 }

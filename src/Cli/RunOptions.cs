@@ -2,6 +2,7 @@
 
 using System.CommandLine;
 using DeepSeekGraph.Models;
+using DeepSeekGraph.Runtime.Cuda;
 using DeepSeekGraph.Runtime.Training;
 
 namespace DeepSeekGraph.Cli;
@@ -16,6 +17,7 @@ internal sealed record RunChoices
     public ulong? Seed { get; init; }
     public double? LearningRate { get; init; }
     public Executor Executor { get; init; }
+    public RankDevice Device { get; init; } = RankDevice.Cpu;
     public string? Resume { get; init; }
     public int? SaveInterval { get; init; }
     public int? Keep { get; init; }
@@ -119,14 +121,17 @@ internal sealed class RunOptions
         Description = "What runs the plan: C# made from it (the default), or its steps one by one; the same bits",
     };
 
+    private readonly DeviceOption _device = new();
+
     public void AddTo(Command command)
     {
+        _device.AddTo(command);
         foreach (var option in (Option[])[
             _steps, _data, _tokenizer, _out, _seed, _learningRate, _resume, _saveInterval, _keep, _save, _executor])
             command.Add(option);
     }
 
-    public RunChoices Read(ParseResult parse)
+    public RunChoices Read(ParseResult parse, Launched? launched = null)
     {
         var (steps, rate) = (parse.GetValue(_steps), parse.GetValue(_learningRate));
         if (steps < 1)
@@ -158,6 +163,7 @@ internal sealed class RunOptions
             Keep = parse.GetValue(_keep),
             Background = BackgroundOf(parse.GetValue(_save)),
             Executor = ExecutorOf(parse.GetValue(_executor)),
+            Device = _device.Read(parse, launched),
         };
     }
 

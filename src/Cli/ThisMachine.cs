@@ -2,6 +2,7 @@
 
 using System.Globalization;
 using DeepSeekGraph.Models;
+using DeepSeekGraph.Runtime.Cuda;
 
 namespace DeepSeekGraph.Cli;
 
@@ -21,12 +22,15 @@ internal static class ThisMachine
 
     private static int RanksHere(PlanSet plan, Launched? launched) => launched?.RanksHere(PlanSummary.Ranks(plan)) ?? PlanSummary.Ranks(plan);
 
-    /// DSG0903 unless the ranks of the plan that run here, all where nothing was launched, fit into this machine.
-    public static void RequireRoomFor(PlanSet plan, Launched? launched = null)
+    /// DSG0903 unless the ranks of the plan that run here, all where nothing was launched, fit into this machine, or into the memory
+    /// of the GPU that they share or that each has to itself.
+    public static void RequireRoomFor(PlanSet plan, Launched? launched = null, RankDevice? device = null)
     {
-        var (all, ranks) = (PlanSummary.Ranks(plan), RanksHere(plan, launched));
+        var gpu = device is { IsCuda: true };
+        var all = PlanSummary.Ranks(plan);
+        var ranks = gpu && launched?.World is not null ? 1 : RanksHere(plan, launched);
         var needed = plan.Memory.Sum(row => (double)row.Peak * (all / plan.Stages.Count)) / all * ranks;
-        var present = (double)GC.GetGCMemoryInfo().TotalAvailableMemoryBytes;
+        var present = gpu ? device!.TotalMemory : (double)GC.GetGCMemoryInfo().TotalAvailableMemoryBytes;
         if (ranks <= MostRanks && needed <= present)
             return;
 
@@ -36,7 +40,7 @@ internal static class ThisMachine
             string.Create(
                 CultureInfo.InvariantCulture,
                 $"the plan needs {PlanSummary.Count(ranks, "rank")} here and {needed / 1e9:N1} GB;"
-                + $" this machine runs up to {MostRanks} ranks in {present / 1e9:N1} GB"),
+                + $" this {(gpu ? "GPU" : "machine")} runs up to {MostRanks} ranks in {present / 1e9:N1} GB"),
             "`dsg compile` and `dsg check` need no such machine; to run, choose deepseek_v3_tiny or a smaller batch");
     }
 }

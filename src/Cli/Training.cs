@@ -5,6 +5,7 @@ using System.Runtime.ExceptionServices;
 using DeepSeekGraph.Models;
 using DeepSeekGraph.Runtime;
 using DeepSeekGraph.Runtime.Checkpoints;
+using DeepSeekGraph.Runtime.Cuda;
 using DeepSeekGraph.Runtime.Data;
 using DeepSeekGraph.Runtime.Data.Tokenizers;
 using DeepSeekGraph.Runtime.Launch;
@@ -16,18 +17,18 @@ namespace DeepSeekGraph.Cli;
 internal static class Training
 {
     /// Nothing is written before plan, data and ranks are known to be good.
-    public static int Run(PlanSet plan, TrainingSettings settings, Executor executor, Resumed? resumed, Launched launched)
+    public static int Run(PlanSet plan, TrainingSettings settings, RunChoices how, Resumed? resumed, Launched launched)
     {
         using var signals = new StopSignals();
-        return RunAsync(plan, settings, executor, resumed, launched, signals).GetAwaiter().GetResult();
+        return RunAsync(plan, settings, how, resumed, launched, signals).GetAwaiter().GetResult();
     }
 
     private static async Task<int> RunAsync(
-        PlanSet plan, TrainingSettings settings, Executor executor, Resumed? resumed, Launched launched, StopSignals signals)
+        PlanSet plan, TrainingSettings settings, RunChoices how, Resumed? resumed, Launched launched, StopSignals signals)
     {
         if (launched.World is { } several)
             Agreement.RequireSize(several, PlanSummary.Ranks(plan));
-        ThisMachine.RequireRoomFor(plan, launched);
+        ThisMachine.RequireRoomFor(plan, launched, how.Device);
         if (launched is { IsFirst: true, Restart: null })
             RefuseUsed(settings.Dir);
         var (steps, rate) = (settings.TrainIters, settings.Schedule());
@@ -49,10 +50,15 @@ internal static class Training
             Seed = settings.Seed,
             LearningRate = rate,
             ThreadsPerRank = ThisMachine.ThreadsPerRank(plan, launched),
-            Executor = executor,
+            Executor = how.Executor,
+            Device = how.Device,
             World = launched.World,
         };
         Console.WriteLine(Heading(plan, steps, rate, settings.Seed));
+        if (DeviceOption.Remark(how.Device, launched.World is null ? PlanSummary.Ranks(plan) : 1) is { } shared)
+            Console.WriteLine(shared);
+        if (how.Device.IsCuda && launched.World is { Processes: > 1 })
+            Console.WriteLine($"backend: nccl {RankDevice.NcclVersion}, a GPU a process");
         if (launched.World is { } world)
         {
             Agreement.Require(world, [
@@ -84,6 +90,8 @@ internal static class Training
                 await saving.FinishAsync().ConfigureAwait(false);
                 if (trainer.World.FirstError is { } error and not OperationCanceledException)
                     ExceptionDispatchInfo.Throw(error);
+                if (trainer.World is ProcessWorld { HostWait: { } wait } && seen.Count > 0)
+                    Console.WriteLine(string.Create(CultureInfo.InvariantCulture, $"host wait for rows: {wait.TotalMilliseconds / seen.Count:F2} ms a step"));
                 var peak = trainer.GatherPeakBytes();
                 if (launched.IsFirst)
                     Report.Print(new Outcome(plan, steps - (int)Math.Min(done, seen.FirstOrDefault()?.Step - 1 ?? done), seen, peak, folder) { Saved = saving.Summary });

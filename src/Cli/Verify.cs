@@ -49,8 +49,10 @@ internal static class Verify
     private static readonly Option<double?> Tolerance = new("--tolerance")
     {
         HelpName = "X",
-        Description = "Largest max|a-b| / max|b| of an item; without, 0.0001 in fp32 and 0.5 in bf16. Tokens must be equal",
+        Description = "Largest max|a-b| / max|b| of an item; without, 0.0001 in fp32 and 0.75 in bf16. Tokens must be equal",
     };
+
+    private static readonly DeviceOption Device = new();
 
     private static readonly Option<bool> Strict = new("--strict") { Description = "Fail on items that nothing is compared with" };
     private static readonly Option<bool> NoMtp = new("--no-mtp") { Description = "Load the model without multi-token prediction" };
@@ -63,6 +65,7 @@ internal static class Verify
             Folder, Reference, Gradients, Context, DTypeName, Tolerance, Strict, NoMtp, Json])
             verb.Add(option);
         Degrees.AddTo(verb);
+        Device.AddTo(verb);
         verb.SetAction(Start);
         return verb;
     }
@@ -70,12 +73,13 @@ internal static class Verify
     private static int Start(ParseResult parse)
     {
         Launched.RequireAlone("verify");
+        var device = Device.Read(parse);
         using var bridge = AutoBridge.FromHfPretrained(parse.GetValue(Folder)!, parse.GetValue(NoMtp));
         var reference = parse.GetValue(Reference) ?? Path.Combine(bridge.Folder, DefaultReference);
         using var verification = Verification.Prepare(
             bridge, reference, parse.GetValue(Gradients), RecipeOf(parse), parse.GetValue(Tolerance));
-        ThisMachine.RequireRoomFor(verification.Plan);
-        var result = verification.RunAsync().GetAwaiter().GetResult();
+        ThisMachine.RequireRoomFor(verification.Plan, device: device);
+        var result = verification.RunAsync(device: device).GetAwaiter().GetResult();
         if (parse.GetValue(Json))
             Console.WriteLine(ToJson(verification.Plan, result).ToJsonString(Indented));
         else

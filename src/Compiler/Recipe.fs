@@ -15,10 +15,28 @@ type Optimizer = {
     ClipNorm: float
 }
 
+/// How the fp32 master of a bf16 weight is kept. Weights of fp32 are their own.
+[<RequireQualifiedAccess>]
+type MainParams =
+    | Float32
+    /// No more precise than the weight itself.
+    | BFloat16
+    /// As the 16 bits that the weight lacks (Megatron's store_param_remainders): weight and remainder are the fp32 master.
+    | Remainder
+
+    /// As recipes and plans write it.
+    member this.Name =
+        match this with
+        | Float32 -> "fp32"
+        | BFloat16 -> "bf16"
+        | Remainder -> "remainder"
+
+    static member All = [| Float32; BFloat16; Remainder |]
+
 /// Element types of what a step keeps beside the weights, as Megatron's precision-aware optimizer names them.
 type StateTypes = {
     /// Master weights; compute copies have the recipe's own type.
-    MainParams: DType
+    MainParams: MainParams
     /// Accumulated gradients.
     MainGrads: DType
     /// First and second moments.
@@ -28,7 +46,7 @@ type StateTypes = {
 
     /// fp32 throughout.
     static member Full = {
-        MainParams = DType.Float32
+        MainParams = MainParams.Float32
         MainGrads = DType.Float32
         ExpAvg = DType.Float32
         ExpAvgSq = DType.Float32
@@ -315,7 +333,7 @@ type Recipe = private {
 
     member this.WithDistributedOptimizer(on: bool) = { this with distributedOptimizer = on }
 
-    member this.WithStateTypes(mainParams: DType, mainGrads: DType, expAvg: DType, expAvgSq: DType) = {
+    member this.WithStateTypes(mainParams: MainParams, mainGrads: DType, expAvg: DType, expAvgSq: DType) = {
         this with
             stateTypes = {
                 MainParams = mainParams

@@ -113,11 +113,11 @@ let unsupported (recipe: Recipe) : Diagnostic list = [
         }
 
     // small updates vanish in 8 bits of mantissa: a bf16 master would need stochastic rounding
-    if recipe.StateTypes.MainParams <> DType.Float32 then
+    if recipe.StateTypes.MainParams.IsBFloat16 then
         notCompiled
             "optimizer.main_params_dtype"
             $"main_params_dtype %s{recipe.StateTypes.MainParams.Name}"
-            "choose fp32"
+            "choose fp32, or remainder: 16 bits that with the weight are an fp32 master"
 ]
 
 /// Microbatches of a step, or why the batch does not fall into them.

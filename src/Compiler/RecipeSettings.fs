@@ -163,7 +163,9 @@ module RecipeSettings =
         real "optimizer.weight_decay" _.Decay (fun o x -> { o with Decay = x })
         real "optimizer.clip_grad" _.ClipNorm (fun o x -> { o with ClipNorm = x })
         flag "optimizer.distributed" _.DistributedOptimizer _.WithDistributedOptimizer
-        stateType "optimizer.main_params_dtype" _.MainParams (fun t d -> { t with MainParams = d })
+        choice "optimizer.main_params_dtype" MainParams.All _.Name _.StateTypes.MainParams (fun r kept ->
+            let t = r.StateTypes
+            r.WithStateTypes(kept, t.MainGrads, t.ExpAvg, t.ExpAvgSq))
         stateType "optimizer.main_grads_dtype" _.MainGrads (fun t d -> { t with MainGrads = d })
         stateType "optimizer.exp_avg_dtype" _.ExpAvg (fun t d -> { t with ExpAvg = d })
         stateType "optimizer.exp_avg_sq_dtype" _.ExpAvgSq (fun t d -> { t with ExpAvgSq = d })

@@ -288,6 +288,30 @@ module Codes =
     [<Literal>]
     let PromptIllegal = "DSG0851"
 
+    /// What running on a GPU needs is not on this machine.
+    [<Literal>]
+    let CudaMissing = "DSG0852"
+
+    /// A CUDA source of dsg does not compile on this machine.
+    [<Literal>]
+    let CudaSource = "DSG0853"
+
+    /// A plan asks for what no kernel on a GPU does.
+    [<Literal>]
+    let DeviceUnsupported = "DSG0854"
+
+    /// NCCL, which processes with GPUs talk by, is not on this machine, or too old.
+    [<Literal>]
+    let NcclMissing = "DSG0855"
+
+    /// A collective between GPUs does not end.
+    [<Literal>]
+    let NcclTimeout = "DSG0856"
+
+    /// NCCL reports a fault of a GPU or a link.
+    [<Literal>]
+    let NcclFault = "DSG0857"
+
     /// Variables that say how a process was launched are incomplete or contradict each other.
     [<Literal>]
     let LaunchEnvironment = "DSG0860"

@@ -166,7 +166,10 @@ type KernelId =
     /// sumsq[], -> norm[], scale[]; Float maxNorm: scale = min(1, maxNorm / (norm + 1e-6))
     | ClipScale = 133
     /// grad, scale[], lr[], step[] -> master, m, v, param (in place; param may be a temporary shard); Float beta1, beta2, eps, decay
-    /// grad, m, v, param fp32 or bf16, master fp32; fp32 inside, rounded to nearest even
+    /// grad, m, v, param fp32 or bf16, master fp32; fp32 inside, rounded to nearest even. Or with a remainder for the master:
+    /// grad, scale[], lr[], step[], weight -> remainder, m, v, param: the fp32 master's bits are (weight << 16) + remainder, and so of
+    /// the updated one. weight and param bf16 (the old and the new, or one slot), remainder i16: the low half, signed. So the weight is
+    /// the master's nearest bf16, and of two equally near (a low half of 8000) the one away from zero. A NaN is kept as 7FC0, 0
     | AdamW = 134
     /// counts[e] i64 -> bias[e] fp32 in place; Float rate: bias += rate * sign(mean(counts) - counts)
     | RouterBias = 135

@@ -11,8 +11,9 @@ module PlanSchema =
     /// 4: memory by more kinds and for uneven routing, with the place of every slot.
     /// 5: padding of rows.
     /// 6: caches.
+    /// 7: remainders: i16, and the weight that an update reads beside one.
     [<Literal>]
-    let Version = 6
+    let Version = 7
 
 /// How a value lies along one mesh axis.
 [<RequireQualifiedAccess; Struct>]
@@ -31,7 +32,7 @@ type AxisState =
 type SlotKind =
     /// Compute copy of a parameter; lives as long as the plan.
     | Parameter
-    /// Master weights and moments.
+    /// Master weights, or what they are beyond the parameter, and moments.
     | Optimizer
     /// Gradient accumulated over microbatches.
     | Gradient

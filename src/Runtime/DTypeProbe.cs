@@ -1,5 +1,6 @@
 // Which element type this machine multiplies faster: a probe of under 0.3 s.
 using System.Diagnostics;
+using DeepSeekGraph.Runtime.Cuda;
 using DeepSeekGraph.Runtime.Kernels;
 using DeepSeekGraph.Runtime.Memory;
 using DeepSeekGraph.Runtime.Native;
@@ -12,11 +13,16 @@ public static class DTypeProbe
 {
     private static readonly Lazy<DType> Chosen = new(Measure);
 
-    /// <summary>bf16 where its products take less than 0.8 of fp32's time, else fp32; measured once a process.</summary>
+    /// <summary>bf16 on GPUs, and where its products take less than 0.8 of fp32's time, else fp32; measured once a process.</summary>
     public static DType Faster => Chosen.Value;
+
+    /// <summary>Why.</summary>
+    public static string Reason => RankDevice.UsesCuda ? "which GPUs multiply faster" : "by a probe of this machine's matrix products";
 
     private static DType Measure()
     {
+        if (RankDevice.UsesCuda)
+            return DType.BFloat16;
         if (!Products.MultipliesBFloat16)
             return DType.Float32;
         LibTorch.Load();

@@ -74,6 +74,16 @@ let tests =
             "interpret"
         ]
 
+        refused "a device that is none" "DSG0902" [ "at   --device"; "cuda" ] [ "pretrain"; "--device"; "gpu" ]
+
+        testCase "a GPU where there is none is one diagnostic" (fun () ->
+            if IO.File.Exists "/dev/nvidia0" then
+                skiptest "there is a GPU"
+
+            let result = Dsg.inFolder (fun folder -> Dsg.run folder [ "pretrain"; "--device"; "cuda" ])
+            Expect.equal result.Code 1 "exit code"
+            Expect.stringContains result.Error "DSG0852" "code")
+
         refused "a learning rate below zero" "DSG0902" [ "at   --lr" ] [ "pretrain"; "--lr"; "-1" ]
 
         refused "an unknown recipe" "DSG0706" [ "'deepseek_v3_tinny'"; "choose from deepseek_v3_tiny" ] [

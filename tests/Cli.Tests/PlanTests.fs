@@ -32,6 +32,8 @@ let private recipes = test "settings are shown as they are set, in our words or 
                 "--set"
                 "optimizer.beta2=0.99"
                 "--set"
+                "optimizer.store_param_remainders=true"
+                "--set"
                 "model.rope_scaling=none"
             ]
 
@@ -40,6 +42,7 @@ let private recipes = test "settings are shown as they are set, in our words or 
         Expect.equal ((at "model" "num_hidden_layers").GetInt32()) 12 "layers"
         Expect.equal ((at "recipe" "global_batch_size").GetInt32()) 64 "batch"
         Expect.equal ((at "optimizer" "beta2").GetDouble()) 0.99 "beta2"
+        Expect.equal ((at "optimizer" "main_params_dtype").GetString()) "remainder" "Megatron's name of it"
         Expect.equal (at "model" "rope_scaling").ValueKind JsonValueKind.Null "no YaRN"
         Expect.equal ((at "training" "lr_warmup_iters").GetInt32()) 2000 "warm-up")
 }

@@ -27,7 +27,7 @@ let tests =
         testList "what no pass carries out" [
             refused
                 "optimizer.main_params_dtype"
-                (base'.WithStateTypes(DType.BFloat16, DType.Float32, DType.Float32, DType.Float32))
+                (base'.WithStateTypes(MainParams.BFloat16, DType.Float32, DType.Float32, DType.Float32))
         ]
         testCase "a fusion rule that there is none of is refused with the names"
         <| fun () ->

@@ -10,6 +10,7 @@ open DeepSeekGraph.Compiler
 open DeepSeekGraph.Models
 open DeepSeekGraph.Models.HuggingFace
 open DeepSeekGraph.Runtime.Checkpoints
+open DeepSeekGraph.Runtime.Parameters
 open DeepSeekGraph.Runtime.Training
 open DeepSeekGraph.Runtime.Weights
 open DeepSeekGraph.Models.Tests.ResumeTests
@@ -342,6 +343,54 @@ let private types = test "fp32 weights as bf16, and back as fp32: rounded once, 
             Expect.isTrue (expected.bytes.ToArray() = found.bytes.ToArray()) name)
 }
 
+let private remainders =
+    test "weights alone, trained on with remainders: what the weights lack, which of bf16 is nothing" {
+        inFolder (fun folder ->
+            use bridge = AutoBridge.FromHfPretrained(golden "v3_tiny_plain")
+            let b16 = DType.BFloat16
+
+            let plan =
+                bridge
+                    .ToModel()
+                    .Compile(
+                        (recipe (2, 1, 2, 2) "").WithDType(b16).WithStateTypes(MainParams.Remainder, b16, b16, b16)
+                    )
+
+            for dtype in [ DType.Float32; b16 ] do
+                let root = Path.Combine(folder, dtype.Name)
+
+                import (golden "v3_tiny_plain") root (recipe (1, 1, 1, 1) "") (ImportOptions(DType = dtype))
+                |> ignore
+
+                task {
+                    let! trainer = start bridge.Config plan root
+                    use checkpoint = CheckpointReader.Open root
+                    let sources = StateSources.Of(plan, checkpoint)
+                    Expect.exists sources.Remarks (fun r -> r.Contains "weights only") "it says so"
+                    let mutable found, lacking = 0, 0
+
+                    for p in plan.Parameters do
+                        if p.DType = b16 then
+                            found <- found + 1
+                            use master = Gathering.Master(trainer.Ranks, p.Stages[0], p.Name)
+                            use remainder = Gathering.Slot(trainer.Ranks, p.Stages[0], $"remainder:%s{p.Name}")
+                            let stored = nonNull (checkpoint.Find p.Name)
+                            let whole = Array.zeroCreate p.Extents.Count
+                            use weight = checkpoint.Tensor(stored, Shard(whole, p.Extents, p.Extents), p.Extents)
+                            use wide = weight.to_type torch.ScalarType.Float32
+                            Expect.isTrue (master.bytes.ToArray() = wide.bytes.ToArray()) p.Name
+                            use nothing = remainder.count_nonzero ()
+
+                            if nothing.ToInt64() > 0L then
+                                lacking <- lacking + 1
+
+                    Expect.isGreaterThan found 10 "weights"
+                    Expect.equal lacking (if dtype = b16 then 0 else found) "remainders that are not zero"
+                    do! trainer.DisposeAsync()
+                }
+                |> _.GetAwaiter().GetResult())
+    }
+
 let private files = test "small files come back as they were; none that runs" {
     inFolder (fun folder ->
         let root, out = Path.Combine(folder, "in"), Path.Combine(folder, "out")
@@ -363,5 +412,6 @@ let tests =
         fp8
         mistakes
         types
+        remainders
         files
     ]

@@ -46,7 +46,10 @@ let private everyField =
             Expect.equal (job.Recompute, fused job) ([], []) "nothing recomputed or fused"
             Expect.equal (job.Fp8, job.Padding, job.Batch, job.Microbatches, job.SeqLength) (0, 1, 1, 1, 4) "sizes"
             Expect.equal (job.Layers, job.Mtp, job.Shared, job.Dense) (1, 0, 0, 0) "model"
-            Expect.isFalse (job.Bf16 || job.Yarn || job.Balance || job.GPipe || job.NarrowStates) "choices"
+
+            Expect.isFalse
+                (job.Bf16 || job.Yarn || job.Balance || job.GPipe || job.NarrowStates || job.Remainders)
+                "choices"
 
         Expect.equal plainest.Length 1 "one smallest job"
 

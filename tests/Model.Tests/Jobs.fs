@@ -56,6 +56,8 @@ type Job = {
     /// Masters and moments split over copies; gradients and moments in bf16.
     DistributedOptimizer: bool
     NarrowStates: bool
+    /// Masters of bf16 weights as remainders of 16 bits.
+    Remainders: bool
     Microbatches: int
     /// Sequences of a microbatch on one data rank.
     Batch: int
@@ -131,12 +133,15 @@ type Job = {
             .WithFp8(this.Fp8)
             .WithPermutePadding(this.Padding)
             .WithDistributedOptimizer(this.DistributedOptimizer)
-            .WithStateTypes(DType.Float32, this.States, this.States, this.States)
+            .WithStateTypes(this.Masters, this.States, this.States, this.States)
             .WithBatch(this.Microbatches * this.Batch * this.Data, this.Batch, this.SeqLength)
             .WithRecompute(Array.ofList this.Recompute)
 
     /// Element type of gradients and moments.
     member this.States = if this.NarrowStates then DType.BFloat16 else DType.Float32
+
+    /// How fp32 masters are kept.
+    member this.Masters = if this.Remainders then MainParams.Remainder else MainParams.Float32
 
     /// The same job on one rank.
     member this.Single = {
@@ -253,6 +258,7 @@ let plain: Job = {
     Padding = 1
     DistributedOptimizer = true
     NarrowStates = false
+    Remainders = false
     Microbatches = 2
     Batch = 1
     SeqLength = 8
@@ -315,6 +321,7 @@ let private jobs (pipelines: int list) (chunks: int list) = gen {
     let! microbatches = some [ 1; 2; 3; 5 ]
     let! batch = some [ 1; 1; 2 ]
     let! seqLength = some [ 4; 8; 8; 16 ]
+    let! remainders = some [ false; true ]
 
     let job = {
         Layers = layers
@@ -350,6 +357,7 @@ let private jobs (pipelines: int list) (chunks: int list) = gen {
         Padding = padding
         DistributedOptimizer = distributed
         NarrowStates = narrow
+        Remainders = remainders
         Microbatches = if chunks = 1 then microbatches else max microbatches pipeline
         Batch = batch
         SeqLength = seqLength
@@ -384,6 +392,7 @@ let size (job: Job) =
         chosen job.Bf16
         chosen (not job.DistributedOptimizer)
         chosen job.NarrowStates
+        chosen job.Remainders
     ]
 
 /// Ways to keep `n` of the cuts; the last, behind each of the first units, is legal whatever the model.
@@ -529,6 +538,9 @@ let shrink (job: Job) : Job seq =
 
         if job.NarrowStates then
             { job with NarrowStates = false }
+
+        if job.Remainders then
+            { job with Remainders = false }
 
         if not job.DistributedOptimizer then
             { job with DistributedOptimizer = true }

@@ -32,5 +32,6 @@ let main argv =
             GenerationTests.tests
             AllocatorTests.tests
             ResumeTests.tests
+            RemainderTests.tests
             ImportTests.tests
         ])

@@ -180,5 +180,17 @@ let tests =
             Expect.isGreaterThan rest 0.0 "routers and norms"
             Expect.isLessThan rest (4.0 * 256.0 * 7168.0 * 12.0) "routers and norms"
 
+        testCase
+            "deepseek_v3_proxy keeps 10 bytes a parameter: weight, gradient, both moments and remainder in 16 bits each"
+        <| fun () ->
+            let plan = Recipes.Proxy.Compile()
+            let numbers (p: ParameterInfo) = p.Extents |> Seq.fold (fun n e -> n * int64 e) 1L
+            let trained = plan.Parameters |> Seq.filter _.Update.IsAdamW |> Seq.sumBy numbers
+            let biases = plan.Parameters |> Seq.filter _.Update.IsRouterBias |> Seq.sumBy numbers
+            let row = plan.Memory[0]
+            let held = row.Parameters + row.Gradients + row.Optimizer
+            Expect.equal held (10L * trained + 4L * biases) "bytes"
+            Expect.floatClose { absolute = 0.005; relative = 0.0 } (float held / 1e9) 59.75 "GB"
+
         Documents.agrees "memory.md" tables
     ]

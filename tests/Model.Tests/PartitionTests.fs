@@ -467,6 +467,7 @@ let private cover (job: Job) (c: Compiled) =
     count "several sequences a rank" (job.Batch > 1)
     count "every rank its own optimizer state" (not job.DistributedOptimizer)
     count "gradients and moments in bf16" job.NarrowStates
+    count "masters as remainders" (job.Bf16 && job.Remainders)
 
     count
         "fused dispatch"
@@ -556,7 +557,8 @@ let private fused (job: Job) =
     for name in reference.OutputNames do
         let distance = apart (result.Output name) (reference.Output name)
 
-        if not (distance < 1e-9) then
+        // as for partition: 1e-15 at least, since a gradient that is zero but for rounding has no smaller differences in float64
+        if not (distance < 1e-8) then
             failtestf "%s differs by %g: %A" name distance job
 
 let private covered () =

@@ -52,7 +52,7 @@ let private equal what (a: ((int * string) * byte[]) list) (b: ((int * string) *
             failtest $"%s{what}: %s{name} of rank %i{rank} differs"
 
 /// A started trainer on random tokens; from a checkpoint where one is given.
-let private start (config: DeepSeekV3Config) (plan: PlanSet) (from: string) = task {
+let start (config: DeepSeekV3Config) (plan: PlanSet) (from: string) = task {
     let tokens = plan.Inputs |> Seq.find (fun i -> i.Name = "tokens")
     use checkpoint = if from = "" then null else CheckpointReader.Open from
 
@@ -68,7 +68,7 @@ let private start (config: DeepSeekV3Config) (plan: PlanSet) (from: string) = ta
 }
 
 /// The losses of so many steps; `between` runs behind each.
-let private train (trainer: Trainer) (steps: int64) (between: int64 -> Threading.Tasks.Task) = task {
+let train (trainer: Trainer) (steps: int64) (between: int64 -> Threading.Tasks.Task) = task {
     let run = trainer.RunAsync(steps).GetAsyncEnumerator()
     let losses = ResizeArray<float>()
 
@@ -79,9 +79,9 @@ let private train (trainer: Trainer) (steps: int64) (between: int64 -> Threading
     return List.ofSeq losses
 }
 
-let private nothing (_: int64) = Threading.Tasks.Task.CompletedTask
+let nothing (_: int64) = Threading.Tasks.Task.CompletedTask
 
-let private save (trainer: Trainer) (root: string) background = task {
+let save (trainer: Trainer) (root: string) background = task {
     let options = CheckpointOptions(Root = root, Background = background, Training = [| "lr=0.01" |])
     use saver = new CheckpointSaver(trainer, options)
     do! saver.SaveAsync()
@@ -91,7 +91,7 @@ let private save (trainer: Trainer) (root: string) background = task {
 let private wait (task: Threading.Tasks.Task<'a>) = task.GetAwaiter().GetResult()
 
 /// Two runs of one plan, the second cut in the middle.
-let private resumes (config: DeepSeekV3Config) (recipe: Recipe) =
+let resumes (config: DeepSeekV3Config) (recipe: Recipe) =
     inFolder (fun root ->
         let plan = DeepSeekV3(config).Compile recipe
 
@@ -133,11 +133,12 @@ let private remeshed (model: Job) (mesh: Job) = {
         Balance = model.Balance
         Bf16 = model.Bf16
         NarrowStates = model.NarrowStates
+        Remainders = model.Remainders
 }
 
 let private small (job: Job) = ranks job * job.Pipeline <= 16
 
-/// Pairs of a job and another mesh for its model.
+/// Pairs of a job and another mesh for its model; every second one in bf16 with remainders.
 let private pairs =
     let drawn = Gen.sampleWithSeed (FsCheck.Rnd(5UL, 7UL)) 10 400 (AnyStages.Job().Generator)
 
@@ -149,6 +150,18 @@ let private pairs =
                 a, b
     ]
     |> List.truncate 6
+    |> List.mapi (fun i (a, b) ->
+        let kept job =
+            if i % 2 = 0 then
+                job
+            else
+                {
+                    job with
+                        Bf16 = true
+                        Remainders = true
+                }
+
+        kept a, kept b)
 
 let private reshards (a: Job) (b: Job) =
     inFolder (fun folder ->

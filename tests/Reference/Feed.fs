@@ -42,7 +42,8 @@ let values (seed: int) (graph: Graph) (name: string) (t: TensorType) : DenseTens
         | DType.Float32
         | DType.BFloat16 -> 2.0 * u - 1.0
         | DType.Int64
-        | DType.Int32 -> floor (u * ids)
+        | DType.Int32
+        | DType.Int16 -> floor (u * ids)
         | DType.Bool -> if u < 0.5 then 0.0 else 1.0
 
     {

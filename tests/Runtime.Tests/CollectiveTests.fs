@@ -39,7 +39,7 @@ let stageGroup id (stages: int list) : Group = {
 }
 
 /// Runs `work` on every rank of a mesh (of `stages` stages), each a thread with the world that `worldOf` gives it.
-let private runAll
+let runAll
     (worldOf: int -> IWorld)
     (sizes: int list)
     stages
@@ -136,7 +136,7 @@ let perform (collectives: ICollectives) kind group (inputs: SlotValue list) (out
 
 let private f32 = DType.Float32
 
-let private reductions (worlds: Worlds) =
+let reductions (worlds: Worlds) =
     testList "reductions" [
         for dtype in [ f32; DType.BFloat16 ] do
             testCase $"an all-reduce adds in member order, %s{dtype.Name}" (fun () ->
@@ -208,7 +208,7 @@ let private reductions (worlds: Worlds) =
                 Expect.equal result ([| 3.0; -1.0 |], [| 6L + (1L <<< 42) |], [| 4.0 |], [| 6.0 |]) "result")
     ]
 
-let private movement (worlds: Worlds) =
+let movement (worlds: Worlds) =
     testList "movement" [
         testCase "gather and scatter along a dim; the slowest axis is major" (fun () ->
             // groups along axes 0 and 2: members (0,0) (1,0) (0,1) (1,1)

@@ -339,6 +339,44 @@ let private attention =
                     ])
 
             close "dv" dtype (read dv) expected)
+
+        both "heads of DeepSeek-V3's size, forward and backward" (fun dtype ->
+            let b, s, n, d, e = 1, 96, 2, 192, 128
+            let scale = 1.0 / sqrt (float d)
+            let value seed width = rounded dtype (random seed (b * s * n * width))
+            let q, k, v, dout = value 1 d, value 2 d, value 3 e, value 4 e
+            let of' width = filled dtype [ b; s; n; width ]
+            let qs, ks, vs = of' d q, of' d k, of' e v
+            let out, lse = slot dtype [ b; s; n; e ], slot DType.Float32 [ b; n; s ]
+            run KernelId.Attention [ Attribute.Float scale ] [ qs; ks; vs ] [ out; lse ]
+            let dq, dk, dv = slot dtype [ b; s; n; d ], slot dtype [ b; s; n; d ], slot dtype [ b; s; n; e ]
+            run KernelId.AttentionGrad [ Attribute.Float scale ] [ of' e dout; qs; ks; vs; out; lse ] [ dq; dk; dv ]
+            let expected, total = attentionNaive b s s n d e 0 scale q k v
+            close "out" dtype (read out) expected
+            close "log-sum-exp" dtype (read lse) total
+            let eq, ek, ev = Array.zeroCreate q.Length, Array.zeroCreate k.Length, Array.zeroCreate v.Length
+
+            for h in 0 .. n - 1 do
+                for i in 0 .. s - 1 do
+                    let row width at = (at * n + h) * width
+                    let delta = Seq.sumBy (fun f -> dout[row e i + f] * expected[row e i + f]) [ 0 .. e - 1 ]
+
+                    for j in 0..i do
+                        let score = Seq.sumBy (fun f -> q[row d i + f] * k[row d j + f]) [ 0 .. d - 1 ]
+                        let p = exp (scale * score - total[h * s + i])
+                        let dp = Seq.sumBy (fun f -> dout[row e i + f] * v[row e j + f]) [ 0 .. e - 1 ]
+                        let ds = p * (dp - delta) * scale
+
+                        for f in 0 .. d - 1 do
+                            eq[row d i + f] <- eq[row d i + f] + ds * k[row d j + f]
+                            ek[row d j + f] <- ek[row d j + f] + ds * q[row d i + f]
+
+                        for f in 0 .. e - 1 do
+                            ev[row e j + f] <- ev[row e j + f] + p * dout[row e i + f]
+
+            close "dq" dtype (read dq) eq
+            close "dk" dtype (read dk) ek
+            close "dv" dtype (read dv) ev)
     ]
 
 let private sigmoid x = 1.0 / (1.0 + exp -x)

@@ -20,11 +20,14 @@ let main argv =
             MetricsTests.tests
             CheckpointTests.tests
             KernelTests.tests
+            CudaTests.tests
             CacheTests.tests
             RowKernelTests.tests
+            MasterTests.tests
             Fp8KernelTests.tests
             FusedKernelTests.tests
             CollectiveTests.tests
+            NcclTests.tests
             LaunchTests.tests
             PaddingTests.tests
             RunnerTests.tests

@@ -60,6 +60,8 @@ let private routed padding b s e mask =
 let private kernels =
     testCase "kernels of rows in blocks give the bits of those without; products where rows are whole cache lines"
     <| fun () ->
+        onHostOnly ()
+
         for dtype in [ f32; DType.BFloat16 ] do
             for padding in [ 4; 128 ] do
                 for seed in 1..4 do
@@ -139,6 +141,7 @@ let private kernels =
 let private slices =
     testCase "slices by experts begin blocks of their own"
     <| fun () ->
+        onHostOnly ()
         let mask = randomMask 3 6 4 2
         let plain = routed 1 1 6 4 mask
         let rows = random 1 plain.Rows.Rows
@@ -165,6 +168,7 @@ let private slices =
 let private exchanges =
     testCase "exchanges fill up blocks where rows arrive, and send the rows that there are"
     <| fun () ->
+        onHostOnly ()
         let b, s, e, h, peers = 1, 5, 8, 3, 4
 
         // what each rank got and gave back, rows without what fills up

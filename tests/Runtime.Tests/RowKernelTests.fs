@@ -250,6 +250,7 @@ let private elementwise =
             Expect.equal (read indices) [| 4.0; 5.0 |] "indices")
 
         testCase "rows and their set are sliced by experts" (fun () ->
+            onHostOnly ()
             let mask = randomMask 3 6 4 2
             let route = routeOf 1 6 4 mask
             let rows = rowsOf 6 4 mask

@@ -6,6 +6,7 @@ open System.Collections.Generic
 open Expecto
 open TorchSharp
 open DeepSeekGraph
+open DeepSeekGraph.Runtime.Cuda
 open DeepSeekGraph.Runtime.Kernels
 open DeepSeekGraph.Runtime.Memory
 open DeepSeekGraph.Runtime.Native
@@ -23,26 +24,36 @@ let info name kind dtype routed (extents: int seq) : SlotInfo = {
     Layout = [||]
 }
 
-/// An empty slot.
-let slot dtype (extents: int seq) =
+/// Where kernels are tested: DSG_TEST_DEVICE=cuda runs the same tests on a GPU.
+let device =
+    lazy
+        (if Environment.GetEnvironmentVariable "DSG_TEST_DEVICE" = "cuda" then
+             RankDevice.Cuda 0
+         else
+             RankDevice.Cpu)
+
+/// Ends a test that looks at what a GPU keeps to itself, where kernels are tested on one.
+let onHostOnly () =
+    if device.Value.IsCuda then
+        skiptest "looks at row sets or memory of the processor"
+
+let private placed (slot: SlotInfo) =
+    let device = device.Value
     LibTorch.Load()
-    new SlotValue(info "out" SlotKind.Temporary dtype false extents)
+    new SlotValue(slot, null, device.Torch)
+
+/// An empty slot.
+let slot dtype (extents: int seq) = placed (info "out" SlotKind.Temporary dtype false extents)
 
 /// An empty slot of routed rows; extents are batch, seq, expert and the rest.
-let rowSlot dtype (extents: int seq) =
-    LibTorch.Load()
-    new SlotValue(info "rows" SlotKind.Temporary dtype true extents)
+let rowSlot dtype (extents: int seq) = placed (info "rows" SlotKind.Temporary dtype true extents)
 
 /// An empty slot of routed rows in blocks of multiples of `padding`.
 let blockSlot padding dtype (extents: int seq) =
-    LibTorch.Load()
-
-    new SlotValue(
-        {
-            info "blocks" SlotKind.Temporary dtype true extents with
-                Padding = padding
-        }
-    )
+    placed {
+        info "blocks" SlotKind.Temporary dtype true extents with
+            Padding = padding
+    }
 
 let private put (values: float[]) (value: SlotValue) (tensor: torch.Tensor) =
     use source = torch.tensor (values |> Array.map float32)
@@ -73,12 +84,13 @@ let read (value: SlotValue) : float[] =
     // nobody may read the slot again: collected during the call above, it would free what native code reads
     System.GC.KeepAlive value
     use flat = floats.reshape -1L
-    flat.data<float>().ToArray()
+    use host = flat.OnHost()
+    host.data<float>().ToArray()
 
 let alone = RankContext(0, 0, [||], [||])
 
 let runAt rank kernel (attributes: Attribute list) (inputs: SlotValue list) (outputs: SlotValue list) =
-    KernelTable.Run(kernel, Array.ofList attributes, Array.ofList inputs, Array.ofList outputs, rank)
+    KernelTable.Run(kernel, Array.ofList attributes, Array.ofList inputs, Array.ofList outputs, rank, device.Value)
 
 let run kernel attributes inputs outputs = runAt alone kernel attributes inputs outputs
 

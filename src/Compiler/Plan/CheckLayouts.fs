@@ -274,8 +274,11 @@ type private StepCheck(mesh: MeshInfo, slots: IReadOnlyList<SlotInfo>, report: s
                     (isFloats 1 && Seq.append inputs outputs |> Seq.forall isScalar)
                     "clip_scale takes and gives whole fp32 numbers"
         | KernelId.AdamW ->
-            if arity inputs outputs 4 4 "adam_w" then
+            let isSplit = outputs.Count > 0 && slots[outputs[0]].DType = DType.Int16
+
+            if arity inputs outputs (if isSplit then 5 else 4) 4 "adam_w" then
                 let gradient, parameter = inputs[0], outputs[3]
+                let weights = if isSplit then [ inputs[4]; parameter ] else []
 
                 require
                     (isFloats 4 && [ 1..3 ] |> List.forall (fun i -> isScalar inputs[i]))
@@ -283,11 +286,18 @@ type private StepCheck(mesh: MeshInfo, slots: IReadOnlyList<SlotInfo>, report: s
 
                 require (isWhole gradient) $"%s{name gradient} is still a partial sum"
 
-                require (slots[outputs[0]].DType = DType.Float32) $"the master %s{name outputs[0]} is not of fp32"
+                require
+                    (isSplit || slots[outputs[0]].DType = DType.Float32)
+                    $"the master %s{name outputs[0]} is neither of fp32 nor a remainder of i16"
 
-                for id in Seq.append [ gradient ] outputs do
+                for id in weights do
+                    require (slots[id].DType = DType.BFloat16) $"%s{name id}, which has a remainder, is not of bf16"
+
+                for id in gradient :: List.ofSeq outputs @ weights do
                     require
-                        (sameShape id parameter && sameLayout id parameter && slots[id].DType.IsFloat)
+                        (sameShape id parameter
+                         && sameLayout id parameter
+                         && (slots[id].DType.IsFloat || id = outputs[0]))
                         $"%s{name id} does not lie as %s{name parameter}"
         | KernelId.RouterBias ->
             if arity inputs outputs 1 1 "router_bias" then

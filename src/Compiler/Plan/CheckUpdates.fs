@@ -20,8 +20,12 @@ let private prefixed (prefix: string) (name: string) =
     else
         ValueNone
 
-/// Optimizer slots of a parameter and which output of the update they are.
-let private stateNames = [| "master:"; "m:"; "v:" |]
+/// Optimizer slots of a parameter by the output of the update that they are; the first is a master, or the remainder of one.
+let private stateNames (first: SlotInfo) = [|
+    (if first.DType = DType.Int16 then "remainder:" else "master:")
+    "m:"
+    "v:"
+|]
 
 /// The epilogue of one stage.
 type private Epilogue(f: Findings, plan: PlanSet, stage: StagePlan) =
@@ -32,6 +36,8 @@ type private Epilogue(f: Findings, plan: PlanSet, stage: StagePlan) =
     let origin = Dictionary<int, int>()
     // updated shards that are yet to be gathered -> their parameter
     let shards = Dictionary<int, string>()
+    // blocks cut out of a parameter before its update -> the parameter
+    let blocks = Dictionary<int, string>()
     let norms, updated = List<int>(), List<string>()
     let mutable clips = 0
     let mutable at = ""
@@ -99,6 +105,8 @@ type private Epilogue(f: Findings, plan: PlanSet, stage: StagePlan) =
         if gradient.Name <> $"grad:%s{name}" || not gradient.Kind.IsGradient then
             wrong $"%s{name} is updated by '%s{gradient.Name}', which is not its gradient"
 
+        let stateNames = stateNames slots[outputs[0]]
+
         for i in 0..2 do
             let slot = slots[outputs[i]]
             let isOwn = slot.Name = stateNames[i] + name && slot.Kind.IsOptimizer
@@ -106,13 +114,25 @@ type private Epilogue(f: Findings, plan: PlanSet, stage: StagePlan) =
             if not (isOwn || i = 0 && outputs[0] = outputs[3] && target.Kind.IsParameter) then
                 wrong $"%s{named slots outputs[i]} is not the %s{stateNames[i].TrimEnd ':'} of %s{name}"
 
+        // a remainder means something beside its own weight only
+        for weight in Seq.skip 4 inputs do
+            let isOwn =
+                match blocks.TryGetValue weight with
+                | true, from -> from = name && target.Kind.IsTemporary
+                | false, _ -> weight = outputs[3] && target.Kind.IsParameter
+
+            if not isOwn then
+                wrong $"%s{named slots weight} is not the weight of %s{name} before its update"
+
         for i, name in [ 2, "lr"; 3, "step" ] do
             if slots[inputs[i]].Name <> name then
                 wrong $"%s{named slots inputs[i]} is not %s{name}"
 
     let launch kernel (inputs: IReadOnlyList<int>) (outputs: IReadOnlyList<int>) =
         match kernel with
-        | KernelId.AdamW when inputs.Count = 4 && outputs.Count = 4 -> adamW inputs outputs
+        | KernelId.AdamW when (inputs.Count = 4 || inputs.Count = 5) && outputs.Count = 4 -> adamW inputs outputs
+        | KernelId.LocalSlice when inputs.Count = 1 && outputs.Count = 1 && slots[inputs[0]].Kind.IsParameter ->
+            blocks[outputs[0]] <- slots[inputs[0]].Name
         | KernelId.RouterBias when inputs.Count = 1 && outputs.Count = 1 ->
             let bias, counts = slots[outputs[0]], slots[originOf inputs[0]]
             demandWhole inputs[0] "the update"

@@ -249,6 +249,12 @@ let private reduce (input: Input) (writer: Writer) : Reduced list =
         Gradient = slot
     })
 
+/// What gradients are multiplied by where they are not clipped (Megatron's clip_grad 0): nothing is summed, and there is no norm.
+let private unclipped (input: Input) (writer: Writer) : int =
+    let scale = writer.Temporary("clip_scale", scalar, Layout.replicated input.Mesh)
+    writer.Launch(KernelId.Full, [ Attribute.Float 1.0 ], [], [ scale ], "optimizer.clip")
+    scale
+
 /// Norm of all gradients, each element once: a class is what is split over the same mesh axes; a tied parameter counts on its first stage.
 let private clip (input: Input) (writer: Writer) (reduced: Reduced list) : int =
     let classes =
@@ -311,15 +317,23 @@ let private adamW (input: Input) (writer: Writer) (scale: int) (g: Reduced) : Mo
     let types = input.StateTypes
     let scalarSlot name = input.Slots.Get(name, SlotKind.Scalar, scalar, Layout.replicated input.Mesh)
     let lr, step = scalarSlot "lr", scalarSlot "step"
-    // parameters of the master's type are their own master, unless each rank keeps only a shard of it
-    let isMaster = p.DType = types.MainParams
-    let master = if isMaster && not isSharded then parameter else state "master" types.MainParams
+    // fp32 parameters are their own master, unless each rank keeps only a shard of it
+    let isMaster = p.DType.IsFloat32
+    let isSplit = types.MainParams.IsRemainder && not isMaster
+
+    let master =
+        if isSplit then state "remainder" DType.Int16
+        elif isMaster && not isSharded then parameter
+        else state "master" DType.Float32
+
     let m, v = state "m" types.ExpAvg, state "v" types.ExpAvgSq
 
     let updated =
         if not isSharded then parameter
         elif isMaster then master
         else writer.Temporary($"updated:%s{p.Name}", shard, g.Shard.Layout)
+
+    let path = $"optimizer.%s{p.Name}"
 
     let decay =
         match p.Update with
@@ -328,7 +342,20 @@ let private adamW (input: Input) (writer: Writer) (scale: int) (g: Reduced) : Mo
         | Update.RouterBias _
         | Update.Frozen -> 0.0
 
+    // what a remainder is read with: the weight before the update, of a parameter that is gathered the shard's block
+    let weight () =
+        match isSplit, g.Shard.Dim with
+        | false, _ -> []
+        | true, ValueNone -> [ parameter ]
+        | true, ValueSome d ->
+            let block = writer.Temporary($"weight:%s{p.Name}", shard, g.Shard.Layout)
+            let off = Attribute.Ints [| for m in g.Shard.Data -> int64 m |]
+            writer.Launch(KernelId.LocalSlice, [ Attribute.Int(int64 d); off ], [ parameter ], [ block ], path)
+            [ block ]
+
     let launch () =
+        let weight = weight ()
+
         writer.Launch(
             KernelId.AdamW,
             [
@@ -337,9 +364,9 @@ let private adamW (input: Input) (writer: Writer) (scale: int) (g: Reduced) : Mo
                 Attribute.Float input.Optimizer.Eps
                 Attribute.Float decay
             ],
-            [ g.Gradient; scale; lr; step ],
+            [ g.Gradient; scale; lr; step ] @ weight,
             [ master; m; v; updated ],
-            $"optimizer.%s{p.Name}"
+            path
         )
 
     match g.Shard.Dim with
@@ -392,7 +419,13 @@ let private routerBiases (input: Input) (writer: Writer) =
 /// Reduce, clip, update, gather.
 let private update (input: Input) (writer: Writer) =
     let reduced = reduce input writer
-    let scale = clip input writer reduced
+
+    let scale =
+        if input.Optimizer.ClipNorm > 0.0 then
+            clip input writer reduced
+        else
+            unclipped input writer
+
     let gathers = reduced |> List.map (adamW input writer scale)
     writer.Together([ for g in gathers |> List.filter _.IsSome -> g.Value ], "optimizer.gather")
 

@@ -113,8 +113,6 @@ public sealed class AutoBridge : IDisposable
     private static torch.Tensor Whole(Trainer trainer, string name)
     {
         var stage = trainer.Plan.Parameters.First(parameter => parameter.Name == name).Stages[0];
-        var master = "master:" + name;
-        var slot = trainer.Ranks.Any(rank => rank.Rank.Stage == stage && rank.Find(master) is not null) ? master : name;
-        return Gathering.Slot(trainer.Ranks, stage, slot);
+        return Gathering.Master(trainer.Ranks, stage, name);
     }
 }

@@ -29,7 +29,6 @@ public sealed record StoredExportOptions
 /// Memory besides the mapped files is at most one tensor of the published checkpoint.
 public static class StoredExport
 {
-    private const string Master = "master:";
     private const string GenerationConfig = "generation_config.json";
 
     private static byte[] Ends(HuggingFaceTokenizer tokenizer)
@@ -50,7 +49,7 @@ public static class StoredExport
         var map = WeightMap.Of(config);
         var sources = map.Entries.ToDictionary(entry => entry.Parameter, entry => Source(entry.Parameter), StringComparer.Ordinal);
         var wrong = map.Entries
-            .Where(entry => sources[entry.Parameter] is not { } source || !source.Shape.SequenceEqual(entry.Shape))
+            .Where(entry => sources[entry.Parameter] is not { } source || !source.Tensor.Shape.SequenceEqual(entry.Shape))
             .Select(entry => entry.Parameter)
             .ToArray();
         if (wrong.Length > 0)
@@ -71,20 +70,23 @@ public static class StoredExport
         });
         return all;
 
-        StoredTensor? Source(string parameter)
-            => options.DType is { IsFloat32: true } && checkpoint.Find(Master + parameter) is { } master
-                ? master
-                : checkpoint.Find(parameter) ?? checkpoint.Find(Master + parameter);
+        StoredWeight? Source(string parameter)
+            => options.DType is not { IsFloat32: true } && checkpoint.Find(parameter) is { } weight
+                ? new(weight, null)
+                : StoredWeight.Of(checkpoint, parameter);
 
-        torch.ScalarType TypeOf(StoredTensor source)
+        torch.ScalarType TypeOf(StoredWeight source)
             => options.DType is { } given
                 ? given.IsFloat32 ? torch.ScalarType.Float32 : torch.ScalarType.BFloat16
-                : source.Dtype == "BF16" ? torch.ScalarType.BFloat16 : torch.ScalarType.Float32;
+                : source.Tensor.Dtype == "BF16" ? torch.ScalarType.BFloat16 : torch.ScalarType.Float32;
 
         torch.Tensor Values(WeightPlace place)
         {
             var box = new Shard(place.Start, place.Extents, place.Entry.Shape);
-            var values = checkpoint.Tensor(sources[place.Entry.Parameter]!, box, place.Piece.Shape);
+            var source = sources[place.Entry.Parameter]!;
+            var values = source.Remainder is null
+                ? checkpoint.Tensor(source.Tensor, box, place.Piece.Shape)
+                : source.Values(checkpoint, box, place.Piece.Shape);
             options.Progress?.Invoke(done += place.Piece.Elements * (types[place.Entry.Parameter] == torch.ScalarType.Float32 ? 4 : 2), all);
             return values;
         }

@@ -1,6 +1,7 @@
 // Does the model, under any layout, compute what another implementation computed? Every item of a reference file is compared.
 
 using DeepSeekGraph.Compiler;
+using DeepSeekGraph.Runtime.Cuda;
 using DeepSeekGraph.Runtime.Parameters;
 using DeepSeekGraph.Runtime.Training;
 using DeepSeekGraph.Runtime.Weights;
@@ -28,8 +29,9 @@ public sealed class Verification : IDisposable
     /// Largest relative error where nothing else is said.
     public const double Float32Tolerance = 1e-4;
 
-    /// The same for bf16, where near-ties send tokens to other experts: those differ by up to a third of the largest logit.
-    public const double BFloat16Tolerance = 0.5;
+    /// The same for bf16, where near-ties send tokens to other experts: those differ by up to a third of the largest logit, and
+    /// gradients of single experts by up to 0.6 of their largest element.
+    public const double BFloat16Tolerance = 0.75;
 
     private const string GradientPrefix = "grad.";
     private static readonly string[] Given = ["input_ids", "prompt_ids", "mtp_scale"];
@@ -88,9 +90,9 @@ public sealed class Verification : IDisposable
 
     /// Loads the weights, runs forward and backward once, and compares.
     public async Task<VerificationResult> RunAsync(
-        Executor executor = Executor.Interpreter, CancellationToken cancellationToken = default)
+        Executor executor = Executor.Interpreter, RankDevice? device = null, CancellationToken cancellationToken = default)
     {
-        var options = new TrainerOptions { Weights = _bridge.Load, Executor = executor };
+        var options = new TrainerOptions { Weights = _bridge.Load, Executor = executor, Device = device ?? RankDevice.Cpu };
         var trainer = await Trainer.StartAsync(Plan, options, cancellationToken).ConfigureAwait(false);
         await using (trainer.ConfigureAwait(false))
         {

@@ -33,7 +33,7 @@ public static class DeepSeekV3Recipes
     /// <param name="applyRopeFusion">Fused rotation that writes queries and keys in attention layout.</param>
     /// <param name="dispatcher">How rows reach their experts; null: all-to-all.</param>
     /// <param name="dtype">What matrices and activations are computed in; null: bf16.</param>
-    /// <param name="stateTypes">Element types of master weights, gradients and moments; null: fp32.</param>
+    /// <param name="stateTypes">Element types of master weights, gradients and moments; null: fp32 masters, else bf16.</param>
     /// <param name="lr">Highest learning rate.</param>
     /// <param name="minLr">Where its cosine ends.</param>
     /// <param name="lrWarmupIters">Steps of warm-up.</param>
@@ -67,7 +67,7 @@ public static class DeepSeekV3Recipes
         int lrWarmupIters = 2000,
         int lrDecayIters = 0)
     {
-        var states = stateTypes ?? new StateTypes(DType.Float32, DType.BFloat16, DType.BFloat16, DType.BFloat16);
+        var states = stateTypes ?? new StateTypes(MainParams.Float32, DType.BFloat16, DType.BFloat16, DType.BFloat16);
         string[] unfused = [.. moePermuteFusion ? [] : PermuteRules, .. applyRopeFusion ? [] : RopeRules];
         var model = Presets.V3 with
         {
@@ -138,14 +138,15 @@ public static class DeepSeekV3Recipes
         Training = new() { TrainIters = trainIters, Lr = 5e-3, MinLr = 5e-4, LrWarmupIters = 20 },
     };
 
-    /// DeepSeek-V3's widths with few layers and experts, bf16, on one accelerator; ten steps show whether it runs.
+    /// DeepSeek-V3's widths with few layers and experts, bf16, on one accelerator: 10 bytes a parameter; ten steps show whether it runs.
     public static NamedRecipe Proxy(string name = "deepseek_v3_proxy", int trainIters = 10) => new(
         Presets.Proxy,
         Recipe.Default
             .WithName(name)
             .WithParallelism(tensor: 1, pipeline: 1, expert: 1, data: 1)
-            .WithBatch(globalBatch: 4, microBatch: 1, seqLength: 4096)
-            .WithDType(DType.BFloat16))
+            .WithBatch(globalBatch: 1, microBatch: 1, seqLength: 4096)
+            .WithDType(DType.BFloat16)
+            .WithStateTypes(MainParams.Remainder, DType.BFloat16, DType.BFloat16, DType.BFloat16))
     {
         Training = new() { TrainIters = trainIters, Lr = 2.2e-4, MinLr = 2.2e-5 },
     };

@@ -81,7 +81,7 @@ public sealed class CheckpointSaver : IAsyncDisposable
         Prepare();
         if (_options.Background)
         {
-            await _trainer.OnAllAsync(Snapshot).ConfigureAwait(false);
+            await _trainer.OnAllAsync(runner => Snapshot(runner)).ConfigureAwait(false);
             _pending = Task.Factory.StartNew(
                 () => WriteAll(manifest), CancellationToken.None, TaskCreationOptions.LongRunning, TaskScheduler.Default);
             return;
@@ -97,7 +97,7 @@ public sealed class CheckpointSaver : IAsyncDisposable
                 // a rank that throws ends the training of all
                 try
                 {
-                    if (Write(writer, runner.Rank.Rank, slot => StateCopy.MemoryOf(runner.Find(slot.Name)!)) is { } file)
+                    if (Write(writer, runner.Rank.Rank, MemoryOf(runner)) is { } file)
                         files.Add(file);
                 }
                 catch (Exception e)
@@ -128,8 +128,17 @@ public sealed class CheckpointSaver : IAsyncDisposable
         _claim = null;
     }
 
+    /// The rank's own memory, or a copy of what lies in a GPU's.
+    private Func<StateSlot, nint> MemoryOf(RankRunner runner)
+    {
+        if (!runner.Device.IsCuda)
+            return slot => StateCopy.MemoryOf(runner.Find(slot.Name)!);
+        var copy = Snapshot(runner);
+        return slot => copy.Of(slot.Name);
+    }
+
     /// A copy of what the rank stores, in memory that is used again by the next one.
-    private void Snapshot(RankRunner runner)
+    private StateCopy Snapshot(RankRunner runner)
     {
         var slots = _map.Of(runner.Rank.Rank);
         StateCopy? copy;
@@ -141,6 +150,7 @@ public sealed class CheckpointSaver : IAsyncDisposable
 
         foreach (var slot in slots)
             copy.Take(slot.Name, runner.Find(slot.Name)!);
+        return copy;
     }
 
     private void WriteAll(CheckpointManifest manifest)

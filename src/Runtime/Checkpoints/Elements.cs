@@ -14,11 +14,12 @@ internal static unsafe class Elements
         DType.Tags.BFloat16 => "BF16",
         DType.Tags.Int64 => "I64",
         DType.Tags.Int32 => "I32",
+        DType.Tags.Int16 => "I16",
         _ => "BOOL",
     };
 
     /// May a checkpoint's tensor have it?
-    public static bool IsKnown(string type) => type is "F32" or "BF16" or "F16" or "I64" or "I32" or "BOOL";
+    public static bool IsKnown(string type) => type is "F32" or "BF16" or "F16" or "I64" or "I32" or "I16" or "BOOL";
 
     public static bool IsFloat(string type) => type is "F32" or "BF16" or "F16";
 

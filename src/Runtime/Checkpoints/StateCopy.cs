@@ -28,10 +28,11 @@ internal sealed unsafe class StateCopy : IDisposable
     public void Take(string name, SlotValue value)
     {
         var (at, bytes) = _places[name];
-        Buffer.MemoryCopy(value.Tensor.Pointer(), _memory + at, bytes, bytes);
+        using var host = value.Tensor.OnHost();
+        Buffer.MemoryCopy(host.Pointer(), _memory + at, bytes, bytes);
     }
 
-    /// Where a slot's elements lie.
+    /// Where a slot's elements lie, in the processor's memory.
     public static nint MemoryOf(SlotValue value) => (nint)value.Tensor.Pointer();
 
     /// The copy of a slot.

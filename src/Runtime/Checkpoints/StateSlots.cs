@@ -6,12 +6,18 @@ using DeepSeekGraph.Runtime.Weights;
 
 namespace DeepSeekGraph.Runtime.Checkpoints;
 
-/// A state of the model, by the name of its slot ("X", "master:X", "m:X", "v:X"); of several stages that hold it, the first stores it.
+/// A state of the model, by the name of its slot ("X", "master:X" or "remainder:X", "m:X", "v:X"); of several stages that hold it, the first stores it.
 internal sealed record StateSlot(
     string Name, SlotKind Kind, DType DType, IReadOnlyList<int> Global, IReadOnlyList<int> Block, IReadOnlyList<AxisState> Layout, int Stage)
 {
+    /// fp32 weights.
+    public const string Master = "master:";
+
+    /// What fp32 weights are beyond the parameter.
+    public const string Remainder = "remainder:";
+
     /// What each slot of a checkpoint is called besides the parameter's name.
-    public static IReadOnlyList<string> Prefixes { get; } = ["master:", "m:", "v:"];
+    public static IReadOnlyList<string> Prefixes { get; } = [Master, Remainder, "m:", "v:"];
 
     /// The parameter that a state is of.
     public static string ParameterOf(string name)

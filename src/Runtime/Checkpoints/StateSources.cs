@@ -1,21 +1,43 @@
 // From which tensor of a checkpoint each state of a plan is filled, whatever the plan that wrote it.
 
 using DeepSeekGraph.Runtime.Execution;
+using DeepSeekGraph.Runtime.Kernels;
 using DeepSeekGraph.Runtime.Memory;
 using DeepSeekGraph.Runtime.Parameters;
 
 namespace DeepSeekGraph.Runtime.Checkpoints;
 
 /// Made once, before anything is allocated; then each rank fills its own. Same type: bitwise. A parameter and its master weights stand
-/// in for each other, the wider one where both are there. Without any optimizer state, moments start at zero.
+/// in for each other, the wider one where both are there; an fp32 master turns into a weight with a remainder, and back, bitwise.
+/// Without any optimizer state, moments start at zero.
 public sealed unsafe class StateSources
 {
     private const int MostNames = 200;
 
     private readonly CheckpointReader _checkpoint;
-    private readonly Dictionary<string, StoredTensor> _sources = new(StringComparer.Ordinal);
+    private readonly Dictionary<string, Source> _sources = new(StringComparer.Ordinal);
 
     private StateSources(CheckpointReader checkpoint) => _checkpoint = checkpoint;
+
+    private enum Form
+    {
+        /// The tensor's elements, rounded to nearest even where the slot's type is narrower.
+        Stored,
+
+        /// The values of weight and remainder together, likewise.
+        Values,
+
+        /// The weight that goes with the remainder of the values.
+        HighHalf,
+
+        /// That remainder.
+        LowHalf,
+    }
+
+    private sealed record Source(StoredWeight Weight, Form Form)
+    {
+        public bool Fits(DType type) => Form == Form.Stored ? Elements.Converts(Weight.Tensor.Dtype, Elements.NameOf(type)) : Weight.IsSound;
+    }
 
     /// What is not as a resumed run would have it, without being wrong.
     public IReadOnlyList<string> Remarks { get; private init; } = [];
@@ -34,19 +56,21 @@ public sealed unsafe class StateSources
                 ? []
                 : ["the checkpoint holds weights only: moments of the optimizer start at zero"],
         };
+        var planned = slots.Select(slot => slot.Name).ToHashSet(StringComparer.Ordinal);
         foreach (var slot in slots)
         {
-            if (Source(checkpoint, slot) is not { } source)
+            if (SourceOf(checkpoint, slot, planned) is not { } source)
             {
                 if (hasOptimizer || IsWeight(slot.Name))
                     missing.Add((slot.Name, slot.Name));
                 continue;
             }
 
-            if (!source.Shape.SequenceEqual(slot.Global))
-                shapes.Add((slot.Name, $"{slot.Name} is [{string.Join(", ", source.Shape)}] in the checkpoint, [{string.Join(", ", slot.Global)}] in the plan"));
-            else if (!Elements.Converts(source.Dtype, Elements.NameOf(slot.DType)))
-                types.Add((slot.Name, $"{slot.Name} is {source.Dtype} in the checkpoint, {slot.DType.Name} in the plan"));
+            var shape = source.Weight.Tensor.Shape;
+            if (!shape.SequenceEqual(slot.Global))
+                shapes.Add((slot.Name, $"{slot.Name} is [{string.Join(", ", shape)}] in the checkpoint, [{string.Join(", ", slot.Global)}] in the plan"));
+            else if (!source.Fits(slot.DType))
+                types.Add((slot.Name, $"{slot.Name} is {source.Weight.Types} in the checkpoint, {slot.DType.Name} in the plan"));
             else
                 sources._sources.Add(slot.Name, source);
         }
@@ -80,10 +104,32 @@ public sealed unsafe class StateSources
                 continue;
             }
 
-            var box = Shard.Of(source.Shape, value.Info.Layout, runner.Rank);
+            var box = Shard.Of(source.Weight.Tensor.Shape, value.Info.Layout, runner.Rank);
             if (!box.Extents.SequenceEqual(value.Info.Extents))
                 throw new InvalidOperationException($"slot {value.Info.Name} is [{string.Join(", ", value.Info.Extents)}], not its box");
-            _checkpoint.CopyBox(source, box, Elements.NameOf(value.Info.DType), value.Tensor.Pointer());
+            value.Tensor.FillOnHost(host => Copy(source, box, value.Info.DType, host.Pointer()));
+        }
+    }
+
+    private void Copy(Source source, Shard box, DType dtype, void* target)
+    {
+        switch (source.Form)
+        {
+            case Form.Stored:
+                _checkpoint.CopyBox(source.Weight.Tensor, box, Elements.NameOf(dtype), target);
+                break;
+            case Form.Values when dtype.IsFloat32:
+                source.Weight.CopyTo<F32>(_checkpoint, box, target);
+                break;
+            case Form.Values:
+                source.Weight.CopyTo<BF16>(_checkpoint, box, target);
+                break;
+            case Form.HighHalf:
+                source.Weight.CopyTo<HighHalf>(_checkpoint, box, target);
+                break;
+            case Form.LowHalf:
+                source.Weight.CopyTo<LowHalf>(_checkpoint, box, target);
+                break;
         }
     }
 
@@ -104,16 +150,28 @@ public sealed unsafe class StateSources
     }
 
     private static bool IsWeight(string name)
-        => name == StateSlot.ParameterOf(name) || name.StartsWith(StateSlot.Prefixes[0], StringComparison.Ordinal);
+        => StateSlot.ParameterOf(name) is var parameter
+            && (name == parameter || name == StateSlot.Master + parameter || name == StateSlot.Remainder + parameter);
 
-    /// The state of that name and type; of weights, else the wider of parameter and master.
-    private static StoredTensor? Source(CheckpointReader checkpoint, StateSlot slot)
+    /// The state of that name and type; of weights, else their most precise form. What a plan keeps in halves comes from halves or is
+    /// made of one form, both alike; a weight beside an fp32 master is that master rounded, whatever halves the checkpoint has.
+    private static Source? SourceOf(CheckpointReader checkpoint, StateSlot slot, HashSet<string> planned)
     {
-        var same = checkpoint.Find(slot.Name);
-        if (!IsWeight(slot.Name) || same?.Dtype == Elements.NameOf(slot.DType))
-            return same;
+        var same = checkpoint.Find(slot.Name) is { } found ? new StoredWeight(found, null) : null;
+        if (!IsWeight(slot.Name))
+            return Of(same, Form.Stored);
         var parameter = StateSlot.ParameterOf(slot.Name);
-        StoredTensor?[] both = [checkpoint.Find(parameter), checkpoint.Find(StateSlot.Prefixes[0] + parameter)];
-        return both.OfType<StoredTensor>().MaxBy(tensor => Weights.SafeTensorTypes.BytesOf(tensor.Dtype));
+        var best = StoredWeight.Of(checkpoint, parameter);
+        var isSplit = best?.Remainder is not null;
+        if (slot.Name == StateSlot.Remainder + parameter)
+            return isSplit && best!.IsSound ? Of(same, Form.Stored) : Of(best, Form.LowHalf);
+        if (planned.Contains(StateSlot.Remainder + parameter))
+            return isSplit && best!.IsSound ? Of(same, Form.Stored) : Of(best, Form.HighHalf);
+        var isSame = same?.Tensor.Dtype == Elements.NameOf(slot.DType);
+        return isSplit && !(isSame && !planned.Contains(StateSlot.Master + parameter))
+            ? Of(best, Form.Values)
+            : Of(isSame ? same : best, Form.Stored);
+
+        static Source? Of(StoredWeight? weight, Form form) => weight is null ? null : new(weight, form);
     }
 }

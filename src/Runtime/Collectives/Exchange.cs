@@ -28,13 +28,23 @@ internal sealed class Parcel(Tensor?[] tensors, RowSet?[] rows) : IDisposable
         for (var i = 0; i < values.Count; i++)
         {
             if (values[i].HoldsRows)
-                rows[i] = values[i].Rows;
+                rows[i] = HostRows(values[i]);
             else
                 tensors[i] = values[i].Tensor.clone();
         }
 
         return new Parcel(tensors, rows);
     }
+
+    /// <summary>Ranks of one process exchange rows by their order, which a GPU keeps to itself.</summary>
+    private static RowSet HostRows(SlotValue value)
+        => value.Device.type == TorchSharp.DeviceType.CPU
+            ? value.Rows
+            : throw DiagnosticException.Of(
+                Codes.DeviceUnsupported,
+                value.Info.Name,
+                "ranks that share a GPU cannot exchange routed rows",
+                "choose expert parallelism 1 (--ep 1) on one GPU, or leave --device out");
 
     public void Dispose()
     {
@@ -120,7 +130,7 @@ internal static class Reduction
             using var part = exchange[member].Tensors[i]!.narrow(dim, block * length, length);
             if (result is null)
             {
-                result = empty(part.shape, dtype: part.dtype == ScalarType.BFloat16 ? ScalarType.Float32 : part.dtype);
+                result = empty(part.shape, dtype: part.dtype == ScalarType.BFloat16 ? ScalarType.Float32 : part.dtype, device: part.device);
                 result.copy_(part).On(result);
             }
             else

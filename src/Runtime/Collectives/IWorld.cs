@@ -1,4 +1,5 @@
 // The world a process is part of: which ranks it runs, how those meet the others, and what ends the job.
+using DeepSeekGraph.Runtime.Cuda;
 using DeepSeekGraph.Runtime.Kernels;
 
 namespace DeepSeekGraph.Runtime.Collectives;
@@ -15,8 +16,11 @@ public interface IWorld : IDisposable
     /// <summary>Does this process run the rank?</summary>
     bool Owns(int rank);
 
-    /// <summary>The collectives of a rank that this process owns; `groups` are all that the plan has.</summary>
-    ICollectives For(RankContext rank, IReadOnlyList<Group> groups);
+    /// <summary>
+    /// The collectives of a rank that this process owns, on the thread of the rank; `groups` are all that the plan has, `device` is where
+    /// its values are, null: the processor.
+    /// </summary>
+    ICollectives For(RankContext rank, IReadOnlyList<Group> groups, RankDevice? device = null);
 
     /// <summary>Cancelled when a rank of any process failed or the job was cancelled.</summary>
     CancellationToken Stop { get; }

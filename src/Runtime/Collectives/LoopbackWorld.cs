@@ -1,5 +1,6 @@
 // What the ranks of one process share: meeting places, and the first error of the job.
 using System.Collections.Concurrent;
+using DeepSeekGraph.Runtime.Cuda;
 using DeepSeekGraph.Runtime.Kernels;
 
 namespace DeepSeekGraph.Runtime.Collectives;
@@ -40,7 +41,7 @@ public sealed class LoopbackWorld : IWorld
     public bool Owns(int rank) => true;
 
     /// <summary>The collectives of one rank.</summary>
-    public ICollectives For(RankContext rank, IReadOnlyList<Group> groups) => new LoopbackCollectives(this, rank);
+    public ICollectives For(RankContext rank, IReadOnlyList<Group> groups, RankDevice? device = null) => new LoopbackCollectives(this, rank);
 
     public byte[] Meet(string topic, byte[] mine, Func<IReadOnlyList<byte[]>, byte[]> decide, CancellationToken stop) => decide([mine]);
 

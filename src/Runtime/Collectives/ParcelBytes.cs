@@ -100,6 +100,8 @@ internal static class ParcelBytes
 
     private static void Write(BinaryWriter writer, Tensor tensor)
     {
+        if (tensor.device_type != TorchSharp.DeviceType.CPU)
+            throw new InvalidOperationException("a message is written from the processor's memory; this is a bug in dsg");
         writer.Write((byte)Value.Tensor);
         writer.Write((byte)Array.IndexOf(s_types, tensor.dtype));
         writer.Write((byte)tensor.shape.Length);

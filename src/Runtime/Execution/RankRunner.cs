@@ -1,6 +1,7 @@
 // Start here: one rank walks its timetable and has an executor run each program over the slots of a microbatch.
 using System.Diagnostics;
 using DeepSeekGraph.Runtime.Collectives;
+using DeepSeekGraph.Runtime.Cuda;
 using DeepSeekGraph.Runtime.Kernels;
 using DeepSeekGraph.Runtime.Memory;
 
@@ -22,6 +23,7 @@ public sealed class RankRunner : IDisposable
     private readonly Dictionary<string, int> _places = [];
     private readonly int[] _inputs;
     private readonly SlotValue?[] _shared;
+    private readonly bool[] _readOnce;
     private readonly HashSet<SlotValue> _lent = [];
     private readonly SortedDictionary<int, Frame> _frames = [];
     private readonly Dictionary<int, int> _lastEntries = [];
@@ -37,13 +39,14 @@ public sealed class RankRunner : IDisposable
     /// </summary>
     public RankRunner(
         PlanSet plan, StagePlan stage, RankContext rank, ICollectives collectives, CancellationToken stop,
-        StageCodeFactory? code = null, RankRunner? sharing = null)
+        StageCodeFactory? code = null, RankRunner? sharing = null, RankDevice? device = null)
     {
+        Device = device ?? RankDevice.Cpu;
         Plan = plan;
         Stage = stage;
         Rank = rank;
-        _instructions = new StageInstructions(stage, plan.Groups, KernelTable.Cpu);
-        var site = new StageSite(stage, plan.Groups, rank, collectives, KernelTable.Cpu, stop);
+        _instructions = new StageInstructions(stage, plan.Groups, Device.Kernels);
+        var site = new StageSite(stage, plan.Groups, rank, collectives, Device.Kernels, stop);
         _code = code is null ? new Interpreter(site, _instructions) : code(site);
         for (var i = 0; i < stage.Slots.Count; i++)
             _places[stage.Slots[i].Name] = i;
@@ -58,6 +61,7 @@ public sealed class RankRunner : IDisposable
 
         _inputs = [.. Enumerable.Range(0, stage.Slots.Count).Where(i => stage.Slots[i].Kind.IsInput)];
 
+        _readOnce = ReadOnce();
         var perStep = PerStep();
         _shared = new SlotValue?[stage.Slots.Count];
         var ofStep = new List<SlotValue>();
@@ -70,7 +74,7 @@ public sealed class RankRunner : IDisposable
                 continue;
             }
 
-            var value = new SlotValue(stage.Slots[i], Memory);
+            var value = new SlotValue(stage.Slots[i], Memory, Device.Torch);
             if (value.IsPersistent)
             {
                 var tensor = value.Fill();
@@ -91,6 +95,9 @@ public sealed class RankRunner : IDisposable
     public StagePlan Stage { get; }
 
     public RankContext Rank { get; }
+
+    /// <summary>Where this rank computes.</summary>
+    public RankDevice Device { get; }
 
     /// <summary>Bytes held, by kind, and their peaks.</summary>
     public MemoryMeter Memory { get; } = new();
@@ -135,6 +142,8 @@ public sealed class RankRunner : IDisposable
     public void RunStep(long step, IInputSource inputs, bool epilogue = true, System.Action<SlotValue, int>? observe = null)
     {
         var watched = observe is not null || Trace is not null || Profile is not null;
+        if (Profile is not null)
+            Profile.Steps++;
         try
         {
             AtBorder?.Invoke(-1);
@@ -201,6 +210,27 @@ public sealed class RankRunner : IDisposable
         return perStep;
     }
 
+    /// <summary>Which slots one launch reads, once, and nothing else does.</summary>
+    private bool[] ReadOnce()
+    {
+        var read = new int[Stage.Slots.Count];
+        foreach (var instruction in _instructions.Programs.SelectMany(p => p))
+        {
+            foreach (var input in Inputs(instruction))
+                read[input] += instruction is Instruction.Launch ? 1 : 2;
+        }
+
+        return [.. read.Select(static n => n == 1)];
+    }
+
+    private static int[] Inputs(Instruction instruction)
+        => instruction switch
+        {
+            Instruction.Launch launch => launch.Inputs,
+            Instruction.Start start => start.Inputs,
+            _ => [],
+        };
+
     private static int[] Outputs(Instruction instruction)
         => instruction switch
         {
@@ -217,7 +247,7 @@ public sealed class RankRunner : IDisposable
             if (_shared[i] is { } shared)
                 slots[i] = shared;
             else
-                own.Add(slots[i] = new SlotValue(Stage.Slots[i], Memory));
+                own.Add(slots[i] = new SlotValue(Stage.Slots[i], Memory, Device.Torch) { ReadOnce = _readOnce[i] });
         }
 
         return new Frame(slots, [.. own], _instructions.Tokens);
@@ -271,6 +301,8 @@ public sealed class RankRunner : IDisposable
     /// <summary>After a step of a program, for those who look on.</summary>
     private void Watch(Instruction done, Frame frame, int microbatch, long step, System.Action<SlotValue, int>? observe)
     {
+        if (Profile is not null)
+            Device.Finish();
         Profile?.Add(done is Instruction.Launch { Id: var id } ? id.ToString() : done.GetType().Name, _begin);
         int[] written = [];
         switch (done)
@@ -283,7 +315,7 @@ public sealed class RankRunner : IDisposable
                 {
                     Trace.Visit(Rank, step, launch.Path, microbatch, frame.Slots[written[1]]);
                     if (Trace.Replay)
-                        RouterKernels.Weigh(new KernelCall(launch.Attributes, Slots(launch.Inputs), Slots(written), Rank));
+                        Weigh(new KernelCall(launch.Attributes, Slots(launch.Inputs), Slots(written), Rank));
                 }
 
                 break;
@@ -304,6 +336,14 @@ public sealed class RankRunner : IDisposable
         }
 
         _begin = Stopwatch.GetTimestamp();
+
+        void Weigh(in KernelCall call)
+        {
+            if (Device.IsCuda)
+                CudaRouter.Weigh(call);
+            else
+                RouterKernels.Weigh(call);
+        }
 
         SlotValue[] Slots(int[] places) => [.. places.Select(place => frame.Slots[place])];
     }

@@ -58,7 +58,8 @@ public sealed class RoutingTrace
         int rows = shard.Extents[0], positions = shard.Extents[1], experts = shard.Extents[2];
         _experts[path] = experts;
         var counts = Shard.IsFirstHolder(mask.Info.Layout, rank);
-        var mine = new Span<byte>((byte*)mask.Tensor.Pointer(), rows * positions * experts);
+        using var host = mask.Tensor.OnHost();
+        var mine = new Span<byte>((byte*)host.Pointer(), rows * positions * experts);
         long differing = 0;
         for (var b = 0; b < rows; b++)
         {
@@ -82,6 +83,8 @@ public sealed class RoutingTrace
             }
         }
 
+        if (Replay && mask.Tensor.device_type != TorchSharp.DeviceType.CPU)
+            mask.Tensor.copy_(host).On(mask.Tensor);
         if (Replay && counts)
         {
             Interlocked.Add(ref _tokens, (long)rows * positions);

@@ -12,6 +12,16 @@ public sealed class StepProfile
     public IReadOnlyList<(string Name, double Milliseconds, long Calls)> Totals
         => [.. _totals.Select(t => (t.Key, t.Value.Ticks * 1e3 / Stopwatch.Frequency, t.Value.Calls)).OrderByDescending(t => t.Item2).ThenBy(t => t.Key, StringComparer.Ordinal)];
 
+    /// <summary>Steps counted.</summary>
+    public int Steps { get; internal set; }
+
+    /// <summary>Forgets what was counted.</summary>
+    public void Reset()
+    {
+        _totals.Clear();
+        Steps = 0;
+    }
+
     internal void Add(string name, long begin)
     {
         var (ticks, calls) = _totals.GetValueOrDefault(name);

@@ -2,6 +2,7 @@
 
 using System.Runtime.CompilerServices;
 using DeepSeekGraph.Runtime.Checkpoints;
+using DeepSeekGraph.Runtime.Cuda;
 using DeepSeekGraph.Runtime.Execution;
 using DeepSeekGraph.Runtime.Memory;
 using DeepSeekGraph.Runtime.Native;
@@ -31,6 +32,9 @@ public sealed record GeneratorOptions
 
     public Executor Executor { get; init; }
 
+    /// Where ranks compute.
+    public RankDevice Device { get; init; } = RankDevice.Cpu;
+
     /// Folder of compiled plans; null: the user's cache.
     public string? CodeFolder { get; init; }
 }
@@ -49,6 +53,7 @@ public sealed class Generator : IAsyncDisposable
             ThreadsPerRank = options.ThreadsPerRank,
             Executor = options.Executor,
             CodeFolder = options.CodeFolder,
+            Device = options.Device,
         };
         _prefill = new LocalRanks(prefill, how);
         _decode = new LocalRanks(decode, how with { Sharing = _prefill });

@@ -100,13 +100,17 @@ internal static class ContractionKernels
 {
     /// <summary>a, b -> out by a spec; operands whose types differ meet in fp32, as do bf16 ones with an fp32 result.</summary>
     public static void Contract(in KernelCall call)
+        => Contract(
+            call, Products.TypeOf(call.In(0).dtype, call.In(1).dtype, call.Out().ScalarType), static (a, b) => a.dim() == 2 ? a.mm(b) : a.bmm(b));
+
+    /// <summary>The same with operands in `type` and a product of matrices (or batches of them) that the device has.</summary>
+    internal static void Contract(in KernelCall call, ScalarType type, Func<Tensor, Tensor, Tensor> multiply)
     {
         var spec = ContractionSpec.Of(call.Text(0));
         Tensor a = call.In(0), b = call.In(1);
         Span<long> extent = stackalloc long[spec.Count];
         Measure(extent, spec.ALetters, call.Inputs[0].Info.Extents);
         Measure(extent, spec.BLetters, call.Inputs[1].Info.Extents);
-        var type = Products.TypeOf(a.dtype, b.dtype, call.Out().ScalarType);
         using var wideA = Products.Wide(a, type);
         using var wideB = Products.Wide(b, type);
         var left = spec.Swapped ? wideB ?? b : wideA ?? a;
@@ -114,7 +118,7 @@ internal static class ContractionKernels
         long batch = Product(extent, spec.Batch), rows = Product(extent, spec.M), columns = Product(extent, spec.N), inner = Product(extent, spec.K);
         using var l = Matrix(left, spec.Left, spec.HasBatch ? batch : -1, rows, inner, false);
         using var r = Matrix(right, spec.Right, spec.HasBatch ? batch : -1, columns, inner, true);
-        using var product = spec.HasBatch ? l.bmm(r) : l.mm(r);
+        using var product = multiply(l, r);
         var shape = new long[spec.Computed.Length];
         for (var i = 0; i < shape.Length; i++)
             shape[i] = extent[spec.Computed[i]];

@@ -17,7 +17,7 @@ internal static unsafe class ElementwiseKernels
             return;
         }
 
-        var same = call.AttributeCount == 0 || (call.Ints(0).Count == call.Inputs[0].Info.Extents.Count && Ascending(call.Ints(0)));
+        var same = LieAlike(call);
         if (!same && call.Inputs.Length > 2)
             throw new InvalidOperationException("operands of a sum of more than two lie alike");
         if (!same || a.dtype is not (ScalarType.Float32 or ScalarType.BFloat16))
@@ -80,7 +80,12 @@ internal static unsafe class ElementwiseKernels
         call.Out().Adopt(compute(call.In(0), b));
     }
 
-    private static void AddWhole(in KernelCall call)
+    /// <summary>True where all operands have the dims of the first.</summary>
+    internal static bool LieAlike(in KernelCall call)
+        => call.AttributeCount == 0 || (call.Ints(0).Count == call.Inputs[0].Info.Extents.Count && Ascending(call.Ints(0)));
+
+    /// <summary>Sums by the library: operands that are broadcast, integers, more operands than a kernel takes.</summary>
+    internal static void AddWhole(in KernelCall call)
     {
         using var b = Align(call, 1);
         var sum = call.In(0).add(b, Scalars.One);
@@ -94,7 +99,7 @@ internal static unsafe class ElementwiseKernels
     {
         SlotValue a = call.Inputs[0], b = call.Inputs[operand];
         var dims = call.Ints(0);
-        if (call.AttributeCount == 0 || (dims.Count == a.Info.Extents.Count && Ascending(dims)))
+        if (LieAlike(call))
             return b.Tensor.alias();
         var places = new List<(int At, int From)>();
         for (var i = 0; i < dims.Count; i++)

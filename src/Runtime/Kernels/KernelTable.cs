@@ -1,4 +1,5 @@
 // The runtime's kernels by id; complete, by test.
+using DeepSeekGraph.Runtime.Cuda;
 using DeepSeekGraph.Runtime.Memory;
 
 namespace DeepSeekGraph.Runtime.Kernels;
@@ -9,11 +10,10 @@ public sealed record KernelEntry(Kernel Run, bool Adopts);
 /// <summary>KernelId -> kernel for the CPU.</summary>
 public static class KernelTable
 {
-    private static readonly Dictionary<KernelId, KernelEntry> Entries = new()
+    /// <summary>What LibTorch does alike on any device.</summary>
+    internal static readonly IReadOnlyDictionary<KernelId, KernelEntry> Either = new Dictionary<KernelId, KernelEntry>
     {
         [KernelId.Full] = Fills(SourceKernels.Full),
-        [KernelId.Iota] = Fills(SourceKernels.Iota),
-        [KernelId.Add] = Adopts(ElementwiseKernels.Add),
         [KernelId.Sub] = Adopts(ElementwiseKernels.Sub),
         [KernelId.Mul] = Adopts(ElementwiseKernels.Mul),
         [KernelId.Div] = Adopts(ElementwiseKernels.Div),
@@ -25,20 +25,26 @@ public static class KernelTable
         [KernelId.Silu] = Adopts(ElementwiseKernels.Silu),
         [KernelId.Scale] = Adopts(ElementwiseKernels.Scale),
         [KernelId.Offset] = Adopts(ElementwiseKernels.Offset),
-        [KernelId.Cast] = Fills(ElementwiseKernels.Cast),
         [KernelId.Slice] = Fills(MovementKernels.Slice),
         [KernelId.Pad] = Fills(MovementKernels.Pad),
         [KernelId.Concat] = Fills(MovementKernels.Concat),
         [KernelId.Broadcast] = Fills(MovementKernels.Broadcast),
-        [KernelId.LocalSlice] = Fills(MovementKernels.LocalSlice),
         [KernelId.Transpose] = Fills(MovementKernels.Transpose),
         [KernelId.Zigzag] = Fills(MovementKernels.Zigzag),
+        [KernelId.Sum] = Adopts(ReductionKernels.Sum),
+        [KernelId.Max] = Adopts(ReductionKernels.Max),
+    };
+
+    private static readonly Dictionary<KernelId, KernelEntry> Entries = new(Either)
+    {
+        [KernelId.Iota] = Fills(SourceKernels.Iota),
+        [KernelId.Add] = Adopts(ElementwiseKernels.Add),
+        [KernelId.Cast] = Fills(ElementwiseKernels.Cast),
+        [KernelId.LocalSlice] = Fills(MovementKernels.LocalSlice),
         [KernelId.Contract] = Adopts(ContractionKernels.Contract),
         [KernelId.GroupedMatMul] = Fills(GroupedKernels.GroupedMatMul),
         [KernelId.GroupedWeightGrad] = Fills(GroupedKernels.GroupedWeightGrad),
         [KernelId.Fp8Quantize] = Fills(QuantizationKernels.Fp8Quantize),
-        [KernelId.Sum] = Adopts(ReductionKernels.Sum),
-        [KernelId.Max] = Adopts(ReductionKernels.Max),
         [KernelId.RmsNorm] = Fills(NormalizationKernels.RmsNorm),
         [KernelId.RmsNormGradX] = Fills(NormalizationKernels.RmsNormGradX),
         [KernelId.RmsNormGradW] = Fills(NormalizationKernels.RmsNormGradW),
@@ -90,18 +96,19 @@ public static class KernelTable
     /// <summary>The kernels for one CPU core per rank.</summary>
     public static IReadOnlyDictionary<KernelId, KernelEntry> Cpu => Entries;
 
-    /// <summary>Runs one kernel outside a plan.</summary>
+    /// <summary>Runs one kernel outside a plan; without a device on the processor.</summary>
     public static void Run(
-        KernelId id, IReadOnlyList<Attribute> attributes, SlotValue[] inputs, SlotValue[] outputs, RankContext rank)
+        KernelId id, IReadOnlyList<Attribute> attributes, SlotValue[] inputs, SlotValue[] outputs, RankContext rank, RankDevice? device = null)
     {
-        Entries[id].Run(new KernelCall(attributes, inputs, outputs, rank));
+        device?.Enter();
+        (device ?? RankDevice.Cpu).Kernels[id].Run(new KernelCall(attributes, inputs, outputs, rank));
 
         // here nobody else may hold the slots: a collected tensor frees memory that native code still reads
         GC.KeepAlive(inputs);
         GC.KeepAlive(outputs);
     }
 
-    private static KernelEntry Fills(Kernel run) => new(run, false);
+    internal static KernelEntry Fills(Kernel run) => new(run, false);
 
-    private static KernelEntry Adopts(Kernel run) => new(run, true);
+    internal static KernelEntry Adopts(Kernel run) => new(run, true);
 }

@@ -82,7 +82,7 @@ internal static unsafe class StepKernels
     /// <summary>
     /// grad, scale[], lr[], step[] -> master, m, v, param; all but a temporary param in place. Decoupled decay, bias corrected; one pass.
     /// Moments and param may be bf16: they are read as fp32, and rounded to nearest even after fp32 arithmetic; the update itself
-    /// uses the moments before they are rounded.
+    /// uses the moments before they are rounded. With the weight as fifth input, the master is a remainder of i16 (Halves).
     /// </summary>
     public static void AdamW(in KernelCall call)
     {
@@ -136,37 +136,46 @@ internal static unsafe class StepKernels
     private static void AdamW<TFirst>(in KernelCall call)
         where TFirst : struct, IElement
     {
-        var second = Simd.IsBFloat16(call.Out(2).Tensor.dtype);
-        switch (second, Simd.IsBFloat16(call.Out(3).Tensor.dtype))
+        if (Simd.IsBFloat16(call.Out(2).Tensor.dtype))
+            AdamW<TFirst, BF16>(call);
+        else
+            AdamW<TFirst, F32>(call);
+    }
+
+    private static void AdamW<TFirst, TSecond>(in KernelCall call)
+        where TFirst : struct, IElement
+        where TSecond : struct, IElement
+    {
+        var narrow = Simd.IsBFloat16(call.Out(3).Tensor.dtype);
+        switch (call.Out(0).Tensor.dtype)
         {
-            case (false, false):
-                AdamW<TFirst, F32, F32>(call);
+            case ScalarType.Float32 when narrow:
+                AdamW<TFirst, TSecond, Beside<BF16>>(call, null);
                 break;
-            case (false, true):
-                AdamW<TFirst, F32, BF16>(call);
+            case ScalarType.Float32:
+                AdamW<TFirst, TSecond, Beside<F32>>(call, null);
                 break;
-            case (true, false):
-                AdamW<TFirst, BF16, F32>(call);
+            case ScalarType.Int16 when narrow && call.Inputs.Length == 5 && Simd.IsBFloat16(call.In(4).dtype):
+                AdamW<TFirst, TSecond, Halves>(call, call.In(4).Pointer());
                 break;
-            case (true, true):
-                AdamW<TFirst, BF16, BF16>(call);
-                break;
+            case var other:
+                throw new InvalidOperationException($"AdamW needs an fp32 master, or a remainder beside a bf16 weight, not {other}");
         }
     }
 
-    private static void AdamW<TFirst, TSecond, TParam>(in KernelCall call)
+    private static void AdamW<TFirst, TSecond, TMaster>(in KernelCall call, void* weight)
         where TFirst : struct, IElement
         where TSecond : struct, IElement
-        where TParam : struct, IElement
+        where TMaster : struct, IMaster
     {
         double beta1 = call.Float(0), beta2 = call.Float(1), eps = call.Float(2), decay = call.Float(3);
         double clip = Number(call.In(1)), lr = Number(call.In(2)), step = Number(call.In(3));
         using var grad = Operand.Float(call.In(0));
-        var master = (float*)call.Out(0).Tensor.Pointer();
-        void* m = call.Out(1).Tensor.Pointer(), v = call.Out(2).Tensor.Pointer(), param = call.Out(3).Tensor.Pointer();
+        void* master = call.Out(0).Tensor.Pointer(), param = call.Out(3).Tensor.Pointer();
+        void* m = call.Out(1).Tensor.Pointer(), v = call.Out(2).Tensor.Pointer();
         var n = call.Out(0).Tensor.numel();
-        if (call.In(0).numel() != n || call.Out(0).Tensor.dtype != ScalarType.Float32)
-            throw new InvalidOperationException("AdamW needs an fp32 master of its gradient's size");
+        if (call.In(0).numel() != n || (weight != null && call.In(4).numel() != n))
+            throw new InvalidOperationException("AdamW needs a master, and a weight beside a remainder, of its gradient's size");
 
         float b1 = (float)beta1, b2 = (float)beta2, c1 = (float)(1 - beta1), c2 = (float)(1 - beta2), scale = (float)clip;
         var keep = (float)(1 - (lr * decay));
@@ -179,11 +188,10 @@ internal static unsafe class StepKernels
             var g = F32.Load8(grad.P, i) * scale;
             var m1 = (TFirst.Load8(m, i) * b1) + (g * c1);
             var v1 = (TSecond.Load8(v, i) * b2) + (g * g * c2);
-            var p = (F32.Load8(master, i) * keep) - (m1 * rate / ((Vector256.Sqrt(v1) * root) + Vector256.Create(tiny)));
+            var p = (TMaster.Load8(weight, master, i) * keep) - (m1 * rate / ((Vector256.Sqrt(v1) * root) + Vector256.Create(tiny)));
             TFirst.Store8(m, i, m1);
             TSecond.Store8(v, i, v1);
-            F32.Store8(master, i, p);
-            TParam.Store8(param, i, p);
+            TMaster.Store8(param, master, i, p);
         }
 
         for (; i < n; i++)
@@ -191,11 +199,10 @@ internal static unsafe class StepKernels
             var g = grad.Floats[i] * scale;
             var m1 = (TFirst.Load(m, i) * b1) + (g * c1);
             var v1 = (TSecond.Load(v, i) * b2) + (g * g * c2);
-            var p = (master[i] * keep) - (m1 * rate / ((MathF.Sqrt(v1) * root) + tiny));
+            var p = (TMaster.Load(weight, master, i) * keep) - (m1 * rate / ((MathF.Sqrt(v1) * root) + tiny));
             TFirst.Store(m, i, m1);
             TSecond.Store(v, i, v1);
-            master[i] = p;
-            TParam.Store(param, i, p);
+            TMaster.Store(param, master, i, p);
         }
     }
 }

@@ -4,6 +4,7 @@ using System.Net.Sockets;
 using System.Reflection;
 using System.Runtime.ExceptionServices;
 using DeepSeekGraph.Runtime.Collectives;
+using DeepSeekGraph.Runtime.Cuda;
 using DeepSeekGraph.Runtime.Kernels;
 
 namespace DeepSeekGraph.Runtime.Launch;
@@ -17,6 +18,7 @@ public sealed class ProcessWorld : IWorld
     private readonly HubClient _client;
     private readonly IMessages _messages;
     private readonly (MpiLibrary Library, MpiMessages Messages)? _mpi;
+    private readonly List<NcclCollectives> _nccl = [];
     private Func<string> _where = static () => "";
     private Exception? _firstError;
     private bool _disposed;
@@ -88,7 +90,24 @@ public sealed class ProcessWorld : IWorld
 
     public bool Owns(int rank) => rank == Process;
 
-    public ICollectives For(RankContext rank, IReadOnlyList<Group> groups)
+    /// <summary>What the host waited for GPUs to tell how many rows of routed tokens come, in all; null without NCCL.</summary>
+    public TimeSpan? HostWait => _nccl.Count == 0 ? null : _nccl.Aggregate(TimeSpan.Zero, static (sum, one) => sum + one.HostWait);
+
+    public ICollectives For(RankContext rank, IReadOnlyList<Group> groups, RankDevice? device = null)
+        => device is { IsCuda: true } && Processes > 1 ? Nccl(rank, groups, device) : OnHost(rank, groups);
+
+    private NcclCollectives Nccl(RankContext rank, IReadOnlyList<Group> groups, RankDevice device)
+    {
+        var job = new NcclJob(Processes, Stop)
+        {
+            Device = device.Torch, Abort = Abort, FirstError = () => FirstError, Whereabouts = () => _where(),
+        };
+        var made = new NcclCollectives(new NcclCalls(device.Index), rank, groups, id => Meet("nccl", id, static all => all[0], Stop), job);
+        _nccl.Add(made);
+        return made;
+    }
+
+    private ICollectives OnHost(RankContext rank, IReadOnlyList<Group> groups)
         => _mpi is var (library, messages)
             ? new MpiCollectives(library, messages, rank, groups, Stop)
             : new MessageCollectives(_messages, rank, Stop);
@@ -126,6 +145,8 @@ public sealed class ProcessWorld : IWorld
             _disposed = true;
         }
 
+        foreach (var one in _nccl)
+            one.Dispose();
         _messages.Dispose();
         _client.Dispose();
         _hub?.Dispose();

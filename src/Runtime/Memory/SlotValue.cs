@@ -1,4 +1,5 @@
 // One instance of a slot: a tensor or a row set, and the bytes it holds.
+using DeepSeekGraph.Runtime.Cuda;
 using static TorchSharp.torch;
 
 namespace DeepSeekGraph.Runtime.Memory;
@@ -7,16 +8,24 @@ namespace DeepSeekGraph.Runtime.Memory;
 public sealed class SlotValue : IDisposable
 {
     private readonly MemoryMeter? _meter;
+    private readonly Device? _device;
     private Tensor? _tensor;
     private RowSet? _rows;
+    private DeviceRows? _deviceRows;
     private long _bytes;
+    private bool _zero;
 
-    public SlotValue(SlotInfo info, MemoryMeter? meter = null)
+    /// <summary>`device`: where the storage lies; null: in the memory of the processor.</summary>
+    public SlotValue(SlotInfo info, MemoryMeter? meter = null, Device? device = null)
     {
         Info = info;
         _meter = meter;
+        _device = device;
         ScalarType = info.DType.ToScalarType();
     }
+
+    /// <summary>True for a value of a microbatch that one step reads and no other: that step may take over its storage.</summary>
+    public bool ReadOnce { get; init; }
 
     /// <summary>The slot this is an instance of.</summary>
     public SlotInfo Info { get; }
@@ -25,16 +34,47 @@ public sealed class SlotValue : IDisposable
     public ScalarType ScalarType { get; }
 
     /// <summary>True once something was written.</summary>
-    public bool IsSet => _tensor is not null || _rows is not null;
+    public bool IsSet => _tensor is not null || _rows is not null || _deviceRows is not null;
 
     /// <summary>The tensor; an error when the slot was never written.</summary>
-    public Tensor Tensor => _tensor ?? throw new InvalidOperationException($"slot {Info.Name} holds no tensor");
+    public Tensor Tensor
+    {
+        get
+        {
+            var tensor = _tensor ?? throw new InvalidOperationException($"slot {Info.Name} holds no tensor");
+            if (_zero)
+                tensor.zero_().On(tensor);
+            _zero = false;
+            return tensor;
+        }
+    }
 
     /// <summary>The row set; an error when the slot holds none.</summary>
     public RowSet Rows => _rows ?? throw new InvalidOperationException($"slot {Info.Name} holds no row set");
 
+    /// <summary>The row set of a GPU; an error when the slot holds none.</summary>
+    public DeviceRows DeviceRows => _deviceRows ?? throw new InvalidOperationException($"slot {Info.Name} holds no row set of a GPU");
+
     /// <summary>True when the value is a row set.</summary>
-    public bool HoldsRows => _rows is not null;
+    public bool HoldsRows => _rows is not null || _deviceRows is not null;
+
+    /// <summary>Where the storage lies.</summary>
+    public Device Device => _device ?? CPU;
+
+    /// <summary>Says that the storage is all zero without writing it: whoever reads it next, or adds to it, makes that true.</summary>
+    public void SetZero()
+    {
+        _ = Fill();
+        _zero = true;
+    }
+
+    /// <summary>The storage to add to. `fresh`: it counts as zero but holds anything, and the first sum must overwrite it whole.</summary>
+    public Tensor ToAddTo(out bool fresh)
+    {
+        fresh = _zero;
+        _zero = false;
+        return Tensor;
+    }
 
     /// <summary>The storage dim of a logical dim: routed values store (batch, seq, expert) as one.</summary>
     public int StorageDim(int dim) => !Info.Routed ? dim : Math.Max(0, dim - 2);
@@ -42,17 +82,43 @@ public sealed class SlotValue : IDisposable
     /// <summary>The storage to fill, of the slot's extents; `rows` for the first dim of routed values. Contents are undefined.</summary>
     public Tensor Fill(int rows = -1)
     {
+        _zero = false;
         if (!Info.Routed && _tensor is { } ready)
             return ready;
         var shape = Shape(rows);
         if (_tensor is { } old && old.shape.AsSpan().SequenceEqual(shape))
             return old;
-        Set(empty(shape, dtype: ScalarType), null);
+        Set(empty(shape, dtype: ScalarType, device: _device), null);
         return _tensor!;
     }
 
     /// <summary>The storage of a slot whose shape is that of `like` (routed values take its rows).</summary>
     public Tensor FillLike(Tensor like) => Fill(Info.Routed ? (int)like.shape[0] : -1);
+
+    /// <summary>
+    /// Adds a value to an accumulator that counts as zero by exchanging their storage; false where that cannot be. The value's
+    /// slot then holds anything.
+    /// </summary>
+    public bool TakeFirst(SlotValue value)
+    {
+        if (!_zero || !value.ReadOnce || value.ScalarType != ScalarType || value._tensor is null || Info.Routed || value.Info.Routed)
+            return false;
+        (_tensor, value._tensor) = (value._tensor, _tensor);
+        _zero = false;
+        return true;
+    }
+
+    /// <summary>Takes over the storage of a value that nobody else reads, which then holds nothing; false where that cannot be.</summary>
+    public bool TakeOver(SlotValue value)
+    {
+        if (!value.ReadOnce || IsPersistent || value.ScalarType != ScalarType || value._tensor is not { } tensor
+            || Info.Routed || value.Info.Routed || !value.Info.Extents.SequenceEqual(Info.Extents))
+            return false;
+        value._tensor = null;
+        value.Set(null, null);
+        Set(tensor, null);
+        return true;
+    }
 
     /// <summary>Takes over a result that shares memory with nothing; cast and made contiguous where need be.</summary>
     public void Adopt(Tensor result)
@@ -75,6 +141,15 @@ public sealed class SlotValue : IDisposable
 
     /// <summary>Stores a row set.</summary>
     public void Adopt(RowSet rows) => Set(null, rows);
+
+    /// <summary>Takes over a row set of a GPU.</summary>
+    public void Adopt(DeviceRows rows)
+    {
+        Set(null, null);
+        _deviceRows = rows;
+        _bytes = rows.Bytes;
+        _meter?.Change(Info.Kind, _bytes);
+    }
 
     /// <summary>Gives the memory back.</summary>
     public void Dispose() => Set(null, null);
@@ -107,6 +182,9 @@ public sealed class SlotValue : IDisposable
     {
         if (ReferenceEquals(tensor, _tensor) && tensor is not null)
             return;
+        _zero = false;
+        _deviceRows?.Dispose();
+        _deviceRows = null;
         _tensor?.Dispose();
         _tensor = tensor;
         _rows = rows;

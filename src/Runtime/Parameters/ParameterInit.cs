@@ -11,19 +11,41 @@ public static unsafe class ParameterInit
     /// <summary>Fills an fp32 or bf16 tensor that holds the box `shard` of a parameter.</summary>
     public static void Fill(Tensor local, Shard shard, Init init, string name, ulong seed)
     {
-        if (init is not Init.Normal { Std: var std })
-        {
-            using var value = (TorchSharp.Scalar)(init.IsOnes ? 1f : 0f);
-            local.fill_(value).On(local);
-            return;
-        }
-
-        var key = Key(name, seed);
-        var p = local.Pointer();
         if (Simd.IsBFloat16(local.dtype))
-            shard.ForEachRun((g, l, n) => Normals<BF16>(key, std, g, p, l, n));
+            Fill<BF16>(local, shard, init, name, seed);
         else
-            shard.ForEachRun((g, l, n) => Normals<F32>(key, std, g, p, l, n));
+            Fill<F32>(local, shard, init, name, seed);
+    }
+
+    /// <summary>As elements of T, which a tensor of its width holds.</summary>
+    internal static void Fill<T>(Tensor local, Shard shard, Init init, string name, ulong seed)
+        where T : struct, IElement
+    {
+        // a rank that computes on a GPU has the cores to itself
+        var spread = local.device_type != TorchSharp.DeviceType.CPU;
+        local.FillOnHost(host =>
+        {
+            var p = (nint)host.Pointer();
+            if (init is Init.Normal { Std: var std })
+            {
+                var key = Key(name, seed);
+                shard.ForEachRun((g, l, n) => Each(spread, n, (at, count) => Normals<T>(key, std, g + at, (void*)p, l + at, count)));
+                return;
+            }
+
+            for (long i = 0, n = host.numel(); i < n; i++)
+                T.Store((void*)p, i, init.IsOnes ? 1f : 0f);
+        });
+    }
+
+    /// <summary>All of n elements in one go, or piece by piece on all cores.</summary>
+    private static void Each(bool spread, long n, System.Action<long, long> fill)
+    {
+        const long Piece = 1 << 18;
+        if (!spread || n <= Piece)
+            fill(0, n);
+        else
+            Parallel.For(0, (n + Piece - 1) / Piece, i => fill(i * Piece, Math.Min(Piece, n - (i * Piece))));
     }
 
     /// <summary>Element `index` of a parameter drawn from Normal(0, std).</summary>

@@ -1,13 +1,14 @@
 // Initial values of a rank's parameters and of the optimizer's copies of them.
 using DeepSeekGraph.Runtime.Checkpoints;
 using DeepSeekGraph.Runtime.Execution;
+using DeepSeekGraph.Runtime.Kernels;
 using DeepSeekGraph.Runtime.Memory;
 using static TorchSharp.torch;
 
 namespace DeepSeekGraph.Runtime.Parameters;
 
-/// <summary>Fills parameter and `master:` slots, each by its own layout; moments and the rest start at zero.</summary>
-public static class ParameterState
+/// <summary>Fills parameter, `master:` and `remainder:` slots, each by its own layout; moments and the rest start at zero.</summary>
+public static unsafe class ParameterState
 {
     /// <summary>What fills a rank: a checkpoint's states where there is one, else as Initialize says.</summary>
     internal static System.Action<RankRunner> Filler(StateSources? sources, ulong seed, Func<string, Tensor?>? weights)
@@ -21,16 +22,26 @@ public static class ParameterState
             if (runner.Find(parameter.Name) is not { } slot)
                 continue;
             var given = weights?.Invoke(parameter.Name);
-            Fill(slot, given);
-            if (runner.Find("master:" + parameter.Name) is { } master)
-                Fill(master, given);
+            if (runner.Find(StateSlot.Remainder + parameter.Name) is { } remainder)
+            {
+                FillAs<HighHalf>(slot);
+                FillAs<LowHalf>(remainder);
+            }
+            else if (slot.Info.DType.IsBFloat16)
+                FillAs<BF16>(slot);
+            else
+                FillAs<F32>(slot);
 
-            void Fill(SlotValue value, Tensor? whole)
+            if (runner.Find(StateSlot.Master + parameter.Name) is { } master)
+                FillAs<F32>(master);
+
+            void FillAs<T>(SlotValue value)
+                where T : struct, IElement
             {
                 var shard = ShardOf(value, parameter, runner);
-                if (whole is null)
+                if (given is not { } whole)
                 {
-                    ParameterInit.Fill(value.Tensor, shard, parameter.Init, parameter.Name, seed);
+                    ParameterInit.Fill<T>(value.Tensor, shard, parameter.Init, parameter.Name, seed);
                     return;
                 }
 
@@ -44,7 +55,9 @@ public static class ParameterState
                 }
 
                 using var part = shard.View(whole);
-                value.Tensor.copy_(part).On(value.Tensor);
+                using var wide = part.to_type(ScalarType.Float32);
+                using var values = wide.contiguous();
+                value.Tensor.FillOnHost(host => Simd.Copy<F32, T>(values.Pointer(), 0, host.Pointer(), 0, values.numel()));
             }
         }
     }

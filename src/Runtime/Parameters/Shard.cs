@@ -135,11 +135,14 @@ public sealed record Shard(IReadOnlyList<int> Start, IReadOnlyList<int> Extents,
     public unsafe void CopyFrom<T>(ReadOnlySpan<T> global, Tensor local)
         where T : unmanaged
     {
-        var target = (T*)local.Pointer();
         fixed (T* source = global)
         {
             var from = source;
-            ForEachRun((g, l, n) => Buffer.MemoryCopy(from + g, target + l, n * sizeof(T), n * sizeof(T)));
+            local.FillOnHost(host =>
+            {
+                var target = (T*)host.Pointer();
+                ForEachRun((g, l, n) => Buffer.MemoryCopy(from + g, target + l, n * sizeof(T), n * sizeof(T)));
+            });
         }
     }
 }

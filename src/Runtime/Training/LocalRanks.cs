@@ -1,6 +1,7 @@
 // The ranks of a plan that this process owns, as threads, with their world and their code.
 using System.Runtime.ExceptionServices;
 using DeepSeekGraph.Runtime.Collectives;
+using DeepSeekGraph.Runtime.Cuda;
 using DeepSeekGraph.Runtime.Execution;
 using DeepSeekGraph.Runtime.Execution.Generated;
 using DeepSeekGraph.Runtime.Kernels;
@@ -18,6 +19,9 @@ internal sealed record RankOptions
     public string? CodeFolder { get; init; }
 
     public Traffic? Traffic { get; init; }
+
+    /// <summary>Where all ranks compute.</summary>
+    public RankDevice Device { get; init; } = RankDevice.Cpu;
 
     /// <summary>What this process is part of, which outlives the ranks; null: it is alone and owns all of them.</summary>
     public IWorld? World { get; init; }
@@ -39,6 +43,8 @@ internal sealed class LocalRanks : IAsyncDisposable
     {
         _world = options.World ?? new LoopbackWorld { Traffic = options.Traffic };
         _alone = options.World is null;
+        if (options.Device.IsCuda)
+            DevicePlans.Require(plan, _world.Processes);
         if (options.Executor == Executor.Compiled)
             _code = new GeneratedCode(plan, new CodeCache(options.CodeFolder ?? CodeCache.DefaultFolder));
         var perStage = RankContext.RanksPerStage(plan.Mesh);
@@ -48,7 +54,7 @@ internal sealed class LocalRanks : IAsyncDisposable
         {
             var (stage, rank) = (owned[i] / perStage, RankContext.At(plan.Mesh, owned[i] / perStage, owned[i] % perStage));
             var other = options.Sharing?._ranks[i];
-            _ranks[i] = new RankThread(_world, () => Create(stage, rank, other?.Runner), owned[i], options.ThreadsPerRank);
+            _ranks[i] = new RankThread(_world, () => Create(stage, rank, other?.Runner), owned[i], options.ThreadsPerRank, options.Device);
         }
 
         _world.Whereabouts = () => string.Join("; ", _ranks.Select(r => r.Runner?.Whereabouts ?? "the start"));
@@ -56,7 +62,7 @@ internal sealed class LocalRanks : IAsyncDisposable
         RankRunner Create(int stage, RankContext rank, RankRunner? sharing)
         {
             var runner = new RankRunner(
-                plan, plan.Stages[stage], rank, _world.For(rank, plan.Groups), _world.Stop, _code?.For(stage), sharing);
+                plan, plan.Stages[stage], rank, _world.For(rank, plan.Groups, options.Device), _world.Stop, _code?.For(stage), sharing, options.Device);
             prepare?.Invoke(runner);
             return runner;
         }

@@ -1,6 +1,7 @@
 // A thread that runs one rank; the only one that touches its slots while a job is under way.
 using System.Collections.Concurrent;
 using DeepSeekGraph.Runtime.Collectives;
+using DeepSeekGraph.Runtime.Cuda;
 using DeepSeekGraph.Runtime.Execution;
 using DeepSeekGraph.Runtime.Memory;
 
@@ -12,10 +13,10 @@ internal sealed class RankThread : IDisposable
     private readonly Thread _thread;
     private readonly IWorld _world;
 
-    public RankThread(IWorld world, Func<RankRunner> create, int rank, int threads)
+    public RankThread(IWorld world, Func<RankRunner> create, int rank, int threads, RankDevice device)
     {
         _world = world;
-        _thread = new Thread(() => Loop(create, threads), 16 << 20) { IsBackground = true, Name = $"rank {rank}" };
+        _thread = new Thread(() => Loop(create, threads, device), 16 << 20) { IsBackground = true, Name = $"rank {rank}" };
         _thread.Start();
     }
 
@@ -37,7 +38,7 @@ internal sealed class RankThread : IDisposable
         _jobs.Dispose();
     }
 
-    private void Loop(Func<RankRunner> create, int threads)
+    private void Loop(Func<RankRunner> create, int threads, RankDevice device)
     {
         foreach (var (work, done) in _jobs.GetConsumingEnumerable())
         {
@@ -46,6 +47,7 @@ internal sealed class RankThread : IDisposable
                 if (Runner is null)
                 {
                     TensorMemory.PrepareThread(threads);
+                    device.Enter();
                     Runner = create();
                 }
 

@@ -31,6 +31,7 @@ public sealed class Trainer : IAsyncDisposable
             Executor = options.Executor,
             CodeFolder = options.CodeFolder,
             Traffic = options.Traffic,
+            Device = options.Device,
             World = options.World,
         };
         _ranks = new LocalRanks(plan, how, runner =>
@@ -74,7 +75,7 @@ public sealed class Trainer : IAsyncDisposable
     public static async Task<Trainer> StartAsync(PlanSet plan, TrainerOptions options, CancellationToken cancellationToken = default)
     {
         LibTorch.Load();
-        if (options.KeepFreedMemory)
+        if (options.KeepFreedMemory && !options.Device.IsCuda)
             FreedMemory.Keep();
         var sources = options.Checkpoint is { } checkpoint ? StateSources.Of(plan, checkpoint) : null;
         var trainer = new Trainer(plan, options);
@@ -108,6 +109,7 @@ public sealed class Trainer : IAsyncDisposable
                 {
                     SetScalars(runner, step, rate, inputs.Count);
                     runner.RunStep(step, inputs);
+                    runner.Device.Finish();
                 },
                 cancellationToken).ConfigureAwait(false);
             Step = step;
@@ -147,11 +149,21 @@ public sealed class Trainer : IAsyncDisposable
             cancellationToken).ConfigureAwait(false);
     }
 
+    /// <summary>The inputs of a step, for runs of single steps on the ranks' own threads.</summary>
+    public IInputSource InputsOf(long step)
+        => new BatchInputs(Plan, (Options.Batches ?? throw new InvalidOperationException("inputs need TrainerOptions.Batches")).Get(step - 1));
+
     /// <summary>A metric of the last step; null when no rank of this process has one of that name.</summary>
     public double? Metric(string name)
         => Ranks.Reverse().Where(r => r.Rank.Coordinates.All(c => c == 0)).Select(r => r.Find(name)).FirstOrDefault(v => v is not null) is { } slot
-            ? StepKernels.Number(slot.Tensor)
+            ? Number(slot.Tensor)
             : null;
+
+    private static double Number(Tensor scalar)
+    {
+        using var host = scalar.OnHost();
+        return StepKernels.Number(host);
+    }
 
     /// <summary>A metric before the epilogue has reduced it: the sum of its accumulators (`acc:` and the name) over ranks and stages.</summary>
     public double GatherMetric(string name)
@@ -159,7 +171,7 @@ public sealed class Trainer : IAsyncDisposable
         RequireAllRanks();
         int[] stages = [.. Ranks.Where(r => r.Find("acc:" + name) is not null).Select(r => r.Rank.Stage).Distinct()];
         using var sum = Gathering.Sum(Ranks, stages, "acc:" + name);
-        return StepKernels.Number(sum);
+        return Number(sum);
     }
 
     /// <summary>Whole parameters by name, in their compute type; the caller disposes them.</summary>

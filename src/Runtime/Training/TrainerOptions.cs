@@ -1,6 +1,7 @@
 // What a training run needs besides its plan.
 using DeepSeekGraph.Runtime.Checkpoints;
 using DeepSeekGraph.Runtime.Collectives;
+using DeepSeekGraph.Runtime.Cuda;
 using DeepSeekGraph.Runtime.Execution;
 using static TorchSharp.torch;
 
@@ -36,6 +37,9 @@ public sealed record TrainerOptions
 
     /// <summary>LibTorch threads of each rank; results are the same bits for the same number.</summary>
     public int ThreadsPerRank { get; init; } = 1;
+
+    /// <summary>Where ranks compute; all of them share the one device.</summary>
+    public RankDevice Device { get; init; } = RankDevice.Cpu;
 
     /// <summary>What runs the programs.</summary>
     public Executor Executor { get; init; }

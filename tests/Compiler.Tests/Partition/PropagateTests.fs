@@ -94,13 +94,14 @@ let private mapOf (c: Case) (graph: Graph) : AxisMap =
     // rows are exchanged between tokens and experts only: their features stay whole
     let features = graph.Types |> Array.filter _.Routed |> Array.collect (fun t -> t.Names[3..]) |> Array.distinct
 
-    // a router whose weights are split by expert would split the scores that top-k needs whole (models name that axis "router")
+    // a trained value split by expert that is no bank of experts (a router's weights, scores where a graph was cut) would split the
+    // scores that top-k needs whole (models name that axis "router")
     let scoresSplit =
         graph.Nodes
         |> Array.exists (fun n ->
-            n.Op.IsParameter
-            && graph.Types[n.Outputs[0]].Rank < 3
-            && graph.Types[n.Outputs[0]].IndexOf "experts" >= 0)
+            let t = graph.Types[n.Outputs[0]]
+            let experts = t.IndexOf "experts"
+            n.Op.IsParameter && experts >= 0 && (t.Rank < 3 || experts > 0))
 
     let weights =
         names fst

@@ -98,6 +98,7 @@ let private subjects = [
     Subjects.gpipe
     Subjects.deep
     Subjects.interleaved
+    Subjects.remainders
 ]
 
 let private refusedOrHarmless name (make: PlanSet -> Mutations.Mutant seq) =
@@ -383,6 +384,14 @@ let private messages =
             }
 
             onlyCode Codes.PlanLayout "do not fall into 2 blocks" plan
+
+        testCase "an update beside a remainder reads its own weight: every other is told"
+        <| fun () ->
+            let mutants = Mutations.changeWeight Subjects.remainders.Value |> Mutations.sample 400
+            Expect.isGreaterThan mutants.Length 100 "mutants"
+
+            for m in mutants do
+                Expect.isFalse (passes m.Plan) m.Note
 
         testCase "two slots moved onto each other are told by name"
         <| fun () ->

@@ -465,6 +465,53 @@ let private changeGather (plan: PlanSet) = seq {
         | Step.Free _ -> ()
 }
 
+/// Updates beside remainders that read another value of the weight's shape, or a block of another parameter. None is harmless.
+let changeWeight (plan: PlanSet) = seq {
+    for (s, _, i, step) as at in places plan do
+        match step with
+        | Step.Launch(KernelId.AdamW, attributes, inputs, outputs, path) when inputs.Count = 5 ->
+            let slots = plan.Stages[s].Slots
+            let weight = slots[inputs[4]]
+
+            for other in slots do
+                if
+                    other.Id <> weight.Id
+                    && other.DType = weight.DType
+                    && List.ofSeq other.Extents = List.ofSeq weight.Extents
+                then
+                    edit
+                        plan
+                        $"the weight becomes %%%i{other.Id} (%s{other.Name})"
+                        at
+                        (Array.updateAt
+                            i
+                            (Step.Launch(
+                                KernelId.AdamW,
+                                attributes,
+                                Seq.updateAt 4 other.Id inputs |> Array.ofSeq,
+                                outputs,
+                                path
+                            )))
+        | Step.Launch(KernelId.LocalSlice, attributes, inputs, outputs, path) when path.StartsWith "optimizer." ->
+            let slots = plan.Stages[s].Slots
+
+            for other in slots do
+                if
+                    other.Id <> inputs[0]
+                    && other.Kind.IsParameter
+                    && List.ofSeq other.Extents = List.ofSeq slots[inputs[0]].Extents
+                then
+                    edit
+                        plan
+                        $"the block is of %s{other.Name}"
+                        at
+                        (Array.updateAt i (Step.Launch(KernelId.LocalSlice, attributes, [| other.Id |], outputs, path)))
+        | Step.Launch _
+        | Step.Start _
+        | Step.Wait _
+        | Step.Free _ -> ()
+}
+
 /// Bundles whose results change places, or that lose their last operand tuple.
 let private unbundle (plan: PlanSet) = seq {
     for (s, _, i, step) as at in places plan do

@@ -24,6 +24,11 @@ let private plan (recipe: Recipe) = Subjects.compile 2 recipe
 /// Steps of the epilogue of a stage.
 let private epilogue (plan: PlanSet) stage = plan.Stages[stage].Programs |> Seq.find _.Phase.IsEpilogue |> _.Steps
 
+/// The same in bf16, with remainders for masters.
+let private remainders (recipe: Recipe) =
+    let b16 = DType.BFloat16
+    recipe.WithDType(b16).WithStateTypes(MainParams.Remainder, b16, b16, b16)
+
 let private equalBits name (recipe: Recipe) =
     testCase $"%s{name}: sharded states change no bit of loss, gradients and parameters"
     <| fun () ->
@@ -145,7 +150,8 @@ let private stateTypes =
         <| fun () ->
             let b16 = DType.BFloat16
 
-            let recipe = base'.WithParallelism(2, 1, 2, 2).WithDType(b16).WithStateTypes(DType.Float32, b16, b16, b16)
+            let recipe =
+                base'.WithParallelism(2, 1, 2, 2).WithDType(b16).WithStateTypes(MainParams.Float32, b16, b16, b16)
 
             let plan = plan recipe
 
@@ -160,18 +166,81 @@ let private stateTypes =
             Expect.isSome (Subjects.run plan) "it runs"
 
             let wide =
-                Subjects.compile 2 (recipe.WithStateTypes(DType.Float32, DType.Float32, DType.Float32, DType.Float32))
+                Subjects.compile
+                    2
+                    (recipe.WithStateTypes(MainParams.Float32, DType.Float32, DType.Float32, DType.Float32))
 
             let bytes (p: PlanSet) = p.Memory[0].Gradients, p.Memory[0].Optimizer
             let g, o = bytes wide
             // gradients 4 -> 2 bytes; states 4 + 4 + 4 -> 4 + 2 + 2
             Expect.equal (bytes plan) (g / 2L, o * 8L / 12L) "bytes"
 
+        testCase "remainders: 16 bits beside each bf16 weight, an fp32 one its own master, 10 bytes a parameter"
+        <| fun () ->
+            let plan = plan (remainders (base'.WithParallelism(1, 1, 1, 1)))
+            let stage = plan.Stages[0]
+            let slot name = stage.Slots |> Seq.tryFind (fun s -> s.Name = name)
+            let trained = plan.Parameters |> Seq.filter _.Update.IsAdamW |> List.ofSeq
+            Expect.isTrue (trained |> List.exists _.DType.IsFloat32) "gates are of fp32"
+
+            for p in trained do
+                Expect.isNone (slot $"master:%s{p.Name}") "no master"
+
+                match slot $"remainder:%s{p.Name}" with
+                | None -> Expect.equal p.DType DType.Float32 p.Name
+                | Some remainder ->
+                    Expect.equal p.DType DType.BFloat16 p.Name
+                    Expect.equal remainder.DType DType.Int16 p.Name
+                    Expect.equal (List.ofSeq remainder.Extents) (List.ofSeq p.Extents) p.Name
+
+            let row = plan.Memory[0]
+            let numbers = trained |> List.sumBy (fun p -> p.Extents |> Seq.fold (fun n e -> n * int64 e) 1L)
+            let biases = plan.Parameters |> Seq.filter _.Update.IsRouterBias |> Seq.sumBy (fun p -> int64 p.Extents[0])
+            Expect.equal (row.Parameters + row.Gradients + row.Optimizer) (10L * numbers + 4L * biases) "bytes"
+
+        testCase "remainders of shards: the weight's block is cut out of the parameter, once, right before its update"
+        <| fun () ->
+            let plan = plan (remainders (base'.WithParallelism(2, 1, 2, 2)))
+            let slots = plan.Stages[0].Slots
+            let work = epilogue plan 0 |> Seq.filter _.IsLaunch |> Array.ofSeq
+            let mutable cut = 0
+
+            work
+            |> Array.iteri (fun i step ->
+                match step with
+                | Step.Launch(KernelId.AdamW, _, inputs, outputs, _) when inputs.Count = 5 ->
+                    let parameter = slots[outputs[0]].Name.Substring "remainder:".Length
+
+                    if slots[outputs[3]].Kind.IsTemporary then
+                        cut <- cut + 1
+
+                        match work[i - 1] with
+                        | Step.Launch(KernelId.LocalSlice, _, from, into, _) ->
+                            Expect.equal slots[from[0]].Name parameter "of the parameter"
+                            Expect.equal into[0] inputs[4] "for the update"
+                        | other -> failtestf "%A comes before the update of %s" other parameter
+                    else
+                        Expect.equal inputs[4] outputs[3] "a whole parameter is updated in place"
+                | Step.Launch _
+                | Step.Start _
+                | Step.Wait _
+                | Step.Free _ -> ())
+
+            Expect.isGreaterThan cut 10 "shards"
+
+        testCase "remainders say nothing of an fp32 model: the plan is that of fp32 masters"
+        <| fun () ->
+            let recipe = base'.WithParallelism(2, 1, 2, 2)
+            let f32 = DType.Float32
+            let plan' = plan (recipe.WithStateTypes(MainParams.Remainder, f32, f32, f32))
+            let text (p: PlanSet) = PlanText.print { p with Recipe = [||] }
+            Expect.equal (text plan') (text (plan recipe)) "the same but for its recipe line"
+
         testCase "a bf16 master is refused"
         <| fun () ->
             let b16 = DType.BFloat16
 
-            match Pipeline.run (base'.WithStateTypes(b16, b16, b16, b16)) (Subjects.declare 2 1 8) with
+            match Pipeline.run (base'.WithStateTypes(MainParams.BFloat16, b16, b16, b16)) (Subjects.declare 2 1 8) with
             | Ok _ -> failtest "compiled"
             | Error wrong -> Expect.exists wrong (fun d -> d.Code = Codes.NotCompiledYet) "code"
     ]
@@ -181,6 +250,9 @@ let tests =
     <| testList "Optimizer" [
         for name, recipe in layouts do
             equalBits name recipe
+
+        for name, recipe in layouts do
+            equalBits $"%s{name}, remainders" (remainders recipe)
 
         for name, recipe in layouts do
             states name recipe

@@ -57,6 +57,16 @@ let blocks =
                 .WithPermutePadding
                 4)
 
+/// bf16 weights whose shards are updated beside remainders of 16 bits.
+let remainders =
+    lazy
+        compile
+            2
+            (base'
+                .WithParallelism(2, 1, 2, 2)
+                .WithDType(DType.BFloat16)
+                .WithStateTypes(MainParams.Remainder, DType.Float32, DType.Float32, DType.Float32))
+
 /// Four stages, one rank each.
 let four = lazy compile 3 (base'.WithParallelism(1, 4, 1, 1).WithLayout "Et|t|t|mL")
 /// Four stages, all forwards first.

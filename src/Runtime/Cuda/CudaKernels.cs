@@ -1,0 +1,66 @@
+// The kernels of a GPU by id; complete, by test, with those of KernelTable.Either.
+using DeepSeekGraph.Runtime.Kernels;
+using static DeepSeekGraph.Runtime.Kernels.KernelTable;
+
+namespace DeepSeekGraph.Runtime.Cuda;
+
+internal static class CudaKernels
+{
+    public static readonly IReadOnlyDictionary<KernelId, KernelEntry> Table = new Dictionary<KernelId, KernelEntry>(Either)
+    {
+        [KernelId.Iota] = Fills(CudaDense.Iota),
+        [KernelId.Add] = Fills(CudaDense.Add),
+        [KernelId.Cast] = Fills(CudaDense.Cast),
+        [KernelId.LocalSlice] = Fills(CudaDense.LocalSlice),
+        [KernelId.Contract] = Adopts(CudaProducts.Contract),
+        [KernelId.GroupedMatMul] = Adopts(CudaProducts.GroupedMatMul),
+        [KernelId.GroupedWeightGrad] = Adopts(CudaProducts.GroupedWeightGrad),
+        [KernelId.Fp8Quantize] = Fills(CudaDense.Fp8Quantize),
+        [KernelId.RmsNorm] = Fills(CudaNorm.RmsNorm),
+        [KernelId.RmsNormGradX] = Fills(CudaNorm.RmsNormGradX),
+        [KernelId.RmsNormGradW] = Fills(CudaNorm.RmsNormGradW),
+        [KernelId.AddRmsNorm] = Fills(CudaNorm.AddRmsNorm),
+        [KernelId.RmsNormGradXAdd] = Fills(CudaNorm.RmsNormGradXAdd),
+        [KernelId.RotaryTable] = Fills(CudaRotary.RotaryTable),
+        [KernelId.Rope] = Fills(CudaRotary.RotateLast),
+        [KernelId.RopeQ] = Fills(CudaRotary.RotateLast),
+        [KernelId.RopeKv] = Fills(CudaRotary.RopeKv),
+        [KernelId.RopeKvGrad] = Fills(CudaRotary.RopeKvGrad),
+        [KernelId.Attention] = Adopts(CudaAttention.Attention),
+        [KernelId.AttentionGrad] = Adopts(CudaAttention.AttentionGrad),
+        [KernelId.CacheWrite] = Fills(CudaCache.CacheWrite),
+        [KernelId.CacheAttention] = Fills(CudaCache.CacheAttention),
+        [KernelId.GroupTopK] = Fills(CudaRouter.GroupTopK),
+        [KernelId.Router] = Fills(CudaRouter.Router),
+        [KernelId.RouterGrad] = Fills(CudaRouter.RouterGrad),
+        [KernelId.Balance] = Fills(CudaRouter.Balance),
+        [KernelId.BalanceGrad] = Fills(CudaRouter.BalanceGrad),
+        [KernelId.Route] = Adopts(CudaRows.Route),
+        [KernelId.Permute] = Fills(CudaRows.Permute),
+        [KernelId.Unpermute] = Fills(CudaRows.Unpermute),
+        [KernelId.RouteProbs] = Fills(CudaRows.RouteProbs),
+        [KernelId.UnrouteProbs] = Fills(CudaRows.UnrouteProbs),
+        [KernelId.PermuteWithProbs] = Fills(CudaRows.PermuteWithProbs),
+        [KernelId.UnpermuteWithProbs] = Fills(CudaRows.UnpermuteWithProbs),
+        [KernelId.PermuteFused] = Fills(CudaRows.Permute),
+        [KernelId.UnpermuteFused] = Fills(CudaRows.Unpermute),
+        [KernelId.SwiGlu] = Fills(CudaGated.SwiGlu),
+        [KernelId.SwiGluGrad] = Fills(CudaGated.SwiGluGrad),
+        [KernelId.SwiGluProbs] = Fills(CudaGated.SwiGluProbs),
+        [KernelId.SwiGluProbsGrad] = Fills(CudaGated.SwiGluProbsGrad),
+        [KernelId.Embedding] = Fills(CudaVocabulary.Embedding),
+        [KernelId.EmbeddingGrad] = Fills(CudaVocabulary.EmbeddingGrad),
+        [KernelId.Pick] = Fills(CudaVocabulary.Pick),
+        [KernelId.PickGrad] = Fills(CudaVocabulary.PickGrad),
+        [KernelId.LinearLogSumExp] = Fills(CudaHead.LinearLogSumExp),
+        [KernelId.LinearLogSumExpGrad] = Fills(CudaHead.LinearLogSumExpGrad),
+        [KernelId.LinearCrossEntropy] = Fills(CudaHead.LinearCrossEntropy),
+        [KernelId.LinearCrossEntropyGrad] = Fills(CudaHead.LinearCrossEntropyGrad),
+        [KernelId.Zero] = Fills(CudaStep.Zero),
+        [KernelId.Accumulate] = Fills(CudaStep.Accumulate),
+        [KernelId.SumSquares] = Fills(CudaStep.SumSquares),
+        [KernelId.ClipScale] = Fills(CudaStep.ClipScale),
+        [KernelId.AdamW] = Fills(CudaStep.AdamW),
+        [KernelId.RouterBias] = Fills(CudaStep.RouterBias),
+    };
+}

@@ -1,0 +1,86 @@
+// Which rows of routed tokens a rank holds, with everything in the GPU's memory: without other ranks, nobody on the host waits to know how many.
+using DeepSeekGraph.Runtime.Memory;
+using static TorchSharp.torch;
+
+namespace DeepSeekGraph.Runtime.Cuda;
+
+/// <summary>
+/// A row set as RowSet describes it. `Rows` is how many there may be: the host knows no more; those behind the last hold anything
+/// and nobody reads them.
+/// </summary>
+public sealed class DeviceRows : IDisposable
+{
+    internal DeviceRows(int rows, int tokens, int experts, int width, int padding, Tensor counts, Tensor offsets, Tensor flat, Tensor rowOf)
+    {
+        Rows = rows;
+        Tokens = tokens;
+        Experts = experts;
+        Width = width;
+        Padding = padding;
+        Counts = counts;
+        Offsets = offsets;
+        Flat = flat;
+        RowOf = rowOf;
+        Ends = offsets.narrow(0, 1, experts);
+    }
+
+    /// <summary>Rows that slots hold.</summary>
+    public int Rows { get; }
+
+    /// <summary>Local tokens (batch x seq).</summary>
+    public int Tokens { get; }
+
+    /// <summary>Local experts.</summary>
+    public int Experts { get; }
+
+    /// <summary>Rows that a token may have.</summary>
+    public int Width { get; }
+
+    /// <summary>Blocks of rows are multiples of so many.</summary>
+    public int Padding { get; }
+
+    /// <summary>Rows of each expert without those that fill up, [experts] i32.</summary>
+    public Tensor Counts { get; }
+
+    /// <summary>First row of each expert's block, then the end of the last, [experts + 1] i32.</summary>
+    public Tensor Offsets { get; }
+
+    /// <summary>End of each expert's block, [experts] i32; a view.</summary>
+    public Tensor Ends { get; }
+
+    /// <summary>token * experts + expert of each row, -1 where there is none, [rows] i32.</summary>
+    public Tensor Flat { get; }
+
+    /// <summary>The rows of each token, experts ascending, then -1, [tokens, width] i32.</summary>
+    public Tensor RowOf { get; }
+
+    /// <summary>
+    /// What the host knows of counts and blocks once they were exchanged with other ranks, as a set by expert with one member for each
+    /// rank that rows came from; null before. Rows by token stay as many as there may be.
+    /// </summary>
+    internal RowSet? Host { get; set; }
+
+    /// <summary>Rows that came from several ranks, exactly as many as there are: by expert, then member, then token. `fill` copies integers to a tensor.</summary>
+    internal static DeviceRows ByExpert(RowSet host, Device device, System.Action<int[], Tensor> fill)
+    {
+        var counts = empty(host.Experts, dtype: ScalarType.Int32, device: device);
+        var offsets = empty(host.Experts + 1, dtype: ScalarType.Int32, device: device);
+        fill(host.Counts, counts);
+        fill(host.Offsets, offsets);
+        return new DeviceRows(
+            host.Rows, 0, host.Experts, 0, host.Padding, counts, offsets,
+            empty(0, dtype: ScalarType.Int32, device: device), empty([0, 0], dtype: ScalarType.Int32, device: device)) { Host = host };
+    }
+
+    /// <summary>Bytes of the index tensors.</summary>
+    public long Bytes => Counts.ByteCount() + Offsets.ByteCount() + Flat.ByteCount() + RowOf.ByteCount();
+
+    public void Dispose()
+    {
+        Ends.Dispose();
+        Counts.Dispose();
+        Offsets.Dispose();
+        Flat.Dispose();
+        RowOf.Dispose();
+    }
+}

@@ -1,0 +1,79 @@
+// The CUDA driver, second part: streams beside the default one, events, copies, and memory of the processor that copies write to.
+using System.Runtime.InteropServices;
+
+namespace DeepSeekGraph.Runtime.Cuda;
+
+internal static unsafe partial class Driver
+{
+    private const uint NonBlocking = 1, DisableTiming = 2;
+    private const int NotReady = 600;
+
+    /// <summary>A stream that does not wait for the default one, nor that for it.</summary>
+    public static nint NewStream()
+    {
+        Check(cuStreamCreate(out var stream, NonBlocking), "cuStreamCreate");
+        return stream;
+    }
+
+    public static nint NewEvent()
+    {
+        Check(cuEventCreate(out var made, DisableTiming), "cuEventCreate");
+        return made;
+    }
+
+    public static void Record(nint @event, nint stream) => Check(cuEventRecord(@event, stream), "cuEventRecord");
+
+    public static void Follow(nint stream, nint @event) => Check(cuStreamWaitEvent(stream, @event, 0), "cuStreamWaitEvent");
+
+    public static bool IsDone(nint @event)
+    {
+        var result = cuEventQuery(@event);
+        if (result == NotReady)
+            return false;
+        Check(result, "cuEventQuery");
+        return true;
+    }
+
+    public static void Copy(nint from, nint to, long bytes, nint stream)
+        => Check(cuMemcpyDtoDAsync(to, from, (nuint)bytes, stream), "cuMemcpyDtoDAsync");
+
+    public static void ToHost(nint from, nint to, long bytes, nint stream)
+        => Check(cuMemcpyDtoHAsync((void*)to, from, (nuint)bytes, stream), "cuMemcpyDtoHAsync");
+
+    /// <summary>Memory that is not pinned is staged before the call returns.</summary>
+    public static void FromHost(void* from, nint to, long bytes, nint stream)
+        => Check(cuMemcpyHtoDAsync(to, from, (nuint)bytes, stream), "cuMemcpyHtoDAsync");
+
+    public static nint Pinned(long bytes)
+    {
+        Check(cuMemAllocHost(out var memory, (nuint)bytes), "cuMemAllocHost");
+        return memory;
+    }
+
+    [LibraryImport(Library)]
+    private static partial int cuStreamCreate(out nint stream, uint flags);
+
+    [LibraryImport(Library)]
+    private static partial int cuEventCreate(out nint made, uint flags);
+
+    [LibraryImport(Library)]
+    private static partial int cuEventRecord(nint recorded, nint stream);
+
+    [LibraryImport(Library)]
+    private static partial int cuEventQuery(nint asked);
+
+    [LibraryImport(Library)]
+    private static partial int cuStreamWaitEvent(nint stream, nint awaited, uint flags);
+
+    [LibraryImport(Library, EntryPoint = "cuMemcpyDtoDAsync_v2")]
+    private static partial int cuMemcpyDtoDAsync(nint to, nint from, nuint bytes, nint stream);
+
+    [LibraryImport(Library, EntryPoint = "cuMemcpyDtoHAsync_v2")]
+    private static partial int cuMemcpyDtoHAsync(void* to, nint from, nuint bytes, nint stream);
+
+    [LibraryImport(Library, EntryPoint = "cuMemcpyHtoDAsync_v2")]
+    private static partial int cuMemcpyHtoDAsync(nint to, void* from, nuint bytes, nint stream);
+
+    [LibraryImport(Library, EntryPoint = "cuMemAllocHost_v2")]
+    private static partial int cuMemAllocHost(out nint memory, nuint bytes);
+}

@@ -1,0 +1,50 @@
+// One collective of a rank as it is put together: what is copied, what goes into one group of NCCL's calls, and what is done behind it.
+using DeepSeekGraph.Runtime.Memory;
+using static TorchSharp.torch;
+
+namespace DeepSeekGraph.Runtime.Cuda;
+
+/// <summary>Filled by the layouts of dense values and of rows; tensors named here stay alive until the collective is over.</summary>
+internal sealed class NcclLaunch : IDisposable
+{
+    private readonly List<Tensor> _held = [];
+
+    /// <summary>Calls that need no group, before it: copies to the rank itself.</summary>
+    public List<System.Action<nint>> Copies { get; } = [];
+
+    /// <summary>Calls of NCCL, all in one group.</summary>
+    public List<System.Action<nint>> Group { get; } = [];
+
+    /// <summary>Copies to the processor behind the group; the host waits for the collective when there is one.</summary>
+    public List<System.Action<nint>> ToHost { get; } = [];
+
+    /// <summary>Work on stream 0 once it has waited.</summary>
+    public List<System.Action> After { get; } = [];
+
+    /// <summary>Bytes that the rank brings.</summary>
+    public long Bytes { get; private set; }
+
+    /// <summary>The address of a value of a slot, whose memory may be given back before the collective is over.</summary>
+    public nint Read(Tensor value)
+    {
+        Bytes += value.ByteCount();
+        return Own(value.alias());
+    }
+
+    /// <summary>The address of a tensor that is nobody else's.</summary>
+    public nint Own(Tensor value)
+    {
+        _held.Add(value);
+        return Address(value);
+    }
+
+    /// <summary>The address of what a slot holds until the end.</summary>
+    public static unsafe nint Address(Tensor value) => (nint)value.Pointer();
+
+    public void Dispose()
+    {
+        foreach (var tensor in _held)
+            tensor.Dispose();
+        _held.Clear();
+    }
+}
