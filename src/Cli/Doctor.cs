@@ -14,7 +14,10 @@ internal static class Doctor
     {
         var json = new Option<bool>("--json") { Description = "As one JSON object" };
         var folder = new Option<string?>("--out") { HelpName = "DIR", Description = "Where runs would be written; without, runs" };
-        var verb = new Command("doctor", "Say what this machine has for dsg, what is missing, and how to mend it; 0 if dsg pretrain can run") { json, folder };
+        var verb = new Command("doctor", "Say what this machine has for dsg, what is missing, and how to mend it; 0 if dsg pretrain can run")
+        {
+            json, folder,
+        };
         verb.SetAction(parse => Report([.. Examination.Of(parse.GetValue(folder) ?? "runs")], parse.GetValue(json)));
         return verb;
     }

@@ -19,7 +19,6 @@ internal static class Examination
         var (torch, folder) = Torch();
         yield return torch;
 
-
         // what --device cuda would take: the LibTorch that is loaded, else the one of python3
         var cuda = new[] { folder, LibTorch.PythonFolder() }.FirstOrDefault(f => f is not null && LibTorch.HasCuda(f));
         yield return new Finding("LibTorch CUDA", cuda, "--device cuda", Mend: cuda is not null
@@ -44,8 +43,9 @@ internal static class Examination
     private static Finding Memory()
     {
         var bytes = (double)GC.GetGCMemoryInfo().TotalAvailableMemoryBytes;
-        return new Finding(
-            "memory", bytes >= LeastMemory ? Size(bytes) : null, "everything", true, bytes >= LeastMemory ? null : $"{Size(bytes)} are too few: 1 GB is the least");
+        return bytes >= LeastMemory
+            ? new Finding("memory", Size(bytes), "everything", true)
+            : new Finding("memory", null, "everything", true, $"{Size(bytes)} are too few: 1 GB is the least");
     }
 
     /// Of the folder, or its nearest one that exists.
@@ -57,8 +57,9 @@ internal static class Examination
         try
         {
             var free = new DriveInfo(folder).AvailableFreeSpace;
-            var enough = free >= LeastDisk;
-            return new Finding("disk of " + runs, enough ? $"{Size(free)} free" : null, "runs and checkpoints", true, enough ? null : "free some space, or give another --out");
+            return free >= LeastDisk
+                ? new Finding("disk of " + runs, $"{Size(free)} free", "runs and checkpoints", true)
+                : new Finding("disk of " + runs, null, "runs and checkpoints", true, "free some space, or give another --out");
         }
         catch (Exception e) when (e is IOException or UnauthorizedAccessException or ArgumentException)
         {
@@ -91,7 +92,9 @@ internal static class Examination
             "GPUs",
             Mend: there ? null : "install NVIDIA's driver, where there is a GPU");
 
-        static string Version(string line) => line.Split(' ', StringSplitOptions.RemoveEmptyEntries).FirstOrDefault(word => word.Contains('.', StringComparison.Ordinal) && char.IsAsciiDigit(word[0])) ?? "";
+        static string Version(string line)
+            => line.Split(' ', StringSplitOptions.RemoveEmptyEntries)
+                .FirstOrDefault(word => word.Contains('.', StringComparison.Ordinal) && char.IsAsciiDigit(word[0])) ?? "";
     }
 
     /// By its name alone, as it is loaded, or beside LibTorch.
@@ -104,7 +107,8 @@ internal static class Examination
 
     private static Finding Program(string name, string use, string? mend)
     {
-        var found = (Environment.GetEnvironmentVariable("PATH") ?? "").Split(':').Select(folder => Path.Combine(folder, name)).FirstOrDefault(File.Exists);
+        var path = Environment.GetEnvironmentVariable("PATH") ?? "";
+        var found = path.Split(':').Select(folder => Path.Combine(folder, name)).FirstOrDefault(File.Exists);
         return new Finding(name, found, use, Mend: found is null ? mend : null);
     }
 

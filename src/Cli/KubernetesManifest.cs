@@ -21,7 +21,8 @@ internal static class KubernetesManifest
         string[] command =
         [
             job.Program, "launch", "--nproc", Text(job.PerNode), "--nnodes", Text(job.Nodes), "--node-rank", "$(DSG_NODE)",
-            "--master-addr", $"{job.Name}-0.{job.Name}", "--master-port", Text(Port), "--", .. ((string[])["run", job.Plan, .. job.Options]).Select(Literal),
+            "--master-addr", $"{job.Name}-0.{job.Name}", "--master-port", Text(Port),
+            "--", .. ((string[])["run", job.Plan, .. job.Options]).Select(Literal),
         ];
         return $"""
             # plan {job.Hash}: {job.Ranks} ranks, {job.PerNode} in each of {job.Nodes} pods

@@ -28,9 +28,23 @@ internal static class LaunchVerb
             Description = "Start all again, from the newest checkpoint (--save-interval), up to K times when one dies; without, none",
             DefaultValueFactory = _ => 0,
         };
-        var nodes = new Option<int>("--nnodes") { HelpName = "M", Description = "Nodes, on each of which a launcher is started; without, 1", DefaultValueFactory = _ => 1 };
-        var node = new Option<int>("--node-rank") { HelpName = "I", Description = "The number of this node, from 0", DefaultValueFactory = _ => 0 };
-        var address = new Option<string?>("--master-addr") { HelpName = "HOST", Description = "Of several nodes: the first one's name or address" };
+        var nodes = new Option<int>("--nnodes")
+        {
+            HelpName = "M",
+            Description = "Nodes, on each of which a launcher is started with one DSG_JOB_TOKEN; without, 1",
+            DefaultValueFactory = _ => 1,
+        };
+        var node = new Option<int>("--node-rank")
+        {
+            HelpName = "I",
+            Description = "The number of this node, from 0",
+            DefaultValueFactory = _ => 0,
+        };
+        var address = new Option<string?>("--master-addr")
+        {
+            HelpName = "HOST",
+            Description = "Of several nodes: the first one's name or address",
+        };
         var port = new Option<int?>("--master-port") { HelpName = "PORT", Description = "Of several nodes: a port of it that is free" };
         var words = new Argument<string[]>("COMMAND")
         {

@@ -18,7 +18,9 @@ internal sealed record Launched(LaunchEnvironment Launch, IWorld? World)
     /// What compiles the same plan in every process: a probe of one machine.
     public Func<DType> FasterType => () => World is null
         ? DTypeProbe.Faster
-        : World.Meet("dtype", [], static _ => [DTypeProbe.Faster.IsBFloat16 ? (byte)1 : (byte)0], World.Stop) is [1] ? DType.BFloat16 : DType.Float32;
+        : World.Meet("dtype", [], static _ => [DTypeProbe.Faster.IsBFloat16 ? (byte)1 : (byte)0], World.Stop) is [1]
+            ? DType.BFloat16
+            : DType.Float32;
 
     /// Ranks of a plan that run on this machine.
     public int RanksHere(int ranks) => World is null ? ranks : Math.Min(ranks, Launch.LocalSize);
@@ -46,7 +48,8 @@ internal sealed record Launched(LaunchEnvironment Launch, IWorld? World)
         {
             try
             {
-                Console.WriteLine($"launch: {Words(launch)}, {launch.WorldSize} processes of one rank each, collectives over {(launch.Form == LaunchForm.Mpi ? "MPI" : "TCP")}");
+                var transport = launch.Form == LaunchForm.Mpi ? "MPI" : "TCP";
+                Console.WriteLine($"launch: {Words(launch)}, {launch.WorldSize} processes of one rank each, collectives over {transport}");
                 return verb(new Launched(launch, world));
             }
             catch (Exception e)

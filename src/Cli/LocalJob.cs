@@ -15,7 +15,7 @@ internal sealed class LocalJob(int processes, int restarts, string[] command)
     private const int Interrupt = 2, Kill = 9, Terminate = 15;
 
     /// They stop by themselves when one is gone; these are for those that do not.
-    private static readonly TimeSpan s_patience = TimeSpan.FromSeconds(20), s_afterTerminate = TimeSpan.FromSeconds(5);
+    private static readonly TimeSpan s_patience = TimeSpan.FromSeconds(10), s_afterTerminate = TimeSpan.FromSeconds(5);
 
     private readonly Lock _output = new();
     private string? _token;
@@ -65,7 +65,11 @@ internal sealed class LocalJob(int processes, int restarts, string[] command)
         var port = Master?.Port ?? FreePort();
         lock (_output)
             _children = [.. Enumerable.Range(0, processes).Select(local => Start(local, port, record))];
-        Thread[] pumps = [.. _children.SelectMany((child, local) => new[] { Pump(child.StandardOutput, Console.Out, RankOf(local)), Pump(child.StandardError, Console.Error, RankOf(local)) })];
+        Thread[] pumps =
+        [
+            .. _children.Select((child, local) => Pump(child.StandardOutput, Console.Out, RankOf(local))),
+            .. _children.Select((child, local) => Pump(child.StandardError, Console.Error, RankOf(local))),
+        ];
         var ended = WaitForAll();
         foreach (var pump in pumps)
             pump.Join();
@@ -93,7 +97,8 @@ internal sealed class LocalJob(int processes, int restarts, string[] command)
 
             if (running == 0)
                 return first ?? (ExitCode.Ok, "");
-            if (first is not null)
+            // told to stop by a signal, the others finish what they save, however long it takes
+            if (first is not (null or { Code: ExitCode.Interrupted or ExitCode.Terminated }) && _signal == 0)
             {
                 var waited = Stopwatch.GetElapsedTime(since);
                 var due = waited > s_patience + s_afterTerminate ? Kill : waited > s_patience ? Terminate : 0;

@@ -2,7 +2,6 @@
 
 using DeepSeekGraph.Models;
 using DeepSeekGraph.Runtime.Checkpoints;
-using DeepSeekGraph.Runtime.Collectives;
 using DeepSeekGraph.Runtime.Training;
 
 namespace DeepSeekGraph.Cli;
@@ -78,7 +77,7 @@ internal sealed class Saving : IAsyncDisposable
         {
             await work().ConfigureAwait(false);
         }
-        catch (StoppedException)
+        catch (OperationCanceledException)
         {
             // another process ended before it was finished: nothing is left of it
             _failed++;

@@ -60,11 +60,15 @@ internal sealed partial record Submission
 
     /// A word of the cluster's own; DSG0868 for anything that could be more than a word.
     public static string? Word(string option, string? value)
-        => value is null || PlainWord().IsMatch(value) ? value : throw Wrong(option, $"'{value}' is no plain word", "give letters, digits and any of . _ : / @ , + - =");
+        => value is null || PlainWord().IsMatch(value)
+            ? value
+            : throw Wrong(option, $"'{value}' is no plain word", "give letters, digits and any of . _ : / @ , + - =");
 
     /// A name of Kubernetes: DSG0868 for any other.
     public static string Label(string option, string value)
-        => DnsLabel().IsMatch(value) ? value : throw Wrong(option, $"'{value}' is no name that Kubernetes takes", "give small letters, digits and hyphens, at most 50");
+        => DnsLabel().IsMatch(value)
+            ? value
+            : throw Wrong(option, $"'{value}' is no name that Kubernetes takes", "give small letters, digits and hyphens, at most 50");
 
     internal static DiagnosticException Wrong(string at, string what, string help) => DiagnosticException.Of(Codes.SubmissionIllegal, at, what, help);
 

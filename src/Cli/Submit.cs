@@ -14,7 +14,10 @@ internal static class Submit
     {
         var plan = new Argument<string>("PLAN") { Description = "A plan file, where the nodes find it too" };
         var slurm = new Option<bool>("--slurm") { Description = "A batch script for sbatch" };
-        var kubernetes = new Option<bool>("--kubernetes") { Description = "A manifest for kubectl apply: indexed job, headless service, claim of a shared volume" };
+        var kubernetes = new Option<bool>("--kubernetes")
+        {
+            Description = "A manifest for kubectl apply: indexed job, headless service, claim of a shared volume",
+        };
         var target = Word("--out", "FILE", "Where to write it; without, standard output");
         var nodes = JobOptions.Number("--nodes", "Nodes");
         var perNode = JobOptions.Number("--ranks-per-node", "Ranks of a node; without, its GPUs, or what --nodes leaves, or 8");

@@ -195,6 +195,31 @@ let private worlds =
             | Error(:? DiagnosticException as e) -> Expect.equal e.Diagnostics[0].At "rank 2, data" "names the rank"
             | other -> failtest $"%A{other}"
 
+        testCase "a process that is gone while the others meet is named, and no meeting ends without saying why"
+        <| fun () ->
+            let port = freePort ()
+            let token = [| 1uy |]
+
+            let met rank =
+                Tasks.Task.Run(fun () ->
+                    use world = ProcessWorld.Join(launched port token 3 rank)
+
+                    try
+                        SharedWork.OnFirst(world, "t", [||], (fun _ -> ""))
+                    with
+                    | :? DiagnosticException as e -> e.Message
+                    | e -> string e)
+
+            let others = [ met 0; met 1 ]
+            // one that joins and drops its connection, as a process that is killed does
+            let hub = IPEndPoint(IPAddress.Loopback, port)
+            let lost = HubClient.Join(2, 3, ProcessWorld.VersionOfDsg, token, hub, 1, Action<Fault>(ignore))
+            lost.Addresses() |> ignore
+            lost.Drop()
+
+            for other in others do
+                Expect.stringContains other.Result "rank 2 is gone" "names it"
+
         testCase "another fact stops all, and names rank and both values"
         <| fun () ->
             let results =

@@ -31,6 +31,7 @@ public sealed class RankRunner : IDisposable
     private readonly Frame _stepFrame;
     private long _begin;
     private volatile Running? _running;
+    private long _ended;
 
     /// <summary>
     /// Allocates the slots that outlive a step, zeroed, but for parameters and caches that another plan's rank at the same place
@@ -116,7 +117,7 @@ public sealed class RankRunner : IDisposable
         get
         {
             if (_running is not { } running)
-                return "the border of two steps";
+                return $"the end of step {_ended}";
             var (steps, current) = (_instructions.Programs[running.Program], _code.Current);
             var at = current >= 0 && current < steps.Length ? steps[current] : null;
             var waits = at is Instruction.Wait wait
@@ -168,6 +169,7 @@ public sealed class RankRunner : IDisposable
                 frame.Dispose();
             _frames.Clear();
             _stepFrame.Dispose();
+            _ended = step;
             _running = null;
         }
     }

@@ -74,7 +74,8 @@ internal sealed class Hub : IDisposable
         {
             Sockets.Prepare(socket);
             using var stream = new NetworkStream(socket, ownsSocket: true);
-            if (Handshake.Accept(stream, _token) is not { Purpose: Purpose.Control, Rank: var rank } || Frames.Read(stream) is not (FrameKind.Join, var join))
+            if (Handshake.Accept(stream, _token) is not { Purpose: Purpose.Control, Rank: var rank }
+                || Frames.Read(stream) is not (FrameKind.Join, var join))
                 return;
             socket.ReceiveTimeout = 0;
             connection = Joined(rank, stream, socket, join);
@@ -214,34 +215,38 @@ internal sealed class Hub : IDisposable
         }
     }
 
-    /// <summary>After a good-bye nothing is wrong; without, the process is gone.</summary>
+    /// <summary>After a good-bye nothing is wrong; without, the process is gone, and all hear why before meetings without it end.</summary>
     private void Ended(HubConnection connection)
     {
-        bool gone;
-        lock (_lock)
-        {
-            if (connection.HasLeft)
-                return;
-            connection.HasLeft = true;
-            gone = !connection.SaidBye && _fault is null && !_closed.IsCancellationRequested;
-            _left++;
-            BreakHopeless();
-        }
-
-        if (gone)
+        if (!connection.SaidBye && _fault is null && !_closed.IsCancellationRequested)
         {
             // until those that miss it have said so, unless its launcher is ending them already
             _cancelled.Wait(Patience.Beat + (Patience.Beat / 4));
             Gone(connection, "its process ended without a word");
         }
+
+        lock (_lock)
+            Leave(connection);
+    }
+
+    /// <summary>Nothing more is expected of it; the caller holds the lock.</summary>
+    private void Leave(HubConnection connection)
+    {
+        if (connection.HasLeft)
+            return;
+        connection.HasLeft = true;
+        _left++;
+        BreakHopeless();
     }
 
     private void Gone(HubConnection lost, string how)
     {
-        var waiting = _connections.OfType<HubConnection>()
+        string[] waiting = [.. _connections.OfType<HubConnection>()
             .Where(c => c.WaitingFor == lost.Rank && c != lost)
             .Take(3)
-            .Select(c => $"rank {c.Rank} waits for it at {c.Where}");
+            .Select(c => $"rank {c.Rank} waits for it at {c.Where}")];
+        if (waiting.Length == 0 && _connections[0] is { Where.Length: > 0 } first && first != lost)
+            waiting = [$"rank 0 was at {first.Where}"];
         End(new Fault(0, [new Diagnostic(
             Codes.RankGone,
             $"rank {lost.Rank}{(lost.Where.Length > 0 ? $", {lost.Where}" : "")}",
@@ -288,8 +293,12 @@ internal sealed class Hub : IDisposable
 
             foreach (var connection in _connections)
             {
-                if (connection is { HasLeft: false } && connection.Silence > Patience.Silence && _fault is null)
+                if (connection is not { HasLeft: false } || connection.Silence < Patience.Silence)
+                    continue;
+                if (_fault is null)
                     Gone(connection, $"nothing was heard of it for {Patience.Silence.TotalSeconds} s");
+                lock (_lock)
+                    Leave(connection);
             }
         }
     }

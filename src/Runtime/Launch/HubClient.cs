@@ -156,8 +156,14 @@ internal sealed class HubClient : IDisposable
     {
         if (_closed.IsCancellationRequested)
             return;
-        _closed.Cancel();
         Send(FrameKind.Bye, []);
+        Drop();
+    }
+
+    /// <summary>Closes the connection without a word, as the system does for a process that is killed.</summary>
+    public void Drop()
+    {
+        _closed.Cancel();
         _stream.Dispose();
         _beats.Join();
     }

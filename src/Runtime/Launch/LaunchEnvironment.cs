@@ -73,7 +73,8 @@ public sealed record LaunchEnvironment(
         var local = read.Has("LOCAL_RANK") ? read.Int("LOCAL_RANK", 0, size - 1) : 0;
         var address = read.Text("MASTER_ADDR");
         var port = read.Int("MASTER_PORT", 1, 65535);
-        return new LaunchEnvironment(LaunchForm.Torchrun, rank, size, local, address, port, TokenOf(read, $"{read.Optional("TORCHELASTIC_RUN_ID")} {port} {size}"))
+        var token = TokenOf(read, $"{read.Optional("TORCHELASTIC_RUN_ID")} {port} {size}");
+        return new LaunchEnvironment(LaunchForm.Torchrun, rank, size, local, address, port, token)
         {
             LocalSize = read.Has("LOCAL_WORLD_SIZE") ? read.Int("LOCAL_WORLD_SIZE", 1, size) : 1,
         };
@@ -84,8 +85,8 @@ public sealed record LaunchEnvironment(
     {
         var (rank, size) = Place(read, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE");
         var local = read.Has("OMPI_COMM_WORLD_LOCAL_RANK") ? read.Int("OMPI_COMM_WORLD_LOCAL_RANK", 0, size - 1) : 0;
-        return new LaunchEnvironment(
-            LaunchForm.Mpi, rank, size, local, read.Optional("MASTER_ADDR"), read.Has("MASTER_PORT") ? read.Int("MASTER_PORT", 1, 65535) : 0, TokenOf(read, ""))
+        var port = read.Has("MASTER_PORT") ? read.Int("MASTER_PORT", 1, 65535) : 0;
+        return new LaunchEnvironment(LaunchForm.Mpi, rank, size, local, read.Optional("MASTER_ADDR"), port, TokenOf(read, ""))
         {
             LocalSize = read.Has("OMPI_COMM_WORLD_LOCAL_SIZE") ? read.Int("OMPI_COMM_WORLD_LOCAL_SIZE", 1, size) : 1,
         };

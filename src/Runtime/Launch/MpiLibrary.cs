@@ -44,7 +44,9 @@ internal sealed unsafe partial class MpiLibrary
         nint Symbol(string symbol)
             => NativeLibrary.TryGetExport(library, symbol, out var address)
                 ? address
-                : throw Unavailable($"{Name} has no {symbol}: it is not Open MPI 4", "put Open MPI 4 on the library path, or start by dsg launch or srun, which need no MPI");
+                : throw Unavailable(
+                    $"{Name} has no {symbol}: it is not Open MPI 4",
+                    "put Open MPI 4 on the library path, or start by dsg launch or srun, which need no MPI");
     }
 
     public static MpiLibrary Loaded => s_loaded.Value;

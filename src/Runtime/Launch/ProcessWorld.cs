@@ -157,7 +157,7 @@ public sealed class ProcessWorld : IWorld
     }
 
     /// <summary>The version that all processes must have.</summary>
-    private static string VersionOfDsg { get; } =
+    internal static string VersionOfDsg { get; } =
         typeof(ProcessWorld).Assembly.GetCustomAttribute<AssemblyInformationalVersionAttribute>()?.InformationalVersion ?? "unknown";
 
     /// <summary>True where it is the first; a rank that is gone says more than the stop by signal that its launcher made of it.</summary>

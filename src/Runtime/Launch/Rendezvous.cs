@@ -26,7 +26,9 @@ internal sealed record Rendezvous(IPEndPoint Master, byte[] Token, Socket? Liste
         Socket? listener = null;
         if (launch.Rank == 0)
         {
-            var name = launch.MasterAddress.Length > 0 ? launch.MasterAddress : launch.LocalSize == launch.WorldSize ? "127.0.0.1" : Dns.GetHostName();
+            var name = launch.MasterAddress.Length > 0 ? launch.MasterAddress
+                : launch.LocalSize == launch.WorldSize ? "127.0.0.1"
+                : Dns.GetHostName();
             listener = ListenAt(new IPEndPoint(AddressOf(launch with { MasterAddress = name }), launch.MasterPort));
             RandomNumberGenerator.Fill(told.AsSpan(0, TokenBytes));
             BinaryPrimitives.WriteInt32LittleEndian(told.AsSpan(TokenBytes), ((IPEndPoint)listener.LocalEndPoint!).Port);

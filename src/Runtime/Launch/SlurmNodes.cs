@@ -31,7 +31,11 @@ internal static partial class SlurmNodes
     {
         try
         {
-            var start = new ProcessStartInfo("scontrol", ["-o", "show", "node", node]) { RedirectStandardOutput = true, RedirectStandardError = true };
+            var start = new ProcessStartInfo("scontrol", ["-o", "show", "node", node])
+            {
+                RedirectStandardOutput = true,
+                RedirectStandardError = true,
+            };
             using var scontrol = Process.Start(start);
             if (scontrol is null)
                 return null;
