@@ -89,7 +89,19 @@ let read (value: SlotValue) : float[] =
 
 let alone = RankContext(0, 0, [||], [||])
 
+/// Fills outputs that hold nothing yet with NaN, so that what a kernel leaves out shows.
+let private poison (outputs: SlotValue list) =
+    for output in outputs do
+        if
+            not output.IsSet
+            && not output.Info.Routed
+            && output.Info.DType.IsFloat
+            && output.Info.Extents |> Seq.forall (fun e -> e > 0)
+        then
+            output.Fill().fill_ (TorchSharp.Scalar.op_Implicit nan) |> ignore
+
 let runAt rank kernel (attributes: Attribute list) (inputs: SlotValue list) (outputs: SlotValue list) =
+    poison outputs
     KernelTable.Run(kernel, Array.ofList attributes, Array.ofList inputs, Array.ofList outputs, rank, device.Value)
 
 let run kernel attributes inputs outputs = runAt alone kernel attributes inputs outputs

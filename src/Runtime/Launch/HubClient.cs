@@ -297,17 +297,18 @@ internal sealed class HubClient : IDisposable
         return true;
     }
 
+    /// <summary>The world knows the fault before anybody who waits here is woken, so that the error they end with is it.</summary>
     private void End(Fault fault, bool told)
     {
         lock (_changed)
-        {
             _toldFault |= told;
+        _faulted(fault);
+        lock (_changed)
+        {
             if (_end is null or { IsCancellation: true })
                 _end = fault;
             Monitor.PulseAll(_changed);
         }
-
-        _faulted(fault);
     }
 
     /// <summary>Without its hub a job cannot go on.</summary>
