@@ -98,7 +98,7 @@ let private poison (outputs: SlotValue list) =
             && output.Info.DType.IsFloat
             && output.Info.Extents |> Seq.forall (fun e -> e > 0)
         then
-            output.Fill().fill_ (TorchSharp.Scalar.op_Implicit nan) |> ignore
+            output.Fill().fill_(TorchSharp.Scalar.op_Implicit nan) |> ignore
 
 let runAt rank kernel (attributes: Attribute list) (inputs: SlotValue list) (outputs: SlotValue list) =
     poison outputs

@@ -148,27 +148,47 @@ let private apart (a: DenseTensor) (b: DenseTensor) =
     let scale = b.Data |> Array.fold (fun m x -> max m (abs x)) 1.0
     Dense.distance a b / scale
 
+/// Are the tokens that become routed rows anchored, as a model's are? Where they are not, rows may have to move as nothing moves them,
+/// which the compiler says (DSG0394) instead of doing it wrong.
+let private anchored (graph: Graph) =
+    graph.Nodes
+    |> Array.forall (fun n ->
+        match n.Op with
+        | Op.Permute _
+        | Op.PermuteWithProbs ->
+            match graph.NodeOf(n.Inputs[0]).Op with
+            | Op.Anchor _ -> true
+            | _other -> false
+        | _other -> true)
+
+let private holds (c: Case) (joint: Graph) (local: Partitioned) =
+    cover c local
+    Expect.isEmpty (Verify.check local.Graph) "a rank's graph is legal"
+    let whole = Feed.lookup 3 joint
+    let reference = Evaluator.run joint whole whole
+    let spmd = Spmd.runGlobal c.Sizes local.Layouts local.Graph whole
+
+    for name in reference.OutputNames do
+        let distance = apart (spmd.Output name) (reference.Output name)
+
+        if not (distance < 1e-8) then
+            failtestf "%s differs by %g\n%O" name distance c
+
 let private law (c: Case) =
     match Autodiff.differentiate "loss" c.Random.Graph with
     | Error wrong -> failtestf "%A" wrong
     | Ok joint ->
         let local =
             try
-                Propagate.run (mapOf c joint) joint
+                Some(Propagate.run (mapOf c joint) joint)
             with :? DiagnosticException as e ->
-                failtestf "%s\n%O" e.Message c
+                if e.Diagnostics[0].Code <> Codes.RowsLayout || anchored c.Random.Graph then
+                    failtestf "%s\n%O" e.Message c
 
-        cover c local
-        Expect.isEmpty (Verify.check local.Graph) "a rank's graph is legal"
-        let whole = Feed.lookup 3 joint
-        let reference = Evaluator.run joint whole whole
-        let spmd = Spmd.runGlobal c.Sizes local.Layouts local.Graph whole
+                count "refused" true
+                None
 
-        for name in reference.OutputNames do
-            let distance = apart (spmd.Output name) (reference.Output name)
-
-            if not (distance < 1e-8) then
-                failtestf "%s differs by %g\n%O" name distance c
+        local |> Option.iter (holds c joint)
 
 let private config = {
     Properties.config [ typeof<Cases> ] with
@@ -252,6 +272,11 @@ let tests =
                     "rows split by expert"
                 ] do
                 printfn $"""coverage: %s{name} %.0f{100.0 * total name / total "cases"} %%"""
+
+            printfn
+                $"""refused for rows without an anchor: %.0f{total "refused"} of %.0f{total "cases" + total "refused"}"""
+
+            Expect.isLessThanOrEqual (total "refused" / total "cases") 0.05 "refused"
 
             for name in [ "split values"; "pending partial sums"; "two or more base axes" ] do
                 Expect.isGreaterThanOrEqual (total name / total "cases") 0.3 name
