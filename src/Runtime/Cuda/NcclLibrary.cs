@@ -116,23 +116,11 @@ internal static unsafe class NcclLibrary
 
     /// <summary>The library from the loader's path, else from one of the folders; DSG0855 where it is in none.</summary>
     internal static nint Load(IEnumerable<string> folders, string name = FileName)
-    {
-        // LibTorch with CUDA has loaded it already, as a rule; then this is that one
-        if (NativeLibrary.TryLoad(name, out var library))
-            return library;
-        foreach (var folder in folders)
-        {
-            var path = Path.Combine(folder, name);
-            if (File.Exists(path) && NativeLibrary.TryLoad(path, out library))
-                return library;
-        }
-
-        throw DiagnosticException.Of(
+        => NativeSearch.Find([name], folders) ?? throw DiagnosticException.Of(
             Codes.NcclMissing,
             name,
             $"it was found neither on the loader's path nor in {string.Join(", ", folders)}",
             "install NCCL 2.18 or newer (it comes with a CUDA build of PyTorch), or run all ranks in one process");
-    }
 
     [StructLayout(LayoutKind.Sequential, Size = UniqueIdBytes)]
     private struct UniqueId

@@ -10,21 +10,8 @@ internal static unsafe class Nvrtc
 {
     private static readonly Lazy<nint> Library = new(Find);
 
-    /// <summary>True where the library can be loaded.</summary>
-    public static bool IsPresent
-    {
-        get
-        {
-            try
-            {
-                return Library.Value != 0;
-            }
-            catch (DiagnosticException)
-            {
-                return false;
-            }
-        }
-    }
+    /// <summary>DSG0852 unless the library is there.</summary>
+    public static void Require() => _ = Library.Value;
 
     /// <summary>major * 100 + minor.</summary>
     public static int Version
@@ -97,23 +84,7 @@ internal static unsafe class Nvrtc
     private static nint Find()
     {
         string[] names = ["libnvrtc.so.13", "libnvrtc.so.12"];
-        foreach (var name in names)
-        {
-            if (NativeLibrary.TryLoad(name, out var library))
-                return library;
-        }
-
-        foreach (var folder in LibTorch.Neighbours())
-        {
-            foreach (var name in names)
-            {
-                var path = Path.Combine(folder, name);
-                if (File.Exists(path) && NativeLibrary.TryLoad(path, out var library))
-                    return library;
-            }
-        }
-
-        throw DiagnosticException.Of(
+        return NativeSearch.Find(names, LibTorch.Neighbours()) ?? throw DiagnosticException.Of(
             Codes.CudaMissing,
             "libnvrtc",
             $"none of {string.Join(", ", names)} was found on the loader's path nor beside LibTorch in {LibTorch.Folder}",

@@ -47,8 +47,7 @@ public sealed class RankDevice
         }
 
         LibTorch.LoadCuda();
-        if (!Nvrtc.IsPresent)
-            _ = Nvrtc.Version;
+        Nvrtc.Require();
         InitializeDeviceType(TorchSharp.DeviceType.CUDA);
         UsesCuda = true;
         return new RankDevice(index, CudaKernels.Table);
