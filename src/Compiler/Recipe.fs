@@ -150,6 +150,7 @@ type Recipe = private {
     recomputeBudget: int64
     optimizer: Optimizer
     distributedOptimizer: bool
+    overlapGradReduce: bool
     stateTypes: StateTypes
     facts: string list
 } with
@@ -188,6 +189,7 @@ type Recipe = private {
             ClipNorm = 1.0
         }
         distributedOptimizer = true
+        overlapGradReduce = true
         stateTypes = StateTypes.Full
         facts = []
     }
@@ -240,6 +242,8 @@ type Recipe = private {
     member this.Optimizer = this.optimizer
     /// Are master weights and moments split over the ranks that hold copies of a parameter (dp x cp; of experts, edp)?
     member this.DistributedOptimizer = this.distributedOptimizer
+    /// Are gradients reduced over data axes as they become complete, beside the rest of the backward pass?
+    member this.OverlapGradReduce = this.overlapGradReduce
     member this.StateTypes = this.stateTypes
     /// What else a plan records, as `key=value`: the model's sizes. No pass reads them.
     member this.Facts = this.facts :> IReadOnlyList<string>
@@ -332,6 +336,8 @@ type Recipe = private {
     }
 
     member this.WithDistributedOptimizer(on: bool) = { this with distributedOptimizer = on }
+
+    member this.WithOverlapGradReduce(on: bool) = { this with overlapGradReduce = on }
 
     member this.WithStateTypes(mainParams: MainParams, mainGrads: DType, expAvg: DType, expAvgSq: DType) = {
         this with

@@ -157,7 +157,7 @@ module PlanTraffic =
         let backward = not program.Phase.IsF
         let maker () = near.Maker inputs[0]
         let reader () = near.Reader(program.Name, outputs[0])
-        let optimizer = program.Phase.IsEpilogue && path.StartsWith("optimizer.", System.StringComparison.Ordinal)
+        let optimizer = program.Phase.IsOnce && path.StartsWith("optimizer.", System.StringComparison.Ordinal)
 
         /// What is summed or gathered at the end of a step: reduced:grad:model.norm.weight#7 is of model.norm.weight.
         let parameter () =
