@@ -151,6 +151,7 @@ type Recipe = private {
     optimizer: Optimizer
     distributedOptimizer: bool
     overlapGradReduce: bool
+    overlap: bool
     stateTypes: StateTypes
     facts: string list
 } with
@@ -190,6 +191,7 @@ type Recipe = private {
         }
         distributedOptimizer = true
         overlapGradReduce = true
+        overlap = true
         stateTypes = StateTypes.Full
         facts = []
     }
@@ -244,6 +246,8 @@ type Recipe = private {
     member this.DistributedOptimizer = this.distributedOptimizer
     /// Are gradients reduced over data axes as they become complete, beside the rest of the backward pass?
     member this.OverlapGradReduce = this.overlapGradReduce
+    /// Are a program's steps put in an order in which collectives run beside what does not need them?
+    member this.Overlap = this.overlap
     member this.StateTypes = this.stateTypes
     /// What else a plan records, as `key=value`: the model's sizes. No pass reads them.
     member this.Facts = this.facts :> IReadOnlyList<string>
@@ -338,6 +342,7 @@ type Recipe = private {
     member this.WithDistributedOptimizer(on: bool) = { this with distributedOptimizer = on }
 
     member this.WithOverlapGradReduce(on: bool) = { this with overlapGradReduce = on }
+    member this.WithOverlap(on: bool) = { this with overlap = on }
 
     member this.WithStateTypes(mainParams: MainParams, mainGrads: DType, expAvg: DType, expAvgSq: DType) = {
         this with

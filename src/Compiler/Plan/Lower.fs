@@ -258,6 +258,11 @@ let private rank (job: Job) (p: Partitioned) work parameters groups home (r: int
                         if made = stage then
                             accumulator
                 ]
+                Clock =
+                    if job.Recipe.Overlap then
+                        ValueSome(Overlap.clock job.Mesh job.Recipe.RanksPerNode (fun group -> groups[group]))
+                    else
+                        ValueNone
             })
 
     // W in parts, where gradients are to be reduced as they become complete

@@ -26,6 +26,8 @@ type StageContext = {
     Groups: GroupTable
     /// Accumulators that an output value is added to: value -> slot.
     Accumulators: (int * int) list
+    /// What steps take, once slots are known; nothing: steps stay in the order of the graph.
+    Clock: (IReadOnlyList<SlotInfo> -> Overlap.Clock) voption
 }
 
 let rec private slotOf (c: StageContext) (value: int) : int =
@@ -201,4 +203,9 @@ let build (c: StageContext) : (Phase * Step list) list =
                 writer.Wait t
 
         writer.Close()
-        phase, Bundle.run writer.Steps)
+        let steps = Bundle.run writer.Steps
+
+        phase,
+        match c.Clock with
+        | ValueSome clock -> Overlap.run (clock (c.Slots.ToArray())) steps
+        | ValueNone -> steps)
