@@ -151,6 +151,7 @@ type Recipe = private {
     optimizer: Optimizer
     distributedOptimizer: bool
     overlapGradReduce: bool
+    gradBucketSize: int
     overlap: bool
     stateTypes: StateTypes
     facts: string list
@@ -191,6 +192,7 @@ type Recipe = private {
         }
         distributedOptimizer = true
         overlapGradReduce = true
+        gradBucketSize = 0
         overlap = true
         stateTypes = StateTypes.Full
         facts = []
@@ -246,6 +248,8 @@ type Recipe = private {
     member this.DistributedOptimizer = this.distributedOptimizer
     /// Are gradients reduced over data axes as they become complete, beside the rest of the backward pass?
     member this.OverlapGradReduce = this.overlapGradReduce
+    /// Elements of gradients that are reduced together; 0: Megatron's, 40 million, or a million a data parallel rank if that is more.
+    member this.GradBucketSize = this.gradBucketSize
     /// Are a program's steps put in an order in which collectives run beside what does not need them?
     member this.Overlap = this.overlap
     member this.StateTypes = this.stateTypes
@@ -342,6 +346,7 @@ type Recipe = private {
     member this.WithDistributedOptimizer(on: bool) = { this with distributedOptimizer = on }
 
     member this.WithOverlapGradReduce(on: bool) = { this with overlapGradReduce = on }
+    member this.WithGradBucketSize(elements: int) = { this with gradBucketSize = elements }
     member this.WithOverlap(on: bool) = { this with overlap = on }
 
     member this.WithStateTypes(mainParams: MainParams, mainGrads: DType, expAvg: DType, expAvgSq: DType) = {

@@ -183,6 +183,9 @@ type Phase =
     /// The program of a chunk as printed: F, or F@2 of chunk 2.
     member this.OfChunk(chunk: int) = if chunk = 0 then this.Name else $"%s{this.Name}@%i{chunk}"
 
+    /// The same without its part: all of W@1.
+    member this.WholeOfChunk(chunk: int) = if chunk = 0 then this.Word else $"%s{this.Word}@%i{chunk}"
+
 /// Straight-line code. Prologue and epilogue are of chunk 0; every chunk has F, I, W and S, and R where it has gradients to reduce.
 type Program = {
     Phase: Phase

@@ -31,6 +31,8 @@ type Input = {
     Slots: SlotTable
     Groups: GroupTable
     Mesh: MeshInfo
+    /// Elements of a bucket; 0: Megatron's.
+    Bucket: int
     Gradients: Accumulated list
     /// Gradient slots that are reduced over data axes before the epilogue: a list for each R.
     Early: int list list
@@ -49,8 +51,9 @@ type private Move = {
     Ready: unit -> unit
 }
 
-/// Elements of a bundle, as Megatron sizes its buckets: enough to be worth a collective of that many ranks.
-let bucket (ranks: int) : int64 = max 40_000_000L (1_000_000L * int64 ranks)
+/// Elements of a bundle, as Megatron sizes its buckets where nothing is said: enough to be worth a collective of that many ranks.
+let bucket (given: int) (ranks: int) : int64 =
+    if given > 0 then int64 given else max 40_000_000L (1_000_000L * int64 ranks)
 
 /// Moves that go together: of one kind, group and element type, in order, a bucket at a time.
 let private buckets (input: Input) (moves: Move list) : Move list list =
@@ -59,7 +62,7 @@ let private buckets (input: Input) (moves: Move list) : Move list list =
 
     let cut (moves: Move list) =
         let axes = input.Groups[moves.Head.Group].MeshAxes
-        let most = bucket (Mesh.extent input.Mesh axes)
+        let most = bucket input.Bucket (Mesh.extent input.Mesh axes)
         // the bucket a move falls into is where the sum before it ends
         let before = moves |> List.scan (fun n m -> n + elements m) 0L
         List.zip moves (List.truncate moves.Length before) |> List.groupBy (fun (_, at) -> at / most)

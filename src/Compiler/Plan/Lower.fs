@@ -188,6 +188,7 @@ let private accumulators
         Slots = slots
         Groups = groups
         Mesh = job.Mesh
+        Bucket = job.Recipe.GradBucketSize
         Gradients = [
             for info in parameters do
                 match gradients.TryGetValue info.Name with
@@ -277,7 +278,7 @@ let private rank (job: Job) (p: Partitioned) work parameters groups home (r: int
         slots.Contains
 
     let size slot = if isReduced slot then slots[slot].Extents |> Seq.fold (fun n e -> n * int64 e) 1L else 0L
-    let bucket = Epilogue.bucket (Mesh.extent job.Mesh (Mesh.axesOf job.Mesh "dp"))
+    let bucket = Epilogue.bucket input.Bucket (Mesh.extent job.Mesh (Mesh.axesOf job.Mesh "dp"))
     let phases = Dictionary<struct (Phase * int), Step list>()
 
     programs

@@ -130,7 +130,7 @@ module PlanFlops =
 
                         if flops > 0.0 then
                             let parameter = parameterOf stage gradients inputs outputs
-                            let key = struct (PlanNames.kernel kernel, path, parameter, program.Phase.Name)
+                            let key = struct (PlanNames.kernel kernel, path, parameter, program.Phase.Word)
 
                             match sums.TryGetValue key with
                             | true, sum -> sums[key] <- sum + flops

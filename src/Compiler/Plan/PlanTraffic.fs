@@ -7,7 +7,7 @@ open DeepSeekGraph
 /// One collective of a stage's program.
 type CollectiveLine = {
     Stage: int
-    /// As plans print it: F, W@1, epilogue.
+    /// As plans print it, all parts as one: F, W@1, epilogue.
     Program: string
     /// all_gather, reduce_scatter, ..., send, recv.
     Kind: string
@@ -377,7 +377,7 @@ module PlanTraffic =
 
                             {
                                 Stage = stage.Stage
-                                Program = program.Name
+                                Program = program.Phase.WholeOfChunk program.Chunk
                                 Kind = kindName kind
                                 Rule =
                                     rule stage near program kind group inputs outputs path
