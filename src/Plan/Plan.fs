@@ -258,10 +258,24 @@ module ZigzagOrder =
 /// stages, ascending for sums, sender and receiver for messages. What a member starts in a group runs in that order.
 type Group = {
     Id: int
+    /// The mesh axes, and behind a '.' the lane where there are several: dp, dp.grad.
     Name: string
     MeshAxes: IReadOnlyList<int>
     Stages: IReadOnlyList<int>
-}
+} with
+
+    /// What runs on one lane runs in order; another lane of the same ranks goes beside it. Empty where nothing is said.
+    member this.Lane =
+        match this.Name.IndexOf '.' with
+        | at when at >= 0 && this.Stages.Count = 0 -> this.Name.Substring(at + 1)
+        | _none -> ""
+
+    /// The name without the lane.
+    member this.Over =
+        if this.Lane = "" then
+            this.Name
+        else
+            this.Name.Substring(0, this.Name.Length - this.Lane.Length - 1)
 
 /// How a parameter starts.
 [<RequireQualifiedAccess>]

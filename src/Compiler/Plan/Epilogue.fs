@@ -151,8 +151,10 @@ type private Writer(input: Input) =
         let tokens = this.Begin(Writer.Moves moved, path)
         struct (List.zip slots (Writer.Results moved), tokens)
 
-    /// The sum of a slot over some of the mesh axes where it is partial, whole or as its block of a dim.
-    member this.Summed(slot: int, axes: int list, dim: int voption) : struct (Collective * int * int) voption =
+    /// The sum of a slot over some of the mesh axes where it is partial, whole or as its block of a dim, by the group that `along` gives.
+    member this.Summed
+        (slot: int, axes: int list, dim: int voption, along: int list -> int)
+        : struct (Collective * int * int) voption =
         let info = input.Slots[slot]
         let layout = Array.ofSeq info.Layout
         let here = axes |> List.filter (fun m -> layout[m].IsPartialSum)
@@ -177,7 +179,7 @@ type private Writer(input: Input) =
             let name = info.Name.Split('#')[0]
             let name = if name.StartsWith "reduced:" then name else $"reduced:%s{name}"
             let into = this.Temporary(name, { t with Axes = axesOfResult }, whole)
-            ValueSome(struct (kind, input.Groups.Along here, into))
+            ValueSome(struct (kind, along here, into))
 
     /// The sum of a slot over stages; it stays where there is only one.
     member this.OverStages(slot: int, stages: int list) : struct (Collective * int * int) voption =
@@ -192,7 +194,7 @@ type private Writer(input: Input) =
     /// Slots summed over all mesh axes where they are partial, then over the stages that hold a part.
     member this.Whole(slots: int list, stages: int -> int list, path: string) : int list =
         let axes slot = Layout.partials (Array.ofSeq input.Slots[slot].Layout)
-        let summed = this.Each(slots, path, (fun slot -> this.Summed(slot, axes slot, ValueNone)))
+        let summed = this.Each(slots, path, (fun slot -> this.Summed(slot, axes slot, ValueNone, input.Groups.Along)))
         let over = Dictionary<int, int list>()
         List.iter2 (fun from into -> over[into] <- stages from) slots summed
         this.Each(summed, path, (fun slot -> this.OverStages(slot, over[slot])))
@@ -210,9 +212,9 @@ let private shardOf (input: Input) (g: Accumulated) =
     place input.Distributed input.Mesh g.Parameter input.Slots[g.Slot].Layout
 
 /// A gradient over the data axes, scattered where states are sharded.
-let private overData (input: Input) (writer: Writer) (g: Accumulated) =
+let private overData (input: Input) (writer: Writer) along (g: Accumulated) =
     let shard = shardOf input g
-    writer.Summed(g.Slot, shard.Data, shard.Dim)
+    writer.Summed(g.Slot, shard.Data, shard.Dim, along)
 
 let private reducePath = "optimizer.reduce"
 
@@ -234,7 +236,7 @@ let private reduceEarly (input: Input) (writer: Writer) : struct (Step list list
     let programs = [
         for slots in input.Early do
             let struct (moved, begun) =
-                writer.EachBegun(slots, reducePath, (fun slot -> overData input writer bySlot[slot]))
+                writer.EachBegun(slots, reducePath, (fun slot -> overData input writer input.Groups.Beside bySlot[slot]))
 
             for from, result in moved do
                 into[from] <- result
@@ -273,7 +275,7 @@ let private reduce (input: Input) (writer: Writer) (begun: Begun) : Reduced list
             writer.Each(
                 List.map snd gradients,
                 path,
-                fun slot -> if late[slot].Slot = slot then overData input writer late[slot] else ValueNone
+                fun slot -> if late[slot].Slot = slot then overData input writer input.Groups.Along late[slot] else ValueNone
             )
 
     let rest =
@@ -284,7 +286,7 @@ let private reduce (input: Input) (writer: Writer) (begun: Begun) : Reduced list
                 path,
                 fun slot ->
                     let axes = Layout.partials (Array.ofSeq input.Slots[slot].Layout)
-                    writer.Summed(slot, axes, ValueNone)
+                    writer.Summed(slot, axes, ValueNone, input.Groups.Along)
             )
 
     let everywhere =

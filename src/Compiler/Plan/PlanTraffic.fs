@@ -146,7 +146,7 @@ module PlanTraffic =
             if group.Stages.Count > 0 then
                 "stages " + String.concat ", " (Seq.map string group.Stages)
             else
-                group.Name
+                group.Over
 
         let slot (ids: IReadOnlyList<int>) = stage.Slots[ids[0]]
 
@@ -386,7 +386,7 @@ module PlanTraffic =
                                        else
                                            "")
                                 Path = path
-                                Group = group.Name
+                                Group = group.Over
                                 Members = members
                                 Runs = runs
                                 Bytes = bytes
