@@ -484,7 +484,8 @@ let private update (input: Input) (writer: Writer) (begun: Begun) =
         else
             unclipped input writer
 
-    let gathers = reduced |> List.map (adamW input writer scale)
+    // what the next step reads first is updated and gathered first
+    let gathers = reduced |> List.rev |> List.map (adamW input writer scale)
     writer.Together([ for g in gathers |> List.filter _.IsSome -> g.Value ], "optimizer.gather")
 
 /// The R programs, and the epilogue: parameters, router biases, report. What generates has none of them.

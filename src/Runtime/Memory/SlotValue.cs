@@ -14,6 +14,7 @@ public sealed class SlotValue : IDisposable
     private DeviceRows? _deviceRows;
     private long _bytes;
     private bool _zero;
+    private System.Action? _arriving;
 
     /// <summary>`device`: where the storage lies; null: in the memory of the processor.</summary>
     public SlotValue(SlotInfo info, MemoryMeter? meter = null, Device? device = null)
@@ -42,6 +43,7 @@ public sealed class SlotValue : IDisposable
         get
         {
             var tensor = _tensor ?? throw new InvalidOperationException($"slot {Info.Name} holds no tensor");
+            Settle();
             if (_zero)
                 tensor.zero_().On(tensor);
             _zero = false;
@@ -60,6 +62,23 @@ public sealed class SlotValue : IDisposable
 
     /// <summary>Where the storage lies.</summary>
     public Device Device => _device ?? CPU;
+
+    /// <summary>
+    /// Something still fills the storage: whoever touches it next calls `settle` first, which makes the device wait for it. A parameter
+    /// that is gathered at the end of a step arrives while the next one begins.
+    /// </summary>
+    public void ArriveBy(System.Action settle)
+    {
+        Settle();
+        _arriving = settle;
+    }
+
+    private void Settle()
+    {
+        var settle = _arriving;
+        _arriving = null;
+        settle?.Invoke();
+    }
 
     /// <summary>Says that the storage is all zero without writing it: whoever reads it next, or adds to it, makes that true.</summary>
     public void SetZero()
@@ -82,6 +101,7 @@ public sealed class SlotValue : IDisposable
     /// <summary>The storage to fill, of the slot's extents; `rows` for the first dim of routed values. Contents are undefined.</summary>
     public Tensor Fill(int rows = -1)
     {
+        Settle();
         _zero = false;
         if (!Info.Routed && _tensor is { } ready)
             return ready;
@@ -103,6 +123,8 @@ public sealed class SlotValue : IDisposable
     {
         if (!_zero || !value.ReadOnce || value.ScalarType != ScalarType || value._tensor is null || Info.Routed || value.Info.Routed)
             return false;
+        Settle();
+        value.Settle();
         (_tensor, value._tensor) = (value._tensor, _tensor);
         _zero = false;
         return true;
@@ -114,6 +136,7 @@ public sealed class SlotValue : IDisposable
         if (!value.ReadOnce || IsPersistent || value.ScalarType != ScalarType || value._tensor is not { } tensor
             || Info.Routed || value.Info.Routed || !value.Info.Extents.SequenceEqual(Info.Extents))
             return false;
+        value.Settle();
         value._tensor = null;
         value.Set(null, null);
         Set(tensor, null);
@@ -182,6 +205,7 @@ public sealed class SlotValue : IDisposable
     {
         if (ReferenceEquals(tensor, _tensor) && tensor is not null)
             return;
+        Settle();
         _zero = false;
         _deviceRows?.Dispose();
         _deviceRows = null;
