@@ -112,8 +112,8 @@ internal sealed class StepRecorder(StageInstructions code, IReadOnlyList<Group> 
 
         if (flight.Start.Kind.IsSend)
             return;
-        var over = clock.Mark(0);
         Add(flight, _action, TraceLane.Host, " (wait)", _host, HostTime.Now);
+        var over = clock.Mark(0);
         if (clock.IsHost && times.Met is { } met && met < _mark)
         {
             Add(flight, flight.Action, TraceLane.Communication, "", times.Before, Math.Max(met, times.Before));

@@ -182,7 +182,7 @@ public sealed record StepTrace(int Rank, long Step, string Device, DateTime Begi
         json.WriteNumber("communication_ms", Milliseconds(overlap.Communication));
         json.WriteNumber("exposed_ms", Milliseconds(overlap.Exposed));
         if (overlap.HiddenShare is { } share)
-            json.WriteNumber("hidden_share", Math.Round((decimal)share, 6));
+            json.WriteNumber("hidden_share", share);
         else
             json.WriteNull("hidden_share");
         json.WriteNumber("host_wait_ms", Milliseconds(overlap.HostWait));
