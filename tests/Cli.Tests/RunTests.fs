@@ -145,7 +145,10 @@ let tests =
                 check out "five" 5
                 let lines = out.Split '\n'
                 let at (start: string) = Array.FindIndex(lines, fun line -> line.StartsWith start)
-                Expect.isTrue (at "step 5/6" < at "trace: rank 0" && at "trace: rank 0" < at "step 6/6") "behind its step"
+
+                Expect.isTrue
+                    (at "step 5/6" < at "trace: rank 0" && at "trace: rank 0" < at "step 6/6")
+                    "behind its step"
 
                 check (succeed folder (job 2 @ [ "--trace"; "last" ])) "last" 2
 

@@ -464,11 +464,13 @@ let private marks =
     let mark = [ "mark on 0" ]
 
     testList "marks of a traced step" [
-        testCase "the lane's begin is behind what stream 0 has to do, its end before the event that is waited for" (fun () ->
-            Expect.equal
-                (logged Collective.AllReduceSum square (fun () -> [ slot DType.Float32 [ 2; 2 ] ]))
-                (both (start []))
-                "order")
+        testCase
+            "the lane's begin is behind what stream 0 has to do, its end before the event that is waited for"
+            (fun () ->
+                Expect.equal
+                    (logged Collective.AllReduceSum square (fun () -> [ slot DType.Float32 [ 2; 2 ] ]))
+                    (both (start []))
+                    "order")
 
         testCase "what is copied together before and behind a collective is marked on stream 0" (fun () ->
             Expect.equal

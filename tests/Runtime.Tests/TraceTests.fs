@@ -26,7 +26,16 @@ let private intervals (all: (byte * byte) list) = [
 let private covers (all: Interval list) (t: int64) = all |> List.exists (fun i -> i.Begin <= t && t < i.End)
 
 let private event lane kind first last =
-    TraceEvent(lane, kind, first, last, Path = "model.layers.3.mlp", Program = "F1@2", Microbatch = Nullable 1, Bytes = 64L)
+    TraceEvent(
+        lane,
+        kind,
+        first,
+        last,
+        Path = "model.layers.3.mlp",
+        Program = "F1@2",
+        Microbatch = Nullable 1,
+        Bytes = 64L
+    )
 
 let private compute kind first last = event TraceLane.Compute kind first last
 
@@ -35,7 +44,14 @@ let private communication kind group first last =
     TraceEvent(one.Lane, kind, first, last, Path = one.Path, Program = one.Program, Bytes = 8L, Group = group)
 
 let private trace (events: TraceEvent seq) =
-    StepTrace(2, 5L, "cpu", DateTime.UnixEpoch.AddSeconds 1.5, 100_000_000L, events |> Seq.sortBy _.Begin |> Array.ofSeq)
+    StepTrace(
+        2,
+        5L,
+        "cpu",
+        DateTime.UnixEpoch.AddSeconds 1.5,
+        100_000_000L,
+        events |> Seq.sortBy _.Begin |> Array.ofSeq
+    )
 
 let private overlap =
     testList "overlap" [
@@ -95,8 +111,7 @@ let private overlap =
                     finish
                     communication "Send" "pp" 10L 20L
                 ])
-                    .Overlap
-                    .Collectives
+                    .Overlap.Collectives
 
             Expect.equal
                 [ for c in found -> c.Kind, c.Path, c.Group, c.Count, c.Time, c.Exposed ]
@@ -231,77 +246,88 @@ let private planned (plan: PlanSet) (stage: int) =
 let private plan = TinyPlan.plan 2 2 4
 
 let private whole name executor (world: unit -> (IWorld | null)) =
-    testCase $"every launch and collective of the step is there once, one after the other in its lane: %s{name}" (fun () ->
-        let _, expected = traced plan executor (world ()) (Nullable())
-        let traces, losses = traced plan executor (world ()) (Nullable 2L)
-        Expect.equal losses expected "the losses of a run that is not traced"
-        Expect.equal [ for t in traces -> t.Rank, t.Step, t.Device ] [ for r in 0..3 -> r, 2L, "cpu" ] "every rank, the step"
-
-        for t in traces do
-            let parts, wholes = t.Events |> List.ofSeq |> List.partition (fun e -> e.Name <> e.Kind)
+    testCase
+        $"every launch and collective of the step is there once, one after the other in its lane: %s{name}"
+        (fun () ->
+            let _, expected = traced plan executor (world ()) (Nullable())
+            let traces, losses = traced plan executor (world ()) (Nullable 2L)
+            Expect.equal losses expected "the losses of a run that is not traced"
 
             Expect.equal
-                (wholes
-                 |> List.map (fun e -> e.Lane, e.Name, e.Path, e.Program, e.Group)
-                 |> List.countBy id
-                 |> List.sort)
-                (planned plan (t.Rank / 2))
-                $"rank %i{t.Rank}"
+                [ for t in traces -> t.Rank, t.Step, t.Device ]
+                [ for r in 0..3 -> r, 2L, "cpu" ]
+                "every rank, the step"
 
-            Expect.all
-                parts
-                (fun e -> e.Name.EndsWith " (finish)" || e.Name.EndsWith " (wait)" || e.Name.EndsWith " (pack)")
-                "other parts"
+            for t in traces do
+                let parts, wholes = t.Events |> List.ofSeq |> List.partition (fun e -> e.Name <> e.Kind)
 
-            for e in t.Events do
-                let once = e.Program = "prologue" || e.Program = "epilogue"
-                Expect.equal e.Microbatch.HasValue (not once) "microbatch"
+                Expect.equal
+                    (wholes
+                     |> List.map (fun e -> e.Lane, e.Name, e.Path, e.Program, e.Group)
+                     |> List.countBy id
+                     |> List.sort)
+                    (planned plan (t.Rank / 2))
+                    $"rank %i{t.Rank}"
 
-                if e.Microbatch.HasValue then
-                    Expect.stringEnds e.Program $"%i{e.Microbatch.Value}" "of the program"
+                Expect.all
+                    parts
+                    (fun e -> e.Name.EndsWith " (finish)" || e.Name.EndsWith " (wait)" || e.Name.EndsWith " (pack)")
+                    "other parts"
 
-                Expect.isTrue (0L <= e.Begin && e.Begin <= e.End && e.End <= t.Length) "within the step"
+                for e in t.Events do
+                    let once = e.Program = "prologue" || e.Program = "epilogue"
+                    Expect.equal e.Microbatch.HasValue (not once) "microbatch"
 
-            for thread, events in
-                [ for struct (name, events) in t.Threads() -> name, List.ofSeq events ] do
-                for a, b in List.pairwise events do
-                    Expect.isLessThanOrEqual a.End b.Begin $"%s{thread}: one after the other"
+                    if e.Microbatch.HasValue then
+                        Expect.stringEnds e.Program $"%i{e.Microbatch.Value}" "of the program"
 
-            let communicated kind = t.Events |> Seq.filter (fun e -> e.Kind = kind && e.Name = kind) |> List.ofSeq
-            let bytes = if t.Rank / 2 = 0 then TinyPlan.vocab * TinyPlan.hidden else TinyPlan.hidden * TinyPlan.hidden
-            let sums = communicated "AllReduceSum" |> List.map _.Bytes |> List.sort
-            Expect.equal sums [ 4L; 4L * int64 (bytes + 1) ] "bytes: the norm; gradient and loss"
+                    Expect.isTrue (0L <= e.Begin && e.Begin <= e.End && e.End <= t.Length) "within the step"
 
-            let found = t.Overlap
-            Expect.isGreaterThan found.Compute 0L "something is computed"
-            Expect.isGreaterThan found.Communication 0L "and something sent"
-            Expect.isTrue (found.Compute <= t.Length && found.Communication <= t.Length) "within the step"
+                for thread, events in [ for struct (name, events) in t.Threads() -> name, List.ofSeq events ] do
+                    for a, b in List.pairwise events do
+                        Expect.isLessThanOrEqual a.End b.Begin $"%s{thread}: one after the other"
 
-            use json = JsonDocument.Parse(text t)
-            let root = json.RootElement
-            let stated = root.GetProperty("otherData").GetProperty("overlap")
-            let ms (name: string) = stated.GetProperty(name).GetDecimal()
+                let communicated kind = t.Events |> Seq.filter (fun e -> e.Kind = kind && e.Name = kind) |> List.ofSeq
 
-            Expect.equal
-                (ms "step_ms", ms "compute_ms", ms "communication_ms", ms "exposed_ms", ms "host_wait_ms")
-                (decimal t.Length / 1e6m,
-                 decimal found.Compute / 1e6m,
-                 decimal found.Communication / 1e6m,
-                 decimal found.Exposed / 1e6m,
-                 decimal found.HostWait / 1e6m)
-                "overlap as computed"
+                let bytes =
+                    if t.Rank / 2 = 0 then
+                        TinyPlan.vocab * TinyPlan.hidden
+                    else
+                        TinyPlan.hidden * TinyPlan.hidden
 
-            let events = [
-                for e in root.GetProperty("traceEvents").EnumerateArray() do
-                    if e.GetProperty("ph").GetString() = "X" then
-                        Expect.equal (e.GetProperty("pid").GetInt32()) t.Rank "process"
-                        e.GetProperty("name").GetString(), e.GetProperty("ts").GetDecimal()
-            ]
+                let sums = communicated "AllReduceSum" |> List.map _.Bytes |> List.sort
+                Expect.equal sums [ 4L; 4L * int64 (bytes + 1) ] "bytes: the norm; gradient and loss"
 
-            Expect.equal
-                (List.sort events)
-                (t.Events |> Seq.map (fun e -> e.Name, decimal e.Begin / 1000m) |> List.ofSeq |> List.sort)
-                "events as recorded")
+                let found = t.Overlap
+                Expect.isGreaterThan found.Compute 0L "something is computed"
+                Expect.isGreaterThan found.Communication 0L "and something sent"
+                Expect.isTrue (found.Compute <= t.Length && found.Communication <= t.Length) "within the step"
+
+                use json = JsonDocument.Parse(text t)
+                let root = json.RootElement
+                let stated = root.GetProperty("otherData").GetProperty("overlap")
+                let ms (name: string) = stated.GetProperty(name).GetDecimal()
+
+                Expect.equal
+                    (ms "step_ms", ms "compute_ms", ms "communication_ms", ms "exposed_ms", ms "host_wait_ms")
+                    (decimal t.Length / 1e6m,
+                     decimal found.Compute / 1e6m,
+                     decimal found.Communication / 1e6m,
+                     decimal found.Exposed / 1e6m,
+                     decimal found.HostWait / 1e6m)
+                    "overlap as computed"
+
+                let events = [
+                    for e in root.GetProperty("traceEvents").EnumerateArray() do
+                        if e.GetProperty("ph").GetString() = "X" then
+                            Expect.equal (e.GetProperty("pid").GetInt32()) t.Rank "process"
+                            e.GetProperty("name").GetString(), e.GetProperty("ts").GetDecimal()
+                ]
+
+                Expect.equal
+                    (List.sort events)
+                    (t.Events |> Seq.map (fun e -> e.Name, decimal e.Begin / 1000m) |> List.ofSeq |> List.sort)
+                    "events as recorded")
 
 let private loopback () : IWorld | null = null
 
@@ -348,7 +374,7 @@ let private onGpu =
         device.Enter()
         device.Finish()
         use clock = new CudaClock(1)
-        let wide = TorchSharp.torch.ones([| 4096L; 4096L |], device = device.Torch)
+        let wide = TorchSharp.torch.ones ([| 4096L; 4096L |], device = device.Torch)
         let first = (clock :> IStepClock).Mark 0n
         use _ = wide.matmul wide
         let second = (clock :> IStepClock).Mark 0n
