@@ -25,7 +25,9 @@ internal sealed record Tracing(string Folder, long Step)
         if (how.Trace is not { } folder)
             return null;
         var left = steps - done;
-        if (how.TraceStep > left)
+        // a job that was started again has fewer steps than it was asked for, and files of its own
+        var isNew = launched.Restart is null;
+        if (how.TraceStep > left && isNew)
         {
             throw DiagnosticException.Of(
                 Codes.OptionValue,
@@ -34,7 +36,7 @@ internal sealed record Tracing(string Folder, long Step)
                 $"give 1 to {left}, or more steps with --steps");
         }
 
-        if (launched is { IsFirst: true, Restart: null } && (File.Exists(folder) || (Directory.Exists(folder) && Directory.EnumerateFileSystemEntries(folder).Any())))
+        if (isNew && launched.IsFirst && (File.Exists(folder) || (Directory.Exists(folder) && Directory.EnumerateFileSystemEntries(folder).Any())))
         {
             throw DiagnosticException.Of(
                 Codes.OutputTaken,
@@ -43,7 +45,7 @@ internal sealed record Tracing(string Folder, long Step)
                 "give --trace a new or empty folder");
         }
 
-        return new Tracing(folder, done + (how.TraceStep ?? Math.Min(WarmedUp, left)));
+        return new Tracing(folder, done + Math.Min(how.TraceStep ?? WarmedUp, left));
     }
 
     /// Before the first step; DSG0816.

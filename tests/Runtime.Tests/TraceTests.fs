@@ -198,7 +198,7 @@ let private files =
     ]
 
 /// The traces of step 2 of 3, and every loss; the world is given back.
-let private traced (plan: PlanSet) executor (world: IWorld | null) step =
+let private tracedOn device (plan: PlanSet) executor (world: IWorld | null) step =
     task {
         let options =
             TrainerOptions(
@@ -206,6 +206,7 @@ let private traced (plan: PlanSet) executor (world: IWorld | null) step =
                 Seed = 7UL,
                 Executor = executor,
                 World = world,
+                Device = device,
                 TracedStep = step
             )
 
@@ -222,6 +223,8 @@ let private traced (plan: PlanSet) executor (world: IWorld | null) step =
         return List.ofSeq trainer.Traces, List.ofSeq losses
     }
     |> _.GetAwaiter().GetResult()
+
+let private traced plan executor world step = tracedOn RankDevice.Cpu plan executor world step
 
 /// Name, path and program of every launch and every start of a step, as the plan has them.
 let private planned (plan: PlanSet) (stage: int) =
@@ -245,17 +248,18 @@ let private planned (plan: PlanSet) (stage: int) =
 
 let private plan = TinyPlan.plan 2 2 4
 
-let private whole name executor (world: unit -> (IWorld | null)) =
+let private wholeOn (device: unit -> RankDevice) name executor (world: unit -> (IWorld | null)) =
     testCase
         $"every launch and collective of the step is there once, one after the other in its lane: %s{name}"
         (fun () ->
-            let _, expected = traced plan executor (world ()) (Nullable())
-            let traces, losses = traced plan executor (world ()) (Nullable 2L)
+            let device = device ()
+            let _, expected = tracedOn device plan executor (world ()) (Nullable())
+            let traces, losses = tracedOn device plan executor (world ()) (Nullable 2L)
             Expect.equal losses expected "the losses of a run that is not traced"
 
             Expect.equal
                 [ for t in traces -> t.Rank, t.Step, t.Device ]
-                [ for r in 0..3 -> r, 2L, "cpu" ]
+                [ for r in 0..3 -> r, 2L, device.Name ]
                 "every rank, the step"
 
             for t in traces do
@@ -329,6 +333,14 @@ let private whole name executor (world: unit -> (IWorld | null)) =
                     (t.Events |> Seq.map (fun e -> e.Name, decimal e.Begin / 1000m) |> List.ofSeq |> List.sort)
                     "events as recorded")
 
+let private gpu () =
+    if Driver.Count = 0 then
+        skiptest "there is no GPU"
+
+    RankDevice.Cuda 0
+
+let private whole name executor world = wholeOn (fun () -> RankDevice.Cpu) name executor world
+
 let private loopback () : IWorld | null = null
 
 let private fabric () : IWorld | null =
@@ -340,6 +352,7 @@ let private steps =
         whole "interpreter" Executor.Interpreter loopback
         whole "compiled" Executor.Compiled loopback
         whole "as on GPUs" Executor.Interpreter fabric
+        wholeOn gpu "four ranks that share a GPU" Executor.Interpreter loopback
 
         testCase "while a rank waits, it communicates and computes nothing" (fun () ->
             let traces, _ = traced plan Executor.Interpreter null (Nullable 2L)
@@ -364,13 +377,10 @@ let private steps =
             Expect.isEmpty traces "nothing")
     ]
 
-/// Needs a GPU: marks are in the order of the stream, and within what the host sees.
+/// In the order of the stream, and within what the host sees.
 let private onGpu =
     testCase "marks of a GPU measure what lies between them" (fun () ->
-        if Driver.Count = 0 then
-            skiptest "there is no GPU"
-
-        let device = RankDevice.Cuda 0
+        let device = gpu ()
         device.Enter()
         device.Finish()
         use clock = new CudaClock(1)

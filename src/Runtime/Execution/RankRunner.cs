@@ -179,8 +179,7 @@ public sealed class RankRunner : IDisposable
     /// <summary>One whole step, and when what ran. The device is waited for before and behind it, never in it.</summary>
     public StepTrace RunTraced(long step, IInputSource inputs)
     {
-        // a launch takes two marks, a collective at most six in two instructions
-        var marks = Stage.Timetable.Sum(action => _programs.TryGetValue(Key(action), out var program) ? 3 * _instructions.Programs[program].Length : 0);
+        var marks = Stage.Timetable.Sum(action => _programs.TryGetValue(Key(action), out var program) ? _instructions.Programs[program].Sum(StepRecorder.Marks) : 0);
         Device.Finish();
         using IStepClock clock = Device.IsCuda ? new CudaClock(marks) : new HostClock();
         var recorder = new StepRecorder(_instructions, Plan.Groups, clock);

@@ -19,6 +19,15 @@ internal sealed class StepRecorder(StageInstructions code, IReadOnlyList<Group> 
     private long _mark;
     private long _host;
 
+    /// <summary>Marks that an instruction takes at most.</summary>
+    public static int Marks(Instruction instruction)
+        => instruction switch
+        {
+            Instruction.Launch => 2,
+            Instruction.Start => 6,
+            _ => 1,
+        };
+
     /// <summary>Of the collective that starts.</summary>
     public CollectiveTimes? Times { get; private set; }
 
@@ -37,7 +46,7 @@ internal sealed class StepRecorder(StageInstructions code, IReadOnlyList<Group> 
                 Times = new CollectiveTimes(clock, clock.Mark(0));
                 break;
             case Instruction.Wait:
-                (_mark, _host) = (clock.Mark(0), HostTime.Now);
+                _host = HostTime.Now;
                 break;
         }
     }
@@ -91,7 +100,8 @@ internal sealed class StepRecorder(StageInstructions code, IReadOnlyList<Group> 
             });
         }
 
-        // stable: of two that begin at once, the one noted first
+        // the two clocks of a GPU's trace may differ by microseconds; of two events that begin at once, the one noted first comes first
+        length = events.Aggregate(length, (most, e) => Math.Max(most, e.End));
         return new StepTrace(rank, step, device, _begin, length, [.. events.OrderBy(e => e.Begin)]);
     }
 
@@ -114,10 +124,10 @@ internal sealed class StepRecorder(StageInstructions code, IReadOnlyList<Group> 
             return;
         Add(flight, _action, TraceLane.Host, " (wait)", _host, HostTime.Now);
         var over = clock.Mark(0);
-        if (clock.IsHost && times.Met is { } met && met < _mark)
+        if (clock.IsHost && times.Met is { } met && met < _host)
         {
             Add(flight, flight.Action, TraceLane.Communication, "", times.Before, Math.Max(met, times.Before));
-            Add(flight, _action, TraceLane.Communication, " (finish)", _mark, over);
+            Add(flight, _action, TraceLane.Communication, " (finish)", _host, over);
         }
         else
             Add(flight, flight.Action, TraceLane.Communication, "", times.Before, over);
