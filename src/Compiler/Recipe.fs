@@ -150,6 +150,9 @@ type Recipe = private {
     recomputeBudget: int64
     optimizer: Optimizer
     distributedOptimizer: bool
+    overlapGradReduce: bool
+    gradBucketSize: int
+    overlap: bool
     stateTypes: StateTypes
     facts: string list
 } with
@@ -188,6 +191,9 @@ type Recipe = private {
             ClipNorm = 1.0
         }
         distributedOptimizer = true
+        overlapGradReduce = true
+        gradBucketSize = 0
+        overlap = true
         stateTypes = StateTypes.Full
         facts = []
     }
@@ -240,6 +246,12 @@ type Recipe = private {
     member this.Optimizer = this.optimizer
     /// Are master weights and moments split over the ranks that hold copies of a parameter (dp x cp; of experts, edp)?
     member this.DistributedOptimizer = this.distributedOptimizer
+    /// Are gradients reduced over data axes as they become complete, beside the rest of the backward pass?
+    member this.OverlapGradReduce = this.overlapGradReduce
+    /// Elements of gradients that are reduced together; 0: Megatron's, 40 million, or a million a data parallel rank if that is more.
+    member this.GradBucketSize = this.gradBucketSize
+    /// Are a program's steps put in an order in which collectives run beside what does not need them?
+    member this.Overlap = this.overlap
     member this.StateTypes = this.stateTypes
     /// What else a plan records, as `key=value`: the model's sizes. No pass reads them.
     member this.Facts = this.facts :> IReadOnlyList<string>
@@ -332,6 +344,10 @@ type Recipe = private {
     }
 
     member this.WithDistributedOptimizer(on: bool) = { this with distributedOptimizer = on }
+
+    member this.WithOverlapGradReduce(on: bool) = { this with overlapGradReduce = on }
+    member this.WithGradBucketSize(elements: int) = { this with gradBucketSize = elements }
+    member this.WithOverlap(on: bool) = { this with overlap = on }
 
     member this.WithStateTypes(mainParams: MainParams, mainGrads: DType, expAvg: DType, expAvgSq: DType) = {
         this with

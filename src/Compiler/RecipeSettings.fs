@@ -163,6 +163,9 @@ module RecipeSettings =
         real "optimizer.weight_decay" _.Decay (fun o x -> { o with Decay = x })
         real "optimizer.clip_grad" _.ClipNorm (fun o x -> { o with ClipNorm = x })
         flag "optimizer.distributed" _.DistributedOptimizer _.WithDistributedOptimizer
+        flag "overlap_grad_reduce" _.OverlapGradReduce _.WithOverlapGradReduce
+        number "grad_bucket_size" _.GradBucketSize _.WithGradBucketSize
+        flag "overlap" _.Overlap _.WithOverlap
         choice "optimizer.main_params_dtype" MainParams.All _.Name _.StateTypes.MainParams (fun r kept ->
             let t = r.StateTypes
             r.WithStateTypes(kept, t.MainGrads, t.ExpAvg, t.ExpAvgSq))

@@ -12,8 +12,9 @@ module PlanSchema =
     /// 5: padding of rows.
     /// 6: caches.
     /// 7: remainders: i16, and the weight that an update reads beside one.
+    /// 8: W in parts, R.
     [<Literal>]
-    let Version = 7
+    let Version = 8
 
 /// How a value lies along one mesh axis.
 [<RequireQualifiedAccess; Struct>]
@@ -44,7 +45,7 @@ type SlotKind =
     | Cache
     /// Fed by the data loader for each microbatch.
     | Input
-    /// Written in one program of a microbatch, read in a later one.
+    /// Written in one program of a microbatch or of the step, read in a later one.
     | Saved
     /// Lives within one program.
     | Temporary
@@ -132,7 +133,7 @@ type Step =
     /// The slot's memory is given back (this microbatch's instance).
     | Free of Slot: int
 
-/// The programs of a chunk: once a step (Prologue, Epilogue) or once a microbatch (F, I, W, S).
+/// The programs of a chunk: once a step (Prologue, R, Epilogue) or once a microbatch (F, I, W, S).
 [<RequireQualifiedAccess>]
 type Phase =
     | Prologue
@@ -140,35 +141,52 @@ type Phase =
     | F
     /// Cotangents that leave the chunk.
     | I
-    /// Gradients of parameters.
-    | W
+    /// Gradients of parameters, cut into parts where enough of them are complete to be reduced.
+    | W of Part: int
     /// Waits until what I and W sent has arrived, and gives its memory back; late enough to hold nobody up.
     | S
+    /// Begins to reduce the gradients that a part of W completes, once its last microbatch is through; the epilogue waits for them.
+    | R of Part: int
     | Epilogue
 
-    /// As printed.
-    member this.Name =
+    /// Its letter or word, without its part.
+    member this.Word =
         match this with
         | Prologue -> "prologue"
         | F -> "F"
         | I -> "I"
-        | W -> "W"
+        | W _ -> "W"
         | S -> "S"
+        | R _ -> "R"
         | Epilogue -> "epilogue"
 
-    /// In the order of a step.
-    static member All = [| Prologue; F; I; W; S; Epilogue |]
+    /// The part of W and R; 0 of the others, which are one piece.
+    member this.Part =
+        match this with
+        | W part
+        | R part -> part
+        | Prologue
+        | F
+        | I
+        | S
+        | Epilogue -> 0
 
-    /// Those that run once a microbatch, in order.
-    static member EachMicrobatch = [| F; I; W; S |]
+    /// As printed: F, or W.2 for a later part.
+    member this.Name = if this.Part = 0 then this.Word else $"%s{this.Word}.%i{this.Part}"
+
+    /// Each phase in its first part, in the order of programs.
+    static member All = [| Prologue; F; I; W 0; S; R 0; Epilogue |]
 
     /// Does it run once a step?
-    member this.IsOnce = this.IsPrologue || this.IsEpilogue
+    member this.IsOnce = this.IsPrologue || this.IsR || this.IsEpilogue
 
     /// The program of a chunk as printed: F, or F@2 of chunk 2.
     member this.OfChunk(chunk: int) = if chunk = 0 then this.Name else $"%s{this.Name}@%i{chunk}"
 
-/// Straight-line code. Prologue and epilogue are of chunk 0; every chunk has F, I, W and S.
+    /// The same without its part: all of W@1.
+    member this.WholeOfChunk(chunk: int) = if chunk = 0 then this.Word else $"%s{this.Word}@%i{chunk}"
+
+/// Straight-line code. Prologue and epilogue are of chunk 0; every chunk has F, I, W and S, and R where it has gradients to reduce.
 type Program = {
     Phase: Phase
     Chunk: int
@@ -178,7 +196,7 @@ type Program = {
     /// As printed: F, W@1.
     member this.Name = this.Phase.OfChunk this.Chunk
 
-/// One entry of a rank's timetable. Chunk and microbatch are 0 for prologue and epilogue.
+/// One entry of a rank's timetable. Chunk and microbatch are 0 for prologue and epilogue, the microbatch for R.
 [<Struct>]
 type Action = {
     Phase: Phase
@@ -186,17 +204,14 @@ type Action = {
     Microbatch: int
 } with
 
-    /// As printed: prologue, F3, or F3@1 for microbatch 3 in chunk 1.
+    /// As printed: prologue, F3, F3@1 for microbatch 3 in chunk 1, W3.2@1 for the part 2 of it, R.2@1.
     member this.Name =
-        match this.Phase with
-        | Phase.Prologue
-        | Phase.Epilogue -> this.Phase.Name
-        | Phase.F
-        | Phase.I
-        | Phase.W
-        | Phase.S ->
+        if this.Phase.IsOnce then
+            this.Phase.OfChunk this.Chunk
+        else
+            let part = if this.Phase.Part = 0 then "" else $".%i{this.Phase.Part}"
             let inChunk = if this.Chunk = 0 then "" else $"@%i{this.Chunk}"
-            $"%s{this.Phase.Name}%i{this.Microbatch}%s{inChunk}"
+            $"%s{this.Phase.Word}%i{this.Microbatch}%s{part}%s{inChunk}"
 
 /// Everything one pipeline rank runs; its tp x cp x dp ranks differ in coordinates only.
 /// Chunk c of pipeline rank r is part r + c * pp of the model (Megatron's order of virtual stages).
@@ -243,10 +258,24 @@ module ZigzagOrder =
 /// stages, ascending for sums, sender and receiver for messages. What a member starts in a group runs in that order.
 type Group = {
     Id: int
+    /// The mesh axes, and behind a '.' the lane where there are several: dp, dp.grad.
     Name: string
     MeshAxes: IReadOnlyList<int>
     Stages: IReadOnlyList<int>
-}
+} with
+
+    /// What runs on one lane runs in order; another lane of the same ranks goes beside it. Empty where nothing is said.
+    member this.Lane =
+        match this.Name.IndexOf '.' with
+        | at when at >= 0 && this.Stages.Count = 0 -> this.Name.Substring(at + 1)
+        | _none -> ""
+
+    /// The name without the lane.
+    member this.Over =
+        if this.Lane = "" then
+            this.Name
+        else
+            this.Name.Substring(0, this.Name.Length - this.Lane.Length - 1)
 
 /// How a parameter starts.
 [<RequireQualifiedAccess>]

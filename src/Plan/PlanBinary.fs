@@ -212,7 +212,12 @@ let private slot (r: Reader) : SlotInfo =
     }
 
 let private stage (r: Reader) : StagePlan =
-    let phase () = r.OneOf("phase", phaseOf)
+    let phase () =
+        match r.OneOf("phase", phaseOf) with
+        | Phase.W _ -> Phase.W(r.Int())
+        | Phase.R _ -> Phase.R(r.Int())
+        | whole -> whole
+
     let number = r.Int()
     let units = r.Text()
     let slots = r.List(fun () -> slot r)
@@ -234,11 +239,8 @@ let private stage (r: Reader) : StagePlan =
 
         let microbatch = r.Int()
 
-        match phase with
-        | Phase.Prologue
-        | Phase.Epilogue when chunk <> 0 || microbatch <> 0 ->
+        if phase.IsOnce && (microbatch <> 0 || chunk <> 0 && not phase.IsR) then
             raise (r.Fail $"the %s{phase.Name} is said to be of chunk %i{chunk}, microbatch %i{microbatch}")
-        | _phase -> ()
 
         {
             Phase = phase

@@ -35,7 +35,7 @@ let contentHash (plan: PlanSet) : byte[] = SHA256.HashData(UTF8Encoding(false, t
 
 let dtypeOf = DType.All
 let kindOf = kinds |> Array.map snd
-let phaseOf = Phase.All
+let phaseOf = [| Phase.Prologue; Phase.F; Phase.I; Phase.W 0; Phase.S; Phase.Epilogue; Phase.R 0 |]
 
 [<Sealed>]
 type private Writer() =
@@ -188,6 +188,22 @@ let private writeSlot (w: Writer) (s: SlotInfo) =
 
     writeLayout w s.Layout
 
+let private writePhase (w: Writer) (phase: Phase) =
+    let inFirstPart =
+        match phase with
+        | Phase.W _ -> Phase.W 0
+        | Phase.R _ -> Phase.R 0
+        | Phase.Prologue
+        | Phase.F
+        | Phase.I
+        | Phase.S
+        | Phase.Epilogue -> phase
+
+    w.Count(indexOf phaseOf inFirstPart)
+
+    if phase.IsW || phase.IsR then
+        w.Int phase.Part
+
 let private writeStage (w: Writer) (s: StagePlan) =
     w.Int s.Stage
     w.Text s.Units
@@ -196,7 +212,7 @@ let private writeStage (w: Writer) (s: StagePlan) =
     w.List(
         s.Programs,
         fun p ->
-            w.Count(indexOf phaseOf p.Phase)
+            writePhase w p.Phase
             w.Int p.Chunk
             w.List(p.Steps, writeStep w)
     )
@@ -204,7 +220,7 @@ let private writeStage (w: Writer) (s: StagePlan) =
     w.List(
         s.Timetable,
         fun a ->
-            w.Count(indexOf phaseOf a.Phase)
+            writePhase w a.Phase
             w.Int a.Chunk
             w.Int a.Microbatch
     )

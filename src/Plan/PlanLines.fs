@@ -154,7 +154,7 @@ let step (s: Scanner) : Step =
             malformed "this is no step" "a step is '%out = kernel ...', 't1 <- collective ...', 'wait t1' or 'free %1'"
         )
 
-/// F3@1 -> F, 3, 1; what is left out is -1 before '@' and chunk 0 behind it.
+/// W3.2@1 -> W 2, 3, 1; what is left out is -1 before '.' and '@', part 0 and chunk 0 behind them.
 let private action (word: string) : struct (Phase * int * int) =
     let number role (digits: string) =
         match Int32.TryParse(digits, NumberStyles.None, CultureInfo.InvariantCulture) with
@@ -163,17 +163,30 @@ let private action (word: string) : struct (Phase * int * int) =
             raise (
                 malformed
                     $"'%s{word}' has no 32-bit %s{role}"
-                    "an action is a phase and a microbatch: F3, or F3@1 in chunk 1"
+                    "an action is a phase and a microbatch: F3, F3@1 in chunk 1, or W3.2 of part 2"
             )
 
-    let front, chunk =
-        match word.IndexOf '@' with
-        | -1 -> word, 0
-        | at -> word.Substring(0, at), number "chunk" (word.Substring(at + 1))
+    let cut (text: string) (mark: char) role =
+        match text.IndexOf mark with
+        | -1 -> struct (text, 0)
+        | at -> struct (text.Substring(0, at), number role (text.Substring(at + 1)))
 
+    let struct (front, chunk) = cut word '@' "chunk"
+    let struct (front, part) = cut front '.' "part"
     let name = front.TrimEnd([| '0' .. '9' |])
     let digits = front.Substring name.Length
-    struct (lookup "phase" phases name, (if digits = "" then -1 else number "microbatch" digits), chunk)
+
+    let phase =
+        match lookup "phase" phases name with
+        | Phase.W _ -> Phase.W part
+        | Phase.R _ -> Phase.R part
+        | whole ->
+            if front.Length < word.Length && word.Contains '.' then
+                raise (malformed $"'%s{word}' names a part, and %s{whole.Word} is one piece" "W and R have parts")
+
+            whole
+
+    struct (phase, (if digits = "" then -1 else number "microbatch" digits), chunk)
 
 /// Whose program follows: F, or F@1 of chunk 1.
 let program (s: Scanner) : struct (Phase * int) =
@@ -190,9 +203,11 @@ let timetable (s: Scanner) : Action[] =
         let word = s.Word "an action"
         let struct (phase, microbatch, chunk) = action word
 
-        if phase.IsOnce <> (microbatch < 0) || phase.IsOnce && chunk <> 0 then
+        if phase.IsOnce <> (microbatch < 0) || phase.IsOnce && not phase.IsR && chunk <> 0 then
             raise (
-                malformed $"'%s{word}' is no action" "F, I, W and S have a microbatch, prologue and epilogue have none"
+                malformed
+                    $"'%s{word}' is no action"
+                    "F, I, W and S have a microbatch, prologue, R and epilogue have none"
             )
 
         actions.Add {

@@ -57,7 +57,7 @@ module internal PlanWords =
     |]
 
     let kindName (kind: SlotKind) = kinds |> Array.find (fun (_, k) -> k = kind) |> fst
-    let phases = Phase.All |> Array.map (fun p -> p.Name, p)
+    let phases = Phase.All |> Array.map (fun p -> p.Word, p)
     let dtypes = DType.All |> Array.map (fun d -> d.Name, d)
 
     let private distance (a: string) (b: string) =

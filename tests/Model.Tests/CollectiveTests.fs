@@ -353,9 +353,13 @@ let private epilogue =
 let private within (prefix: string) (line: CollectiveLine) =
     line.Path = prefix || line.Path.StartsWith(prefix + ".", StringComparison.Ordinal)
 
+/// Gradients whose reduction begins beside the backward pass stand in the epilogue's table.
+let private programOf (line: CollectiveLine) =
+    if line.Program.StartsWith('R') then "epilogue" else line.Program
+
 let private key (path: string) (line: CollectiveLine) =
     let group = if line.Group.StartsWith("pp.0-1-", StringComparison.Ordinal) then "pp" else line.Group
-    $"%s{line.Program} %s{line.Kind} %s{path} %s{group}"
+    $"%s{programOf line} %s{line.Kind} %s{path} %s{group}"
 
 let private ofLayer stage layer =
     let prefix = $"model.layers.%i{layer}"
@@ -364,7 +368,7 @@ let private ofLayer stage layer =
         for line in lines.Value do
             if
                 line.Stage = stage
-                && line.Program <> "epilogue"
+                && programOf line <> "epilogue"
                 && within prefix line
                 && line.Kind <> "send"
                 && line.Kind <> "recv"
@@ -392,7 +396,7 @@ let private tables =
             [
                 for line in lines.Value do
                     if line.Stage = 1 && (line.Kind = "send" || line.Kind = "recv") then
-                        $"%s{line.Program} %s{line.Kind}", line
+                        $"%s{programOf line} %s{line.Kind}", line
             ]
             "epilogue",
             epilogue,
@@ -406,7 +410,7 @@ let private tables =
                            && (line.Path = "optimizer.reduce" || line.Path = "optimizer.gather")
 
                     // both stages sum the embedding's gradient together
-                    if line.Program = "epilogue" && ofStage && not (isTied && line.Stage = 15) then
+                    if programOf line = "epilogue" && ofStage && not (isTied && line.Stage = 15) then
                         (key line.Path line).Replace("epilogue", string line.Stage), line
             ]
         ]
@@ -425,10 +429,10 @@ let private cells (found: (string * CollectiveLine) list) (r: Row) =
             let kind = l.Kind.Replace('_', '-')
             let group = if l.Kind = "send" || l.Kind = "recv" then "" else $" %s{group}"
 
-            if l.Program = "epilogue" then
+            if programOf l = "epilogue" then
                 $"%s{kind}%s{group}"
             else
-                $"%s{l.Program} %s{kind}%s{group}")
+                $"%s{programOf l} %s{kind}%s{group}")
         |> List.map (fun (name, n) -> if n = 1 then name else $"%s{name} x %i{n}")
 
     let theirs =

@@ -58,6 +58,11 @@ type Job = {
     NarrowStates: bool
     /// Masters of bf16 weights as remainders of 16 bits.
     Remainders: bool
+    /// Gradients reduced at the end of the step instead of beside the backward pass; elements of a bucket, 0: Megatron's.
+    LateReduce: bool
+    Bucket: int
+    /// Steps in the order of the graph.
+    InOrder: bool
     Microbatches: int
     /// Sequences of a microbatch on one data rank.
     Batch: int
@@ -133,6 +138,9 @@ type Job = {
             .WithFp8(this.Fp8)
             .WithPermutePadding(this.Padding)
             .WithDistributedOptimizer(this.DistributedOptimizer)
+            .WithOverlapGradReduce(not this.LateReduce)
+            .WithGradBucketSize(this.Bucket)
+            .WithOverlap(not this.InOrder)
             .WithStateTypes(this.Masters, this.States, this.States, this.States)
             .WithBatch(this.Microbatches * this.Batch * this.Data, this.Batch, this.SeqLength)
             .WithRecompute(Array.ofList this.Recompute)
@@ -259,6 +267,9 @@ let plain: Job = {
     DistributedOptimizer = true
     NarrowStates = false
     Remainders = false
+    LateReduce = false
+    Bucket = 0
+    InOrder = false
     Microbatches = 2
     Batch = 1
     SeqLength = 8
@@ -322,6 +333,9 @@ let private jobs (pipelines: int list) (chunks: int list) = gen {
     let! batch = some [ 1; 1; 2 ]
     let! seqLength = some [ 4; 8; 8; 16 ]
     let! remainders = some [ false; true ]
+    let! late = some [ false; false; true ]
+    let! bucket = some [ 0; 1; 100; 1000 ]
+    let! inOrder = some [ false; false; true ]
 
     let job = {
         Layers = layers
@@ -358,6 +372,9 @@ let private jobs (pipelines: int list) (chunks: int list) = gen {
         DistributedOptimizer = distributed
         NarrowStates = narrow
         Remainders = remainders
+        LateReduce = late
+        Bucket = bucket
+        InOrder = inOrder
         Microbatches = if chunks = 1 then microbatches else max microbatches pipeline
         Batch = batch
         SeqLength = seqLength
@@ -393,6 +410,9 @@ let size (job: Job) =
         chosen (not job.DistributedOptimizer)
         chosen job.NarrowStates
         chosen job.Remainders
+        chosen job.LateReduce
+        chosen (job.Bucket > 0)
+        chosen job.InOrder
     ]
 
 /// Ways to keep `n` of the cuts; the last, behind each of the first units, is legal whatever the model.
@@ -541,6 +561,15 @@ let shrink (job: Job) : Job seq =
 
         if job.Remainders then
             { job with Remainders = false }
+
+        if job.LateReduce then
+            { job with LateReduce = false }
+
+        if job.Bucket > 0 then
+            { job with Bucket = 0 }
+
+        if job.InOrder then
+            { job with InOrder = false }
 
         if not job.DistributedOptimizer then
             { job with DistributedOptimizer = true }

@@ -101,12 +101,12 @@ let private moeBackward ep = [
 let private starts (c: Compiled) (layer: string) =
     [
         for program in c.Plan.Stages[0].Programs do
-            if not (program.Phase.IsPrologue || program.Phase.IsEpilogue) then
+            if not program.Phase.IsOnce then
                 for step in program.Steps do
                     match step with
                     | Step.Start(_, kind, _, _, outputs, path) when path.StartsWith layer ->
                         let part = path.Substring(layer.Length).TrimStart '.'
-                        $"%s{program.Phase.Name} %s{Ops.Collective.name kind} %s{part} x%i{outputs.Count}"
+                        $"%s{program.Phase.Word} %s{Ops.Collective.name kind} %s{part} x%i{outputs.Count}"
                     | Step.Start _
                     | Step.Launch _
                     | Step.Wait _
@@ -466,6 +466,8 @@ let private cover (job: Job) (c: Compiled) =
     count "no balance loss" (not job.Balance)
     count "several sequences a rank" (job.Batch > 1)
     count "every rank its own optimizer state" (not job.DistributedOptimizer)
+    count "gradients reduced beside the backward pass" (c.Plan.Stages |> Seq.exists (fun s -> s.Programs |> Seq.exists _.Phase.IsR))
+    count "weight gradients in parts" (c.Plan.Stages |> Seq.exists (fun s -> s.Programs |> Seq.exists (fun p -> p.Phase.Part > 0)))
     count "gradients and moments in bf16" job.NarrowStates
     count "masters as remainders" (job.Bf16 && job.Remainders)
 

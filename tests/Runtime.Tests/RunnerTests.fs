@@ -317,7 +317,7 @@ let private faults (executor: Executor) =
             | other -> failtest $"%O{other}")
 
         testCase "what a step leaves over is a bug" (fun () ->
-            let leaking = TinyPlan.plan 1 1 4 |> changed 0 Phase.W (List.filter (fun step -> not step.IsFree))
+            let leaking = TinyPlan.plan 1 1 4 |> changed 0 (Phase.W 0) (List.filter (fun step -> not step.IsFree))
 
             match Expect.throwsC (fun () -> train leaking (options executor 4) 1 |> ignore) id with
             | :? RuntimeException as fault -> Expect.equal fault.Code Codes.StepIncomplete "code"

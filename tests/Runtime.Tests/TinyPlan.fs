@@ -140,7 +140,7 @@ let plan data microbatches batch : PlanSet =
                 yield! free slots [ "x" ]
             ]
             Phase.I, move slots 1 (Collective.Recv 1) 2 [] [ "dx" ]
-            Phase.W,
+            Phase.W 0,
             [
                 launch KernelId.EmbeddingGrad [] [ "ids"; "dx"; "range" ] [ "dE" ] "embed"
                 launch KernelId.Accumulate [] [ "dE" ] [ "grad:embed" ] "embed"
@@ -191,7 +191,7 @@ let plan data microbatches batch : PlanSet =
                 yield! move slots 1 (Collective.Send 0) 2 [ "dx" ] []
                 yield! free slots [ "z"; "dz"; "dx" ]
             ]
-            Phase.W,
+            Phase.W 0,
             [
                 launch KernelId.Contract (text "b+ s+ n, b+ s+ k -> n k") [ "g"; "x" ] [ "dW" ] "head"
                 launch KernelId.Accumulate [] [ "dW" ] [ "grad:head" ] "head"
@@ -218,7 +218,7 @@ let plan data microbatches batch : PlanSet =
                 action Phase.F m
             for m in 0 .. microbatches - 1 do
                 action Phase.I m
-                action Phase.W m
+                action (Phase.W 0) m
                 action Phase.S m
             action Phase.Epilogue 0
         |]

@@ -7,7 +7,7 @@ open DeepSeekGraph.Compiler
 
 /// Picoseconds a byte inside a node (NVLink, 160 GB/s reached) and between nodes (50 GB/s): DeepSeek-V3's own figures (arXiv 2412.19437,
 /// section 3.2.2). Integers, so that every machine chooses alike.
-let private insideNode, private betweenNodes = 6L, 20L
+let insideNode, betweenNodes = 6L, 20L
 
 /// What one dispatcher sends per token and direction, weighed by link, in thousandths of a row. Balanced routing: the copies of
 /// a token are spread evenly over ranks, and at most min(top-k, nodes) nodes see it.

@@ -96,7 +96,7 @@ type private Walk(f: Findings, stage: StagePlan) =
             | State.Empty -> wrong $"%s{name id} is read before it is written"
             | State.Freed -> wrong $"%s{name id} is read after it was freed"
 
-        if isAccumulator slots[id].Kind && not phase.IsEpilogue then
+        if isAccumulator slots[id].Kind && not (phase.IsEpilogue || phase.IsR && slots[id].Kind.IsGradient) then
             wrong $"%s{name id} is complete only after the last microbatch, but is read before"
 
     /// Anything but a kernel that updates in place.
@@ -274,8 +274,8 @@ type private Walk(f: Findings, stage: StagePlan) =
             | Step.Free slot -> free phase slot)
 
     /// The end of a microbatch or of the step: nothing in flight, nothing left.
-    member _.Close(phases: Phase list) =
-        at <- $"stage %i{stage.Stage}, end of %s{phases |> List.map _.Name |> List.last}"
+    member _.Close(of': string, isOf: Phase -> bool) =
+        at <- $"stage %i{stage.Stage}, end of %s{of'}"
 
         for token in flying.Keys |> Seq.sort do
             wrong $"collective t%i{token} is never waited for"
@@ -285,7 +285,7 @@ type private Walk(f: Findings, stage: StagePlan) =
 
         for id in 0 .. count - 1 do
             match touchedIn[id] with
-            | ValueSome program when List.contains program.Phase phases && not (isPersistent slots[id].Kind) ->
+            | ValueSome program when isOf program.Phase && not (isPersistent slots[id].Kind) ->
                 if state[id] = State.Full then
                     wrong $"%s{name id} is never freed"
             | ValueSome _
@@ -319,10 +319,55 @@ let private orders (stage: StagePlan) : (Phase * int) list list =
     |> Seq.distinct
     |> List.ofSeq
 
+/// A gradient that R reads is complete: nothing that comes later in the timetable adds to it.
+let private complete (f: Findings) (stage: StagePlan) =
+    let slotsOf pick =
+        dict [
+            for p in stage.Programs ->
+                struct (p.Phase, p.Chunk), p.Steps |> Seq.collect pick |> Seq.filter (fun id -> stage.Slots[id].Kind.IsGradient) |> HashSet
+        ]
+
+    let added =
+        slotsOf (fun step ->
+            match step with
+            | Step.Launch(KernelId.Accumulate, _, _, outputs, _) -> outputs :> int seq
+            | Step.Launch _
+            | Step.Start _
+            | Step.Wait _
+            | Step.Free _ -> Seq.empty)
+
+    let read =
+        slotsOf (fun step ->
+            match step with
+            | Step.Launch(_, _, inputs, _, _)
+            | Step.Start(_, _, _, inputs, _, _) -> inputs :> int seq
+            | Step.Wait _
+            | Step.Free _ -> Seq.empty)
+
+    let reduced = Dictionary<int, string>()
+
+    for action in stage.Timetable do
+        let key = struct (action.Phase, action.Chunk)
+
+        if action.Phase.IsR then
+            for id in read[key] do
+                reduced[id] <- action.Name
+
+        for id in added[key] do
+            match reduced.TryGetValue id with
+            | true, by ->
+                f.Add(
+                    Codes.PlanLifetime,
+                    $"stage %i{stage.Stage}, timetable",
+                    $"%s{action.Name} adds to %s{named stage.Slots id} after %s{by} has begun to reduce it"
+                )
+            | false, _ -> ()
+
 /// Slots and tokens of every stage.
 let check (f: Findings) (plan: PlanSet) : unit =
     for stage in plan.Stages do
         let program phase chunk = stage.Programs |> Seq.find (fun p -> p.Phase = phase && p.Chunk = chunk)
+        complete f stage
 
         for order in orders stage do
             let walk = Walk(f, stage)
@@ -331,7 +376,13 @@ let check (f: Findings) (plan: PlanSet) : unit =
             for phase, chunk in order do
                 walk.Program(program phase chunk)
 
-            walk.Close(List.ofArray Phase.EachMicrobatch)
+            walk.Close("a microbatch", (fun phase -> not phase.IsOnce))
+
+            // R runs among the last microbatches, but touches nothing of theirs but gradients that are complete
+            for action in stage.Timetable do
+                if action.Phase.IsR then
+                    walk.Program(program action.Phase action.Chunk)
+
             walk.Program(program Phase.Epilogue 0)
-            walk.Close [ Phase.Prologue; Phase.Epilogue ]
+            walk.Close("the step", _.IsOnce)
             walk.Accumulators()

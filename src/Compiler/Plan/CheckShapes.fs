@@ -293,28 +293,66 @@ let private checkSteps (f: Findings) (plan: PlanSet) (stage: StagePlan) =
             | Step.Wait _ -> ()
             | Step.Free slot -> slots [| slot |])
 
-let private checkTimetable (f: Findings) (plan: PlanSet) (stage: StagePlan) =
-    let wrong message = f.Add(Codes.PlanShape, $"stage %i{stage.Stage}, timetable", message)
+/// Prologue; F, I, W in parts, S and R in parts of each chunk; epilogue.
+let private checkPrograms (f: Findings) (plan: PlanSet) (stage: StagePlan) =
+    let parts is chunk =
+        stage.Programs
+        |> Seq.filter (fun p -> is p.Phase && p.Chunk = chunk)
+        |> Seq.map _.Phase.Part
+        |> Seq.distinct
+        |> Seq.sort
+        |> List.ofSeq
 
     let expected = [
-        yield struct (Phase.Prologue, 0)
+        struct (Phase.Prologue, 0)
 
         for chunk in 0 .. plan.Chunks - 1 do
-            for phase in Phase.EachMicrobatch do
-                yield struct (phase, chunk)
+            struct (Phase.F, chunk)
+            struct (Phase.I, chunk)
 
-        yield struct (Phase.Epilogue, 0)
+            for part in 0 .. max 1 (parts _.IsW chunk).Length - 1 do
+                struct (Phase.W part, chunk)
+
+            struct (Phase.S, chunk)
+
+            // a part that completes no gradient has none
+            for part in parts _.IsR chunk do
+                struct (Phase.R part, chunk)
+
+        struct (Phase.Epilogue, 0)
     ]
 
-    if [ for p in stage.Programs -> struct (p.Phase, p.Chunk) ] <> expected then
+    let found = [ for p in stage.Programs -> struct (p.Phase, p.Chunk) ]
+
+    if found <> expected then
+        let shown programs = programs |> List.truncate 40 |> List.map (fun struct (p: Phase, c) -> p.OfChunk c) |> String.concat " "
+
         f.Add(
             Codes.PlanShape,
             $"stage %i{stage.Stage}",
-            $"its programs are not prologue, F, I, W and S of each of %i{plan.Chunks} chunks, and epilogue, in this order"
+            $"its programs are %s{shown found}; those of %i{plan.Chunks} chunks are %s{shown expected}, in this order"
         )
+
+let private checkTimetable (f: Findings) (plan: PlanSet) (stage: StagePlan) =
+    let wrong message = f.Add(Codes.PlanShape, $"stage %i{stage.Stage}, timetable", message)
+    checkPrograms f plan stage
+    let programs is = stage.Programs |> Seq.filter (fun p -> is p.Phase) |> Seq.length
+
+    /// What a microbatch runs in a chunk before this; the prologue before F.
+    let before (phase: Phase) chunk =
+        match phase with
+        | Phase.I -> Phase.F
+        | Phase.W 0 -> Phase.I
+        | Phase.W part -> Phase.W(part - 1)
+        | Phase.S -> Phase.W((stage.Programs |> Seq.filter (fun p -> p.Phase.IsW && p.Chunk = chunk) |> Seq.length) - 1)
+        | Phase.Prologue
+        | Phase.F
+        | Phase.R _
+        | Phase.Epilogue -> Phase.Prologue
 
     let count = stage.Timetable.Count
     let last = Dictionary<struct (int * int), Phase>()
+    let reduced = HashSet<struct (int * int)>()
 
     stage.Timetable
     |> Seq.iteri (fun i action ->
@@ -331,15 +369,16 @@ let private checkTimetable (f: Findings) (plan: PlanSet) (stage: StagePlan) =
         | Phase.Epilogue ->
             if i <> count - 1 || key <> struct (0, 0) then
                 wrong "the epilogue does not come last"
+        | Phase.R part ->
+            if not (stage.Programs |> Seq.exists (fun p -> p.Phase = action.Phase && p.Chunk = action.Chunk)) then
+                wrong $"there is no program %s{action.Name}"
+            elif not (reduced.Add(struct (action.Chunk, part))) || microbatch <> 0 then
+                wrong $"%s{action.Name} comes twice"
         | Phase.F
         | Phase.I
-        | Phase.W
+        | Phase.W _
         | Phase.S ->
-            let before =
-                if action.Phase.IsF then
-                    Phase.Prologue
-                else
-                    Phase.EachMicrobatch[System.Array.IndexOf(Phase.EachMicrobatch, action.Phase) - 1]
+            let before = before action.Phase action.Chunk
 
             if microbatch < 0 || microbatch >= plan.Microbatches then
                 wrong $"%s{action.Name} is beyond the %i{plan.Microbatches} microbatches"
@@ -350,7 +389,8 @@ let private checkTimetable (f: Findings) (plan: PlanSet) (stage: StagePlan) =
 
             last[key] <- action.Phase)
 
-    let due = 4L * int64 plan.Microbatches * int64 plan.Chunks + 2L
+    let due =
+        int64 plan.Microbatches * (3L * int64 plan.Chunks + int64 (programs _.IsW)) + int64 (programs _.IsR) + 2L
 
     if int64 count <> due then
         wrong $"it has %i{count} actions; %i{plan.Microbatches} microbatches in %i{plan.Chunks} chunks make %i{due}"

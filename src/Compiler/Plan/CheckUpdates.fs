@@ -208,7 +208,7 @@ type private Epilogue(f: Findings, plan: PlanSet, stage: StagePlan) =
 
     member _.Run() =
         for program in stage.Programs do
-            if program.Phase.IsEpilogue then
+            if program.Phase.IsR || program.Phase.IsEpilogue then
                 program.Steps
                 |> Seq.iteri (fun i step ->
                     at <- place stage.Stage program.Name i (pathOf step)

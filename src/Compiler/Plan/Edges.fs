@@ -122,6 +122,6 @@ let phases (graph: Graph) (work: StageWork) (stage: int) : IReadOnlyDictionary<i
         phases[n] <-
             if graph.Nodes[n].Origin.Pass.IsForward then Phase.F
             elif needed.Contains n then Phase.I
-            else Phase.W
+            else Phase.W 0
 
     phases :> IReadOnlyDictionary<int, Phase>

@@ -1,5 +1,5 @@
 /// The end of a step: gradients reduced once, clipped, applied to shards, parameters gathered; router biases and metrics.
-/// before: accumulators of one stage; after: prologue and epilogue steps. Every partial sum is reduced once, parameters in reverse order.
+/// before: accumulators of one stage; after: steps of prologue, R and epilogue. Every partial sum is reduced once, parameters in reverse order.
 module DeepSeekGraph.Compiler.Lowering.Epilogue
 
 open System.Collections.Generic
@@ -31,7 +31,11 @@ type Input = {
     Slots: SlotTable
     Groups: GroupTable
     Mesh: MeshInfo
+    /// Elements of a bucket; 0: Megatron's.
+    Bucket: int
     Gradients: Accumulated list
+    /// Gradient slots that are reduced over data axes before the epilogue: a list for each R.
+    Early: int list list
     Counts: Accumulated list
     Metrics: Metric list
 }
@@ -47,8 +51,9 @@ type private Move = {
     Ready: unit -> unit
 }
 
-/// Elements of a bundle, as Megatron sizes its buckets: enough to be worth a collective of that many ranks.
-let private bucket (ranks: int) = max 40_000_000L (1_000_000L * int64 ranks)
+/// Elements of a bundle, as Megatron sizes its buckets where nothing is said: enough to be worth a collective of that many ranks.
+let bucket (given: int) (ranks: int) : int64 =
+    if given > 0 then int64 given else max 40_000_000L (1_000_000L * int64 ranks)
 
 /// Moves that go together: of one kind, group and element type, in order, a bucket at a time.
 let private buckets (input: Input) (moves: Move list) : Move list list =
@@ -57,7 +62,7 @@ let private buckets (input: Input) (moves: Move list) : Move list list =
 
     let cut (moves: Move list) =
         let axes = input.Groups[moves.Head.Group].MeshAxes
-        let most = bucket (Mesh.extent input.Mesh axes)
+        let most = bucket input.Bucket (Mesh.extent input.Mesh axes)
         // the bucket a move falls into is where the sum before it ends
         let before = moves |> List.scan (fun n m -> n + elements m) 0L
         List.zip moves (List.truncate moves.Length before) |> List.groupBy (fun (_, at) -> at / most)
@@ -73,7 +78,12 @@ type private Writer(input: Input) =
     let steps = List<Step>()
     let mutable token = -1
     let mutable fresh = 0
-    member _.Steps = List.ofSeq steps
+
+    /// The steps of one program; the next one begins.
+    member _.Close() : Step list =
+        let written = List.ofSeq steps
+        steps.Clear()
+        written
 
     member _.Launch(kernel, attributes: Attribute list, inputs: int list, outputs: int list, path: string) =
         steps.Add(Step.Launch(kernel, Array.ofList attributes, Array.ofList inputs, Array.ofList outputs, path))
@@ -89,51 +99,62 @@ type private Writer(input: Input) =
             Density = slot.Density
     }
 
-    /// Bundles of moves, each begun as soon as its values are ready, all waited for at the end.
-    member _.Together(moves: Move list, path: string) =
-        let begun =
-            buckets input moves
-            |> List.map (fun bundle ->
-                for m in bundle do
-                    m.Ready()
+    /// Bundles of moves, each begun as soon as its values are ready; the tokens to wait for.
+    member _.Begin(moves: Move list, path: string) : int list =
+        buckets input moves
+        |> List.map (fun bundle ->
+            for m in bundle do
+                m.Ready()
 
-                token <- token + 1
-                let ids (pick: Move -> int) = bundle |> List.map pick |> Array.ofList
-                let first = bundle.Head
-                steps.Add(Step.Start(token, first.Kind, first.Group, ids _.From, ids _.Into, path))
-                token)
+            token <- token + 1
+            let ids (pick: Move -> int) = bundle |> List.map pick |> Array.ofList
+            let first = bundle.Head
+            steps.Add(Step.Start(token, first.Kind, first.Group, ids _.From, ids _.Into, path))
+            token)
 
-        for t in begun do
+    member _.Wait(tokens: int list) =
+        for t in tokens do
             steps.Add(Step.Wait t)
 
-    /// Each slot after a collective: `move` gives its kind, group and what it becomes, or nothing where it stays.
+    member this.Together(moves: Move list, path: string) = this.Wait(this.Begin(moves, path))
+
+    /// The move of a slot: its kind, group and what it becomes; nothing where it stays.
+    static member private Moves(moved: (int * struct (Collective * int * int) voption) list) : Move list = [
+        for from, goes in moved do
+            match goes with
+            | ValueSome(struct (kind, group, into)) -> {
+                Kind = kind
+                Group = group
+                From = from
+                Into = into
+                Ready = ignore
+              }
+            | ValueNone -> ()
+    ]
+
+    static member private Results(moved: (int * struct (Collective * int * int) voption) list) : int list = [
+        for from, goes in moved do
+            match goes with
+            | ValueSome(struct (_, _, into)) -> into
+            | ValueNone -> from
+    ]
+
+    /// Each slot after a collective, as `move` says.
     member this.Each(slots: int list, path: string, move: int -> struct (Collective * int * int) voption) : int list =
         let moved = slots |> List.map (fun slot -> slot, move slot)
+        this.Together(Writer.Moves moved, path)
+        Writer.Results moved
 
-        let moves = [
-            for from, goes in moved do
-                match goes with
-                | ValueSome(struct (kind, group, into)) -> {
-                    Kind = kind
-                    Group = group
-                    From = from
-                    Into = into
-                    Ready = ignore
-                  }
-                | ValueNone -> ()
-        ]
+    /// The same begun only: each slot with what it becomes, and the tokens.
+    member this.EachBegun(slots: int list, path: string, move: int -> struct (Collective * int * int) voption) =
+        let moved = slots |> List.map (fun slot -> slot, move slot)
+        let tokens = this.Begin(Writer.Moves moved, path)
+        struct (List.zip slots (Writer.Results moved), tokens)
 
-        this.Together(moves, path)
-
-        [
-            for from, goes in moved do
-                match goes with
-                | ValueSome(struct (_, _, into)) -> into
-                | ValueNone -> from
-        ]
-
-    /// The sum of a slot over some of the mesh axes where it is partial, whole or as its block of a dim.
-    member this.Summed(slot: int, axes: int list, dim: int voption) : struct (Collective * int * int) voption =
+    /// The sum of a slot over some of the mesh axes where it is partial, whole or as its block of a dim, by the group that `along` gives.
+    member this.Summed
+        (slot: int, axes: int list, dim: int voption, along: int list -> int)
+        : struct (Collective * int * int) voption =
         let info = input.Slots[slot]
         let layout = Array.ofSeq info.Layout
         let here = axes |> List.filter (fun m -> layout[m].IsPartialSum)
@@ -158,7 +179,7 @@ type private Writer(input: Input) =
             let name = info.Name.Split('#')[0]
             let name = if name.StartsWith "reduced:" then name else $"reduced:%s{name}"
             let into = this.Temporary(name, { t with Axes = axesOfResult }, whole)
-            ValueSome(struct (kind, input.Groups.Along here, into))
+            ValueSome(struct (kind, along here, into))
 
     /// The sum of a slot over stages; it stays where there is only one.
     member this.OverStages(slot: int, stages: int list) : struct (Collective * int * int) voption =
@@ -173,7 +194,7 @@ type private Writer(input: Input) =
     /// Slots summed over all mesh axes where they are partial, then over the stages that hold a part.
     member this.Whole(slots: int list, stages: int -> int list, path: string) : int list =
         let axes slot = Layout.partials (Array.ofSeq input.Slots[slot].Layout)
-        let summed = this.Each(slots, path, (fun slot -> this.Summed(slot, axes slot, ValueNone)))
+        let summed = this.Each(slots, path, (fun slot -> this.Summed(slot, axes slot, ValueNone, input.Groups.Along)))
         let over = Dictionary<int, int list>()
         List.iter2 (fun from into -> over[into] <- stages from) slots summed
         this.Each(summed, path, (fun slot -> this.OverStages(slot, over[slot])))
@@ -187,15 +208,56 @@ type private Reduced = {
     Gradient: int
 }
 
-/// Every gradient once: over the data axes, scattered where states are sharded; over the other axes; over stages.
-let private reduce (input: Input) (writer: Writer) : Reduced list =
-    let path = "optimizer.reduce"
+let private shardOf (input: Input) (g: Accumulated) =
+    place input.Distributed input.Mesh g.Parameter input.Slots[g.Slot].Layout
+
+/// A gradient over the data axes, scattered where states are sharded.
+let private overData (input: Input) (writer: Writer) along (g: Accumulated) =
+    let shard = shardOf input g
+    writer.Summed(g.Slot, shard.Data, shard.Dim, along)
+
+let private reducePath = "optimizer.reduce"
+
+/// Is a gradient summed over ranks that see other data?
+let isReduced (input: Input) (g: Accumulated) : bool = not (shardOf input g).Data.IsEmpty
+
+/// What was begun before the epilogue.
+type private Begun = {
+    /// Accumulator -> what it becomes.
+    Into: Dictionary<int, int>
+    Tokens: int list
+}
+
+/// The R programs, in the order of `Early`.
+let private reduceEarly (input: Input) (writer: Writer) : struct (Step list list * Begun) =
+    let into, tokens = Dictionary<int, int>(), List<int>()
+    let bySlot = dict [ for g in input.Gradients -> g.Slot, g ]
+
+    let programs = [
+        for slots in input.Early do
+            let struct (moved, begun) =
+                writer.EachBegun(slots, reducePath, (fun slot -> overData input writer input.Groups.Beside bySlot[slot]))
+
+            for from, result in moved do
+                into[from] <- result
+
+            tokens.AddRange begun
+            writer.Close()
+    ]
+
+    struct (programs,
+            {
+                Into = into
+                Tokens = List.ofSeq tokens
+            })
+
+/// Every gradient once: over the data axes, where that was not begun before; over the other axes; over stages.
+let private reduce (input: Input) (writer: Writer) (begun: Begun) : Reduced list =
+    let path = reducePath
     // backward makes gradients in reverse order, so that this is the order in which they are ready
     let gradients = List.rev input.Gradients
-
-    let shards = [
-        for g in gradients -> place input.Distributed input.Mesh g.Parameter input.Slots[g.Slot].Layout
-    ]
+    let shards = gradients |> List.map (shardOf input)
+    writer.Wait begun.Tokens
 
     let about = Dictionary<int, struct (Shard * int list)>()
 
@@ -205,19 +267,15 @@ let private reduce (input: Input) (writer: Writer) : Reduced list =
 
         slots
 
-    let shardOf slot =
-        let struct (shard, _) = about[slot]
-        shard
-
     let data =
-        also (gradients |> List.map _.Slot)
-        |> fun slots ->
+        List.zip gradients (also (gradients |> List.map (fun g -> begun.Into.GetValueOrDefault(g.Slot, g.Slot))))
+        |> fun gradients ->
+            let late = dict [ for g, slot in gradients -> slot, g ]
+
             writer.Each(
-                slots,
+                List.map snd gradients,
                 path,
-                fun slot ->
-                    let shard = shardOf slot
-                    writer.Summed(slot, shard.Data, shard.Dim)
+                fun slot -> if late[slot].Slot = slot then overData input writer input.Groups.Along late[slot] else ValueNone
             )
 
     let rest =
@@ -228,7 +286,7 @@ let private reduce (input: Input) (writer: Writer) : Reduced list =
                 path,
                 fun slot ->
                     let axes = Layout.partials (Array.ofSeq input.Slots[slot].Layout)
-                    writer.Summed(slot, axes, ValueNone)
+                    writer.Summed(slot, axes, ValueNone, input.Groups.Along)
             )
 
     let everywhere =
@@ -417,8 +475,8 @@ let private routerBiases (input: Input) (writer: Writer) =
         )
 
 /// Reduce, clip, update, gather.
-let private update (input: Input) (writer: Writer) =
-    let reduced = reduce input writer
+let private update (input: Input) (writer: Writer) (begun: Begun) =
+    let reduced = reduce input writer begun
 
     let scale =
         if input.Optimizer.ClipNorm > 0.0 then
@@ -429,12 +487,13 @@ let private update (input: Input) (writer: Writer) =
     let gathers = reduced |> List.map (adamW input writer scale)
     writer.Together([ for g in gathers |> List.filter _.IsSome -> g.Value ], "optimizer.gather")
 
-/// Epilogue: parameters, router biases, report. What generates has none of them.
-let epilogue (input: Input) : Step list =
+/// The R programs, and the epilogue: parameters, router biases, report. What generates has none of them.
+let epilogue (input: Input) : struct (Step list list * Step list) =
     let writer = Writer input
+    let struct (early, begun) = reduceEarly input writer
 
     if input.Trains then
-        update input writer
+        update input writer begun
 
     routerBiases input writer
     let sums = writer.Whole(input.Metrics |> List.map _.Slot, (fun _ -> allStages input), "metrics")
@@ -443,4 +502,4 @@ let epilogue (input: Input) : Step list =
         let into = input.Slots.Get(m.Name, SlotKind.Counter, scalar, Layout.replicated input.Mesh)
         writer.Launch(KernelId.Scale, [ Attribute.Float 1.0 ], [ sum ], [ into ], m.Name)
 
-    writer.Steps
+    struct (early, writer.Close())

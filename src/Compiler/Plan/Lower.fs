@@ -188,12 +188,14 @@ let private accumulators
         Slots = slots
         Groups = groups
         Mesh = job.Mesh
+        Bucket = job.Recipe.GradBucketSize
         Gradients = [
             for info in parameters do
                 match gradients.TryGetValue info.Name with
                 | true, g -> g
                 | false, _ -> ()
         ]
+        Early = []
         Counts = List.ofSeq counts
         Metrics = List.ofSeq metrics
     }
@@ -257,24 +259,80 @@ let private rank (job: Job) (p: Partitioned) work parameters groups home (r: int
                         if made = stage then
                             accumulator
                 ]
+                Clock =
+                    if job.Recipe.Overlap then
+                        ValueSome(Overlap.clock job.Mesh job.Recipe.RanksPerNode (fun group -> groups[group]))
+                    else
+                        ValueNone
             })
+
+    // W in parts, where gradients are to be reduced as they become complete
+    let isReduced =
+        let slots = HashSet<int>()
+
+        if job.Recipe.OverlapGradReduce && input.Trains then
+            for g in input.Gradients do
+                if Epilogue.isReduced input g then
+                    slots.Add g.Slot |> ignore
+
+        slots.Contains
+
+    let size slot = if isReduced slot then slots[slot].Extents |> Seq.fold (fun n e -> n * int64 e) 1L else 0L
+    let bucket = Epilogue.bucket input.Bucket (Mesh.extent job.Mesh (Mesh.axesOf job.Mesh "dp"))
+    let phases = Dictionary<struct (Phase * int), Step list>()
+
+    programs
+    |> Array.iteri (fun chunk built ->
+        for phase, steps in built do
+            match phase with
+            | Phase.W _ ->
+                Reductions.cut bucket size steps
+                |> List.iteri (fun part steps -> phases[struct (Phase.W part, chunk)] <- steps)
+            | Phase.Prologue
+            | Phase.F
+            | Phase.I
+            | Phase.S
+            | Phase.R _
+            | Phase.Epilogue -> phases[struct (phase, chunk)] <- steps)
+
+    let parts chunk =
+        phases.Keys |> Seq.filter (fun (struct (phase, c)) -> phase.IsW && c = chunk) |> Seq.length
+
+    let timetable = Reductions.spread parts timetable
+    let stepsOf (a: Action) = phases[struct (a.Phase, a.Chunk)]
+    let early = Reductions.early stepsOf isReduced timetable
+    let timetable = Reductions.place early timetable
+
+    let struct (reductions, epilogue) =
+        Epilogue.epilogue {
+            input with
+                Early = early |> List.map _.Gradients
+        }
 
     // memory is given back in the order in which the rank runs a microbatch
     let turns = timetable |> List.filter (fun a -> a.Microbatch = 0 && not a.Phase.IsOnce)
-    let place (phase: Phase) = System.Array.IndexOf(Phase.EachMicrobatch, phase)
-    let freed = [| for a in turns -> programs[a.Chunk].[place a.Phase] |] |> Lifetimes.insert slots
+    let freed = [| for a in turns -> stepsOf a |] |> Lifetimes.insert slots
     let find phase chunk = freed[turns |> List.findIndex (fun a -> a.Phase = phase && a.Chunk = chunk)]
     let zeros = observed |> List.map (fun slot -> Step.Launch(KernelId.Zero, [||], [||], [| slot |], "step"))
-    let once = Lifetimes.insert slots [| Epilogue.prologue input @ zeros; Epilogue.epilogue input |]
+    let once = Lifetimes.insert slots [| Epilogue.prologue input @ zeros; yield! reductions; epilogue |]
 
     let programs = [|
         program Phase.Prologue 0 once[0]
 
         for chunk in 0 .. chunks - 1 do
-            for phase in Phase.EachMicrobatch do
-                program phase chunk (find phase chunk)
+            program Phase.F chunk (find Phase.F chunk)
+            program Phase.I chunk (find Phase.I chunk)
 
-        program Phase.Epilogue 0 once[1]
+            for part in 0 .. parts chunk - 1 do
+                program (Phase.W part) chunk (find (Phase.W part) chunk)
+
+            program Phase.S chunk (find Phase.S chunk)
+
+            for i, e in List.indexed early |> List.sortBy (fun (_, e) -> e.Part) do
+                if e.Chunk = chunk then
+                    program (Phase.R e.Part) chunk once[1 + i]
+
+        program Phase.Epilogue 0 (Array.last once)
     |]
 
     {

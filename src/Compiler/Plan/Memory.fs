@@ -134,8 +134,9 @@ let private walk (stage: StagePlan) (size: int64[]) : struct (int64[] * Moment) 
     let courses =
         stage.Programs
         |> Seq.map (fun p ->
-            let once = p.Phase.IsPrologue || p.Phase.IsEpilogue
-            struct (p.Phase, p.Chunk), course transient size tokens (struct (once, p.Chunk)) p.Steps)
+            // what R begins the epilogue waits for
+            let owner = struct (p.Phase.IsOnce, (if p.Phase.IsOnce then 0 else p.Chunk))
+            struct (p.Phase, p.Chunk), course transient size tokens owner p.Steps)
         |> dict
 
     let inputs = stage.Slots |> Seq.filter _.Kind.IsInput |> Seq.sumBy (fun s -> size[s.Id])

@@ -50,14 +50,13 @@ module PlanFlops =
     let private stored (slot: SlotInfo) = slot.Density * (slot.Extents |> Seq.fold (fun n e -> n * float e) 1.0)
 
     /// Operations of one launch on one rank: the op's own count; kernels on the state of a step: one for each element and operand.
-    let private ofLaunch
-        (stage: StagePlan)
-        kernel
-        attributes
+    let ofLaunch
+        (slots: IReadOnlyList<SlotInfo>)
+        (kernel: KernelId)
+        (attributes: IReadOnlyList<Attribute>)
         (inputs: IReadOnlyList<int>)
         (outputs: IReadOnlyList<int>)
-        =
-        let slots = stage.Slots
+        : float =
 
         if KernelOps.isStepKernel kernel then
             match kernel with
@@ -127,11 +126,11 @@ module PlanFlops =
                 for step in program.Steps do
                     match step with
                     | Step.Launch(kernel, attributes, inputs, outputs, path) ->
-                        let flops = ofLaunch stage kernel attributes inputs outputs * float runs * ranks
+                        let flops = ofLaunch stage.Slots kernel attributes inputs outputs * float runs * ranks
 
                         if flops > 0.0 then
                             let parameter = parameterOf stage gradients inputs outputs
-                            let key = struct (PlanNames.kernel kernel, path, parameter, program.Phase.Name)
+                            let key = struct (PlanNames.kernel kernel, path, parameter, program.Phase.Word)
 
                             match sums.TryGetValue key with
                             | true, sum -> sums[key] <- sum + flops

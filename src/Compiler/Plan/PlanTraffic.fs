@@ -7,7 +7,7 @@ open DeepSeekGraph
 /// One collective of a stage's program.
 type CollectiveLine = {
     Stage: int
-    /// As plans print it: F, W@1, epilogue.
+    /// As plans print it, all parts as one: F, W@1, epilogue.
     Program: string
     /// all_gather, reduce_scatter, ..., send, recv.
     Kind: string
@@ -146,7 +146,7 @@ module PlanTraffic =
             if group.Stages.Count > 0 then
                 "stages " + String.concat ", " (Seq.map string group.Stages)
             else
-                group.Name
+                group.Over
 
         let slot (ids: IReadOnlyList<int>) = stage.Slots[ids[0]]
 
@@ -157,7 +157,7 @@ module PlanTraffic =
         let backward = not program.Phase.IsF
         let maker () = near.Maker inputs[0]
         let reader () = near.Reader(program.Name, outputs[0])
-        let optimizer = program.Phase.IsEpilogue && path.StartsWith("optimizer.", System.StringComparison.Ordinal)
+        let optimizer = program.Phase.IsOnce && path.StartsWith("optimizer.", System.StringComparison.Ordinal)
 
         /// What is summed or gathered at the end of a step: reduced:grad:model.norm.weight#7 is of model.norm.weight.
         let parameter () =
@@ -377,7 +377,7 @@ module PlanTraffic =
 
                             {
                                 Stage = stage.Stage
-                                Program = program.Name
+                                Program = program.Phase.WholeOfChunk program.Chunk
                                 Kind = kindName kind
                                 Rule =
                                     rule stage near program kind group inputs outputs path
@@ -386,7 +386,7 @@ module PlanTraffic =
                                        else
                                            "")
                                 Path = path
-                                Group = group.Name
+                                Group = group.Over
                                 Members = members
                                 Runs = runs
                                 Bytes = bytes

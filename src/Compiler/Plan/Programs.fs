@@ -26,6 +26,8 @@ type StageContext = {
     Groups: GroupTable
     /// Accumulators that an output value is added to: value -> slot.
     Accumulators: (int * int) list
+    /// What steps take, once slots are known; nothing: steps stay in the order of the graph.
+    Clock: (IReadOnlyList<SlotInfo> -> Overlap.Clock) voption
 }
 
 let rec private slotOf (c: StageContext) (value: int) : int =
@@ -71,7 +73,7 @@ let private arrival (c: StageContext) (value: int) =
         Phase.F
     else
         let phases = c.Work.Nodes[c.Stage] |> Array.filter reads |> Array.map (fun n -> c.Phases[n])
-        [ Phase.I; Phase.W ] |> List.find (fun p -> Array.contains p phases)
+        [ Phase.I; Phase.W 0 ] |> List.find (fun p -> Array.contains p phases)
 
 /// Steps of one program under construction: starts remember which slots they fill, so that the first reader waits.
 [<Sealed>]
@@ -140,7 +142,7 @@ let private accumulate (c: StageContext) (writer: Writer) (value: int) path =
             writer.Launch(KernelId.Accumulate, [], [ source ], [ slot ], path)
 
 /// F, I, W and S of the chunk.
-let build (c: StageContext) : Step list[] =
+let build (c: StageContext) : (Phase * Step list) list =
     let graph = c.Partitioned.Graph
     let crosses (t: Transfer) = t.From % c.Pipeline <> t.Into % c.Pipeline
     let received = c.Work.Transfers |> Array.filter (fun t -> t.Into = c.Stage && crosses t)
@@ -148,12 +150,12 @@ let build (c: StageContext) : Step list[] =
     // forward sends have arrived when the gradient comes back; cotangents may take until S
     let forward, back = List<int>(), List<int>()
 
-    Phase.EachMicrobatch
-    |> Array.map (fun phase ->
+    [ Phase.F; Phase.I; Phase.W 0; Phase.S ]
+    |> List.map (fun phase ->
         let writer = Writer c.NextToken
         let open' = if phase = Phase.F then forward else back
 
-        if phase = Phase.W then
+        if phase.IsW then
             for t in forward do
                 writer.Wait t
 
@@ -196,9 +198,14 @@ let build (c: StageContext) : Step list[] =
                 for v in node.Outputs do
                     accumulate c writer v node.Origin.Path
 
-        if phase = Phase.S then
+        if phase.IsS then
             for t in back do
                 writer.Wait t
 
         writer.Close()
-        Bundle.run writer.Steps)
+        let steps = Bundle.run writer.Steps
+
+        phase,
+        match c.Clock with
+        | ValueSome clock -> Overlap.run (clock (c.Slots.ToArray())) steps
+        | ValueNone -> steps)

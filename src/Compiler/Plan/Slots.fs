@@ -69,6 +69,11 @@ type GroupTable(mesh: MeshInfo) =
         let axes = List.sort axes
         get (axes |> List.map (fun m -> mesh.Axes[m].Name) |> String.concat "+") axes []
 
+    /// The same on a lane of its own, so that gradients hold nothing up that the backward pass waits for.
+    member _.Beside(axes: int list) : int =
+        let axes = List.sort axes
+        get ((axes |> List.map (fun m -> mesh.Axes[m].Name) |> String.concat "+") + ".grad") axes []
+
     /// The same coordinates on several stages, to sum over.
     member _.Across(stages: int list) : int =
         let names = stages |> List.map string |> String.concat "-"

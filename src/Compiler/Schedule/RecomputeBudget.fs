@@ -106,7 +106,7 @@ let private inFlight (stage: StagePlan) (chunk: int) =
             if action.Phase.IsF then
                 now <- now + 1
                 most <- max most now
-            elif action.Phase.IsW then
+            elif action.Phase = Phase.W 0 then
                 now <- now - 1
 
     most

@@ -172,7 +172,7 @@ module Timetable =
         let backwards = [
             for chunk, microbatch in order do
                 let turn = shape.Chunks - 1 - chunk, microbatch
-                [ action Phase.I turn; action Phase.W turn ], action Phase.S turn
+                [ action Phase.I turn; action (Phase.W 0) turn ], action Phase.S turn
         ]
 
         let before, during = List.splitAt (warmup schedule shape rank) forwards

@@ -34,7 +34,7 @@ internal static class NcclGroups
 {
     /// <summary>
     /// In the order of the groups' numbers, in which all ranks split. Groups of stages never share: messages of one may overtake those of
-    /// another. Groups over the same mesh axes do: all their members start them in one order.
+    /// another. Groups over the same mesh axes do, if they are of one lane: all their members start them in one order.
     /// </summary>
     public static IReadOnlyList<GroupCommunicator> Of(IReadOnlyList<Group> groups, RankContext rank, int ranks)
     {
@@ -55,10 +55,10 @@ internal static class NcclGroups
 
             var over = GroupMembers.Of(group, rank);
             // the same for every rank, since axes of extent 1 tell nothing apart
-            var axes = string.Join(' ', group.MeshAxes.Where(axis => rank.Axes[(int)axis].Size > 1).Order());
+            var axes = string.Join(' ', group.MeshAxes.Where(axis => rank.Axes[(int)axis].Size > 1).Order()) + '.' + group.Lane;
             if (over.Ranks.Length == 1)
                 made.Add(new GroupCommunicator(group, Origin.Alone, over, -1, 0, -1));
-            else if (over.Ranks.Length == ranks && over.Ranks.SequenceEqual(Enumerable.Range(0, ranks)))
+            else if (group.Lane == "" && over.Ranks.Length == ranks && over.Ranks.SequenceEqual(Enumerable.Range(0, ranks)))
                 made.Add(new GroupCommunicator(group, Origin.World, over, -1, 0, -1));
             else if (like.TryGetValue(axes, out var first))
                 made.Add(new GroupCommunicator(group, Origin.Shared, over, -1, 0, first));

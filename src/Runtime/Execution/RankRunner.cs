@@ -20,7 +20,7 @@ public sealed class RankRunner : IDisposable
 {
     private readonly StageInstructions _instructions;
     private readonly StageCode _code;
-    private readonly Dictionary<(int Phase, int Chunk), int> _programs = [];
+    private readonly Dictionary<(Phase Phase, int Chunk), int> _programs = [];
     private readonly Dictionary<string, int> _places = [];
     private readonly int[] _inputs;
     private readonly SlotValue?[] _shared;
@@ -52,11 +52,11 @@ public sealed class RankRunner : IDisposable
         for (var i = 0; i < stage.Slots.Count; i++)
             _places[stage.Slots[i].Name] = i;
         for (var i = 0; i < stage.Programs.Count; i++)
-            _programs[(stage.Programs[i].Phase.Tag, stage.Programs[i].Chunk)] = i;
+            _programs[(stage.Programs[i].Phase, stage.Programs[i].Chunk)] = i;
         for (var i = 0; i < stage.Timetable.Count; i++)
         {
             var action = stage.Timetable[i];
-            if (!IsOnce(action.Phase) && _programs.ContainsKey(Key(action)))
+            if (!action.Phase.IsOnce && _programs.ContainsKey(Key(action)))
                 _lastEntries[action.Microbatch] = i;
         }
 
@@ -139,7 +139,7 @@ public sealed class RankRunner : IDisposable
     public SlotValue? Find(string name)
         => _places.TryGetValue(name, out var place) && _shared[place] is { IsPersistent: true } value ? value : null;
 
-    /// <summary>One step: all entries of the timetable, or all but the epilogue. `observe` sees each written slot before it is freed.</summary>
+    /// <summary>One step: all entries of the timetable, or all but the epilogue and what begins for it. `observe` sees each written slot before it is freed.</summary>
     public void RunStep(long step, IInputSource inputs, bool epilogue = true, System.Action<SlotValue, int>? observe = null)
     {
         var watched = observe is not null || Trace is not null || Profile is not null;
@@ -151,13 +151,13 @@ public sealed class RankRunner : IDisposable
             for (var entry = 0; entry < Stage.Timetable.Count; entry++)
             {
                 var action = Stage.Timetable[entry];
-                if ((action.Phase.IsEpilogue && !epilogue) || !_programs.TryGetValue(Key(action), out var program))
+                if (((action.Phase.IsEpilogue || action.Phase.IsR) && !epilogue) || !_programs.TryGetValue(Key(action), out var program))
                     continue;
                 var frame = FrameOf(action, inputs);
                 _code.Watch = watched ? at => Watch(_instructions.Programs[program][at], frame, action.Microbatch, step, observe) : null;
                 _code.Recorder?.Enter(program, action, frame);
                 Run(program, frame, action, step);
-                if (!IsOnce(action.Phase) && _lastEntries[action.Microbatch] == entry)
+                if (!action.Phase.IsOnce && _lastEntries[action.Microbatch] == entry)
                     Release(action.Microbatch, frame, step);
                 AtBorder?.Invoke(entry);
             }
@@ -213,17 +213,15 @@ public sealed class RankRunner : IDisposable
             : throw new InvalidOperationException($"slot {slot.Name} is another one in the plan that lends it; this is a bug in dsg");
     }
 
-    private static bool IsOnce(Phase phase) => phase.IsPrologue || phase.IsEpilogue;
+    private static (Phase Phase, int Chunk) Key(Action action) => (action.Phase, action.Chunk);
 
-    private static (int Phase, int Chunk) Key(Action action) => (action.Phase.Tag, action.Chunk);
-
-    /// <summary>Which slots prologue and epilogue write: those live for the step, all others for a microbatch.</summary>
+    /// <summary>Which slots prologue, R and epilogue write: those live for the step, all others for a microbatch.</summary>
     private bool[] PerStep()
     {
         var perStep = new bool[Stage.Slots.Count];
         for (var i = 0; i < Stage.Programs.Count; i++)
         {
-            foreach (var instruction in IsOnce(Stage.Programs[i].Phase) ? _instructions.Programs[i] : [])
+            foreach (var instruction in Stage.Programs[i].Phase.IsOnce ? _instructions.Programs[i] : [])
             {
                 foreach (var output in Outputs(instruction))
                     perStep[output] = true;
@@ -278,7 +276,7 @@ public sealed class RankRunner : IDisposable
 
     private Frame FrameOf(Action action, IInputSource inputs)
     {
-        if (IsOnce(action.Phase))
+        if (action.Phase.IsOnce)
             return _stepFrame;
         if (_frames.TryGetValue(action.Microbatch, out var frame))
             return frame;

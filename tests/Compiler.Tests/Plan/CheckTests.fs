@@ -99,6 +99,7 @@ let private subjects = [
     Subjects.deep
     Subjects.interleaved
     Subjects.remainders
+    Subjects.reduced
 ]
 
 let private refusedOrHarmless name (make: PlanSet -> Mutations.Mutant seq) =

@@ -66,7 +66,7 @@ let private states name (recipe: Recipe) =
                     let expected = shards / split / (if divides then int64 copies else 1L)
                     Expect.equal (elements slot) expected slot.Name
 
-/// Values that the data axes reduce, by the phase in which they are: parameters in the epilogue, nothing else.
+/// Values that the data axes reduce, by the phase in which they are: parameters in R and the epilogue, nothing else.
 let private dataReductions (plan: PlanSet) = [
     for stage in plan.Stages do
         for program in stage.Programs do
@@ -78,7 +78,7 @@ let private dataReductions (plan: PlanSet) = [
                     let names = [ for m in plan.Groups[group].MeshAxes -> plan.Mesh.Axes[m].Name ]
 
                     if List.contains "dp" names then
-                        for slot in inputs -> program.Phase.Name, string kind, stage.Slots[slot].Name, path
+                        for slot in inputs -> program.Phase.Word, string kind, stage.Slots[slot].Name, path
                 | Step.Start _
                 | Step.Launch _
                 | Step.Wait _
@@ -92,7 +92,7 @@ let private counts =
             let plan = plan (base'.WithParallelism(1, 1, 1, 2))
             let moved = dataReductions plan
             let trained = plan.Parameters |> Seq.filter _.Update.IsAdamW |> Seq.map _.Name |> Seq.sort |> List.ofSeq
-            let inMicrobatches = moved |> List.filter (fun (phase, _, _, _) -> phase <> "epilogue")
+            let inMicrobatches = moved |> List.filter (fun (phase, _, _, _) -> phase <> "epilogue" && phase <> "R")
             Expect.isEmpty inMicrobatches "gradients stay partial over data axes"
 
             let at path = [
@@ -108,7 +108,7 @@ let private counts =
 
         testCase "bundles: a start per kind and group, not per parameter"
         <| fun () ->
-            let plan = plan (base'.WithParallelism(2, 1, 2, 2))
+            let plan = plan (base'.WithParallelism(2, 1, 2, 2).WithOverlapGradReduce false)
 
             let starts path =
                 epilogue plan 0
@@ -130,9 +130,69 @@ let private counts =
             let overTensor = starts "optimizer.reduce" |> List.filter (fun (_, group, _) -> group = "tp")
             Expect.equal (overTensor |> List.map (fun (kind, _, _) -> kind)) [ "AllReduceSum" ] "tp"
 
+        testCase "each gradient is reduced behind the part of W that completes it, in that order"
+        <| fun () ->
+            let plan = plan (base'.WithParallelism(1, 1, 1, 2).WithGradBucketSize 64)
+            let stage = plan.Stages[0]
+            let slots (phase: Phase) pick = [
+                for program in stage.Programs do
+                    if program.Phase = phase then
+                        for step in program.Steps do
+                            yield! pick step
+            ]
+
+            let parts = stage.Programs |> Seq.filter _.Phase.IsW |> Seq.length
+            Expect.isGreaterThan parts 8 "parts"
+
+            let added part =
+                slots (Phase.W part) (fun step ->
+                    match step with
+                    | Step.Launch(KernelId.Accumulate, _, _, outputs, _) ->
+                        outputs |> Seq.filter (fun s -> stage.Slots[s].Kind.IsGradient) |> List.ofSeq
+                    | Step.Launch _
+                    | Step.Start _
+                    | Step.Wait _
+                    | Step.Free _ -> [])
+
+            for part in 0 .. parts - 1 do
+                // the embedding has a part from MTP and one from below all layers
+                let completed = added part |> List.except (List.collect added [ part + 1 .. parts - 1 ])
+
+                let begun =
+                    slots (Phase.R part) (fun step ->
+                        match step with
+                        | Step.Start(_, _, _, inputs, _, _) -> List.ofSeq inputs
+                        | Step.Launch _
+                        | Step.Wait _
+                        | Step.Free _ -> [])
+
+                // a bundle is of one kind: what is not scattered goes by itself
+                Expect.equal (List.sort begun) (List.sort completed) $"part %i{part}"
+
+            let m = plan.Microbatches - 1
+
+            let last =
+                stage.Timetable |> Seq.map _.Name |> Seq.skipWhile ((<>) $"S%i{m - 1}") |> Seq.skip 1 |> List.ofSeq
+
+            let expected = [
+                $"F%i{m}"
+                $"I%i{m}"
+                $"W%i{m}"
+                "R"
+
+                for part in 1 .. parts - 1 do
+                    $"W%i{m}.%i{part}"
+                    $"R.%i{part}"
+
+                $"S%i{m}"
+                "epilogue"
+            ]
+
+            Expect.equal last expected "R behind the parts of the last microbatch"
+
         testCase "reverse order of definition"
         <| fun () ->
-            let plan = plan (base'.WithParallelism(1, 1, 1, 2))
+            let plan = plan (base'.WithParallelism(1, 1, 1, 2).WithOverlapGradReduce false)
 
             let order = [
                 for _, kind, name, path in dataReductions plan do

@@ -49,7 +49,7 @@ let private sample = {
                         Microbatch = 3
                     }
                     {
-                        Phase = Phase.W
+                        Phase = Phase.W 0
                         Chunk = 1
                         Microbatch = 0
                     }
@@ -84,7 +84,7 @@ let private large =
                 }
         |]
         Programs = [|
-            for phase in Phase.EachMicrobatch ->
+            for phase in [ Phase.F; Phase.I; Phase.W 0; Phase.S ] ->
                 {
                     Phase = phase
                     Chunk = 0

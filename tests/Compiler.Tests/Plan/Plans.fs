@@ -143,6 +143,21 @@ let private slot = gen {
     }
 }
 
+let private phase = gen {
+    let! phase = Gen.elements Phase.All
+    let! part = number
+
+    return
+        match phase with
+        | Phase.W _ -> Phase.W part
+        | Phase.R _ -> Phase.R part
+        | Phase.Prologue
+        | Phase.F
+        | Phase.I
+        | Phase.S
+        | Phase.Epilogue -> phase
+}
+
 let private stage = gen {
     let! stage = number
     let! units = names
@@ -157,7 +172,7 @@ let private stage = gen {
                     Chunk = chunk
                     Steps = steps
                 })
-                (Gen.elements Phase.All)
+                phase
                 number
                 (many 6 step))
 
@@ -170,10 +185,10 @@ let private stage = gen {
 
                     {
                         Phase = phase
-                        Chunk = (if once then 0 else chunk)
+                        Chunk = (if once && not phase.IsR then 0 else chunk)
                         Microbatch = (if once then 0 else microbatch)
                     })
-                (Gen.elements Phase.All)
+                phase
                 number
                 number)
 

@@ -38,12 +38,15 @@ let declare layers rows (columns: int) = (DeepSeekV3(config layers)).Declare(row
 
 let compile layers (recipe: Recipe) = (DeepSeekV3(config layers)).Compile recipe
 
-let private base' = Recipe.Default.WithBatch(8, 1, 8)
+let private base' = Recipe.Default.WithBatch(8, 1, 8).WithOverlapGradReduce false
 
 /// Tensor, pipeline, expert and data parallel by two; the embedding is tied over stages.
 let eight = lazy compile 2 (base'.WithParallelism(2, 2, 2, 2).WithLayout "Et|tmL")
 /// Experts over tensor and data ranks, no pipeline.
 let experts = lazy compile 2 (base'.WithParallelism(2, 1, 4, 2))
+
+/// Gradients reduced beside the backward pass, in many small buckets; its weight gradients come in parts.
+let reduced = lazy compile 2 (base'.WithParallelism(2, 1, 2, 2).WithOverlapGradReduce(true).WithGradBucketSize 64)
 
 /// Experts' rows in blocks of four, moved by the fused dispatch and gathered over expert tensor ranks.
 let blocks =
@@ -107,7 +110,17 @@ let benchmark =
 let others = [
     "one rank", lazy compile 2 (base'.WithParallelism(1, 1, 1, 1))
     "tensor parallel by four", lazy compile 2 (base'.WithParallelism(4, 1, 4, 1))
-    "data parallel by four", lazy compile 2 (base'.WithParallelism(1, 1, 2, 4))
+    "data parallel by four", lazy compile 2 (base'.WithParallelism(1, 1, 2, 4).WithOverlapGradReduce true)
+    "interleaved, reduced chunk by chunk",
+    lazy
+        compile
+            3
+            (base'
+                .WithParallelism(1, 2, 2, 2)
+                .WithVirtualPipeline(2)
+                .WithLayout("Et|t|t|mL")
+                .WithOverlapGradReduce(true)
+                .WithGradBucketSize 64)
     "nothing fused", lazy compile 2 (base'.WithParallelism(2, 2, 2, 2).WithFusion false)
     "bf16, recomputed",
     lazy compile 2 (base'.WithParallelism(2, 2, 4, 4).WithDType(DType.BFloat16).WithRecompute "core_attn")

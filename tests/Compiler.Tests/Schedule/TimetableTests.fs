@@ -42,7 +42,7 @@ let private cells (shape: PipelineShape) rank (table: Action list) =
 
     let rec loop (rest: Action list) =
         match rest with
-        | a :: b :: rest when a.Phase.IsI && b = { a with Phase = Phase.W } -> cell "B" a :: loop rest
+        | a :: b :: rest when a.Phase.IsI && b = { a with Phase = Phase.W 0 } -> cell "B" a :: loop rest
         | a :: rest when a.Phase.IsOnce || a.Phase.IsS -> loop rest
         | a :: rest -> cell a.Phase.Name a :: loop rest
         | [] -> []
@@ -82,7 +82,8 @@ let private makespan (sent: Phase) (rendezvous: bool) (shape: PipelineShape) (ta
             if stage = last then Some 0 else found ended (struct (stage + 1, sent, a.Microbatch))
         | Phase.S when rendezvous && stage > 0 && shape.Ranks > 1 -> found begun (struct (stage - 1, a.Microbatch))
         | Phase.S
-        | Phase.W
+        | Phase.W _
+        | Phase.R _
         | Phase.Prologue
         | Phase.Epilogue -> Some 0
 
@@ -111,9 +112,10 @@ let private peak (table: Action list) =
     let change (a: Action) =
         match a.Phase with
         | Phase.F -> 1
-        | Phase.W -> -1
+        | Phase.W _ -> -1
         | Phase.I
         | Phase.S
+        | Phase.R _
         | Phase.Prologue
         | Phase.Epilogue -> 0
 
@@ -237,7 +239,7 @@ let tests =
                             let at phase = place[struct (phase, c, i)]
 
                             Expect.isTrue
-                                (at Phase.F < at Phase.I && at Phase.I < at Phase.W && at Phase.W < at Phase.S)
+                                (at Phase.F < at Phase.I && at Phase.I < at (Phase.W 0) && at (Phase.W 0) < at Phase.S)
                                 "order"
 
         golden
@@ -249,7 +251,7 @@ let tests =
                 for schedule in [ Schedule.OneFOneB; Schedule.GPipe ] do
                     let shape = Timetable.plain p m
                     let tables = Timetable.build schedule shape
-                    Expect.equal (makespan Phase.W false shape tables) t $"%s{schedule.Name} p %i{p} m %i{m}"
+                    Expect.equal (makespan (Phase.W 0) false shape tables) t $"%s{schedule.Name} p %i{p} m %i{m}"
                     // a cotangent that goes on before the weight gradients saves one W a stage
                     Expect.equal
                         (makespan Phase.I false shape tables)
@@ -267,7 +269,7 @@ let tests =
                     16, 64, 4, 203.25
                 ] do
                 let shape = interleaved p m v p
-                let whole = float (makespan Phase.W false shape (Timetable.build Schedule.Interleaved shape)) / float v
+                let whole = float (makespan (Phase.W 0) false shape (Timetable.build Schedule.Interleaved shape)) / float v
                 Expect.equal whole t $"interleaved p %i{p} m %i{m} v %i{v}"
 
         testCase "waits for sent cotangents cost no time, though a send ends only when it is received"

@@ -202,8 +202,9 @@ public sealed class CodeWriter
             Phase.Tags.Prologue => "Prologue",
             Phase.Tags.F => "F",
             Phase.Tags.I => "I",
-            Phase.Tags.W => "W",
+            Phase.Tags.W => "W" + Of(phase.Part),
             Phase.Tags.S => "S",
+            Phase.Tags.R => "R" + Of(phase.Part),
             Phase.Tags.Epilogue => "Epilogue",
             _ => throw new UnreachableException($"no word for {phase}"),
         };
