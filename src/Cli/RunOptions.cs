@@ -22,6 +22,8 @@ internal sealed record RunChoices
     public int? SaveInterval { get; init; }
     public int? Keep { get; init; }
     public bool? Background { get; init; }
+    public string? Trace { get; init; }
+    public int? TraceStep { get; init; }
 
     /// The recipe's settings with those that were given instead.
     public TrainingSettings Over(TrainingSettings recipe)
@@ -121,13 +123,23 @@ internal sealed class RunOptions
         Description = "What runs the plan: C# made from it (the default), or its steps one by one; the same bits",
     };
 
+    private readonly Option<string?> _trace = new("--trace")
+    {
+        HelpName = "DIR",
+        Description = "Record one step of every rank in DIR/rank-R.json, for Perfetto or chrome://tracing, and say what share of "
+            + "communication was hidden behind compute",
+    };
+
+    private readonly Option<int?> _traceStep = JobOptions.Number(
+        "--trace-step", $"The step that --trace records, from where the run starts; without, the {Tracing.WarmedUp}th, or the last of fewer");
+
     private readonly DeviceOption _device = new();
 
     public void AddTo(Command command)
     {
         _device.AddTo(command);
         foreach (var option in (Option[])[
-            _steps, _data, _tokenizer, _out, _seed, _learningRate, _resume, _saveInterval, _keep, _save, _executor])
+            _steps, _data, _tokenizer, _out, _seed, _learningRate, _resume, _saveInterval, _keep, _save, _executor, _trace, _traceStep])
             command.Add(option);
     }
 
@@ -138,17 +150,20 @@ internal sealed class RunOptions
             throw Wrong("--steps", $"{steps}", "give 1 or more");
         if (rate is { } r && !(r >= 0 && double.IsFinite(r)))
             throw Wrong("--lr", $"{r}", "give a number such as 0.001");
-        foreach (var count in (Option<int?>[])[_saveInterval, _keep])
+        foreach (var count in (Option<int?>[])[_saveInterval, _keep, _traceStep])
         {
             if (parse.GetValue(count) < 1)
                 throw Wrong(count.Name, $"{parse.GetValue(count)}", "give 1 or more, or leave it out");
         }
 
-        foreach (var path in (Option<string?>[])[_data, _tokenizer, _out, _resume])
+        foreach (var path in (Option<string?>[])[_data, _tokenizer, _out, _resume, _trace])
         {
             if (parse.GetValue(path) == "")
                 throw Wrong(path.Name, "", "give a path, or leave it out");
         }
+
+        if (parse.GetValue(_traceStep) is { } traced && parse.GetValue(_trace) is null)
+            throw Wrong("--trace-step", $"{traced}", "give --trace DIR too: nothing is recorded without it");
 
         return new RunChoices
         {
@@ -162,6 +177,8 @@ internal sealed class RunOptions
             SaveInterval = parse.GetValue(_saveInterval),
             Keep = parse.GetValue(_keep),
             Background = BackgroundOf(parse.GetValue(_save)),
+            Trace = parse.GetValue(_trace),
+            TraceStep = parse.GetValue(_traceStep),
             Executor = ExecutorOf(parse.GetValue(_executor)),
             Device = _device.Read(parse, launched),
         };

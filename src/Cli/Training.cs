@@ -34,6 +34,7 @@ internal static class Training
         var (steps, rate) = (settings.TrainIters, settings.Schedule());
         var done = resumed?.Manifest.Step ?? 0;
         RequireStepsLeft(steps, done);
+        var tracing = Tracing.Of(how, steps, done, launched);
 
         ITokenizer tokenizer = settings.Tokenizer is { } path ? HuggingFaceTokenizer.Load(path) : ByteTokenizer.Instance;
         RequireVocabularyOf(plan, tokenizer);
@@ -53,6 +54,7 @@ internal static class Training
             Executor = how.Executor,
             Device = how.Device,
             World = launched.World,
+            TracedStep = tracing?.Step,
         };
         Console.WriteLine(Heading(plan, steps, rate, settings.Seed));
         if (DeviceOption.Remark(how.Device, launched.World is null ? PlanSummary.Ranks(plan) : 1) is { } shared)
@@ -65,6 +67,7 @@ internal static class Training
                 ("the plan", PlanFile.Hash(plan)),
                 ("the data's checksum", data.Checksum),
                 ("the run", $"{settings.TrainIters} steps, seed {settings.Seed}, {rate}"),
+                ("the traced step", tracing is null ? "none" : $"{tracing.Step}"),
                 ("checkpoints", $"{settings.SaveInterval} {settings.MostRecentK} {settings.AsyncSave} {settings.Save}"),
             ]);
         }
@@ -79,6 +82,8 @@ internal static class Training
             await using (saving.ConfigureAwait(false))
             {
                 saving.Prepare();
+                if (launched.IsFirst)
+                    tracing?.Prepare();
                 signals.Arm();
                 if (launched.IsFirst)
                 {
@@ -86,7 +91,7 @@ internal static class Training
                     PlanFile.Write(Path.Combine(folder, Files.Plan), plan);
                 }
 
-                var seen = await StepsAsync(trainer, steps, launched.IsFirst ? folder : null, saving, signals.Token).ConfigureAwait(false);
+                var seen = await StepsAsync(trainer, steps, launched.IsFirst ? folder : null, saving, tracing, signals.Token).ConfigureAwait(false);
                 await saving.FinishAsync().ConfigureAwait(false);
                 if (trainer.World.FirstError is { } error and not OperationCanceledException)
                     ExceptionDispatchInfo.Throw(error);
@@ -110,7 +115,7 @@ internal static class Training
 
     /// Trains until the last step or a signal, to this process or another; a line a step in metrics.jsonl where a folder is given.
     private static async Task<IReadOnlyList<StepMetrics>> StepsAsync(
-        Trainer trainer, int steps, string? folder, Saving saving, CancellationToken stop)
+        Trainer trainer, int steps, string? folder, Saving saving, Tracing? tracing, CancellationToken stop)
     {
         var path = folder is null ? null : Path.Combine(folder, Files.Metrics);
         var seen = new List<StepMetrics>(path is not null && File.Exists(path) ? MetricsFile.Keep(path, trainer.Step) : []);
@@ -123,6 +128,12 @@ internal static class Training
                 metrics?.Write(step);
                 seen.Add(step);
                 progress.Show(step);
+                if (step.Step == tracing?.Step)
+                {
+                    progress.Close();
+                    tracing.Tell(trainer);
+                }
+
                 await saving.AfterAsync(step.Step).ConfigureAwait(false);
             }
         }

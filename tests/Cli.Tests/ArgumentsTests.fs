@@ -74,6 +74,45 @@ let tests =
             "interpret"
         ]
 
+        refused "a trace without a folder" "DSG0902" [ "at   --trace\n" ] [ "pretrain"; "--trace"; "" ]
+        refused "a traced step before the first" "DSG0902" [ "at   --trace-step"; "1 or more" ] [
+            "run"
+            "plan.txt"
+            "--trace"
+            "t"
+            "--trace-step"
+            "0"
+        ]
+        refused "a traced step without a trace" "DSG0902" [ "at   --trace-step"; "--trace DIR" ] [
+            "pretrain"
+            "--trace-step"
+            "3"
+        ]
+        refused "a traced step behind the last" "DSG0902" [ "at   --trace-step"; "step 4 is not"; "1 to 3" ] [
+            "pretrain"
+            "--dtype"
+            "fp32"
+            "--steps"
+            "3"
+            "--data"
+            "TEXT"
+            "--trace"
+            "t"
+            "--trace-step"
+            "4"
+        ]
+        refused "a folder for traces that holds something" "DSG0815" [ "at   --trace\n"; "'used' is not empty" ] [
+            "pretrain"
+            "--dtype"
+            "fp32"
+            "--steps"
+            "3"
+            "--data"
+            "TEXT"
+            "--trace"
+            "used"
+        ]
+
         refused "a device that is none" "DSG0902" [ "at   --device"; "cuda" ] [ "pretrain"; "--device"; "gpu" ]
 
         testCase "a GPU where there is none is one diagnostic" (fun () ->

@@ -108,6 +108,63 @@ let tests =
                     "show: experts exchange rows")
         }
 
+        test "--trace records one step of every rank, by default the 5th or the last, and says what was hidden" {
+            Dsg.inFolder (fun folder ->
+                let data = Dsg.writeText folder
+                let two = [ "--tp"; "1"; "--pp"; "1"; "--ep"; "2"; "--dp"; "2" ]
+                let job steps = [ "pretrain"; "--steps"; string<int> steps; "--data"; data ] @ two @ small
+                let ranks = [ "rank-0.json"; "rank-1.json" ]
+
+                let check out trace step =
+                    Expect.sequenceEqual
+                        (Directory.GetFiles(Path.Combine(folder, trace)) |> Seq.map Path.GetFileName |> Seq.sort)
+                        ranks
+                        "files"
+
+                    for rank, name in List.indexed ranks do
+                        use json = JsonDocument.Parse(File.ReadAllBytes(Path.Combine(folder, trace, name)))
+                        let data = json.RootElement.GetProperty "otherData"
+                        let number (name: string) = data.GetProperty(name).GetInt32()
+                        Expect.equal (number "rank", number "step") (rank, step) "of this step"
+                        let overlap = data.GetProperty "overlap"
+                        let value (name: string) = overlap.GetProperty(name).GetDouble()
+                        let communication, share = value "communication_ms", 100.0 * value "hidden_share"
+                        let compute, whole = value "compute_ms", value "step_ms"
+
+                        Expect.stringContains
+                            out
+                            ($"trace: rank %i{rank}: communication %.1f{communication} ms, %.1f{share} %% hidden; "
+                             + $"compute %.1f{compute} ms of %.1f{whole} ms; ")
+                            "said"
+
+                        Expect.stringContains out $"; %s{trace}/%s{name}" "where"
+
+                    Expect.stringContains out "  exposed: " "collectives"
+
+                let out = succeed folder (job 6 @ [ "--trace"; "five" ])
+                check out "five" 5
+                let lines = out.Split '\n'
+                let at (start: string) = Array.FindIndex(lines, fun line -> line.StartsWith start)
+
+                Expect.isTrue
+                    (at "step 5/6" < at "trace: rank 0" && at "trace: rank 0" < at "step 6/6")
+                    "behind its step"
+
+                check (succeed folder (job 2 @ [ "--trace"; "last" ])) "last" 2
+
+                // a run that goes on counts from where it starts; its processes write for themselves
+                succeed folder (job 2 @ [ "--save-interval"; "2"; "--out"; "saved" ]) |> ignore
+
+                let out =
+                    succeed
+                        folder
+                        ([ "launch"; "--nproc"; "2"; "--" ]
+                         @ job 5
+                         @ [ "--resume"; "saved"; "--trace"; "on"; "--trace-step"; "2" ])
+
+                check out "on" 4)
+        }
+
         test "one rank says how to get eight" {
             Dsg.inFolder (fun folder ->
                 let data = Dsg.writeText folder

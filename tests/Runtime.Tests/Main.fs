@@ -31,6 +31,7 @@ let main argv =
             LaunchTests.tests
             PaddingTests.tests
             RunnerTests.tests
+            TraceTests.tests
             CodeTests.tests
             CodeCacheTests.tests
         ])

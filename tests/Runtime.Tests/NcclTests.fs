@@ -12,6 +12,7 @@ open DeepSeekGraph.Runtime.Cuda
 open DeepSeekGraph.Runtime.Kernels
 open DeepSeekGraph.Runtime.Memory
 open DeepSeekGraph.Runtime.Native
+open DeepSeekGraph.Runtime.Telemetry
 open DeepSeekGraph.Runtime.Training
 open DeepSeekGraph.Runtime.Tests.Slots
 open DeepSeekGraph.Runtime.Tests.CollectiveTests
@@ -384,6 +385,113 @@ let private order =
             for nccl in results do
                 Expect.equal (List.ofSeq nccl.Ended) [ "close 1" ] "the world")
 
+/// Marks as the calls of a rank, in their log.
+type private LoggedClock(nccl: FakeNccl) =
+    let mutable marks = 0L
+
+    interface IStepClock with
+        member _.Begin = 0L
+        member _.IsHost = false
+
+        member _.Mark stream =
+            nccl.Log.Add $"mark on %i{stream}"
+            marks <- marks + 1L
+            marks
+
+        member _.Since mark = mark
+        member _.Dispose() = ()
+
+/// What streams are given in a traced step, with letters for their handles: s the stream of the group, e and d events.
+let private marks =
+    let logged kind (inputs: unit -> SlotValue list) (outputs: unit -> SlotValue list) =
+        let results, _, _ =
+            single 600.0 (fun _ nccl collectives _ ->
+                let inputs, outputs = Array.ofList (inputs ()), Array.ofList (outputs ())
+                let clock = new LoggedClock(nccl)
+                let times = CollectiveTimes(clock, 0L)
+
+                let pending =
+                    collectives.Start(CollectiveCall(kind, axesGroup 0 [ 0 ], inputs, outputs, Times = times))
+
+                nccl.Log.Add "wait"
+                pending.Wait()
+
+                Expect.equal
+                    (times.Begun.HasValue, times.Ended.HasValue, times.Packed.HasValue, times.Join.HasValue)
+                    (true, true, nccl.Log[0] = "mark on 0", nccl.Log[nccl.Log.Count - 1] = "mark on 0")
+                    "noted"
+
+                if kind.IsRouteToExperts then
+                    Expect.equal times.HostWaits.Count 1 "the host waited"
+                else
+                    Expect.isEmpty times.HostWaits "the host did not wait")
+
+        let letters (log: string list) =
+            let handles = Dictionary<string, string>()
+            handles["0"] <- "0"
+
+            let letter next (handle: string) =
+                if not (handles.ContainsKey handle) then
+                    handles[handle] <- next
+
+                handles[handle]
+
+            log
+            |> List.map (fun line ->
+                match line.Split ' ' with
+                | [| "record"; e; "on"; "0" |] -> let e = letter "e" e in $"record %s{e} on 0"
+                | [| s; "follows"; e |] -> let s, e = letter "s" s, letter "e" e in $"%s{s} follows %s{e}"
+                | [| "record"; d; "on"; s |] -> let d, s = letter "d" d, letter "s" s in $"record %s{d} on %s{s}"
+                | [| "mark"; "on"; s |] -> let s = letter "s" s in $"mark on %s{s}"
+                | _ -> line)
+
+        [ for nccl in results -> letters (List.ofSeq nccl.Log) ]
+
+    let start pack = [
+        yield! pack
+        "record e on 0"
+        "s follows e"
+        "mark on s"
+        "group"
+        "mark on s"
+        "record d on s"
+        "wait"
+        "0 follows d"
+    ]
+
+    let square () = [ filled DType.Float32 [ 2; 2 ] [| 1.0; 2.0; 3.0; 4.0 |] ]
+    let both expected = [ expected; expected ]
+    let mark = [ "mark on 0" ]
+
+    testList "marks of a traced step" [
+        testCase
+            "the lane's begin is behind what stream 0 has to do, its end before the event that is waited for"
+            (fun () ->
+                Expect.equal
+                    (logged Collective.AllReduceSum square (fun () -> [ slot DType.Float32 [ 2; 2 ] ]))
+                    (both (start []))
+                    "order")
+
+        testCase "what is copied together before and behind a collective is marked on stream 0" (fun () ->
+            Expect.equal
+                (logged (Collective.ReduceScatter 1) square (fun () -> [ slot DType.Float32 [ 2; 1 ] ]))
+                (both (start mark))
+                "before"
+
+            Expect.equal
+                (logged (Collective.AllGather 1) square (fun () -> [ slot DType.Float32 [ 2; 4 ] ]))
+                (both (start [] @ mark @ mark))
+                "behind")
+
+        testCase "a wait for counts is the host's, and making the set is no work of the GPU" (fun () ->
+            let route () = [ fst (deviceRoute 1 1 4 4 (randomMask 1 4 4 2) 4) ]
+
+            Expect.equal
+                (logged Collective.RouteToExperts route (fun () -> [ rowSlot DType.Bool [ 1; 8; 2 ] ]))
+                (both (start []))
+                "order")
+    ]
+
 let private faults =
     testList "faults" [
         testCase "a collective that does not end stops the job, and the record says what was under way" (fun () ->
@@ -524,6 +632,7 @@ let tests =
         groups
         world
         order
+        marks
         faults
         wholePlans
     ]

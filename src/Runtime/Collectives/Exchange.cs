@@ -1,5 +1,6 @@
 // One meeting of the members of a group: what each of them brought.
 using DeepSeekGraph.Runtime.Memory;
+using DeepSeekGraph.Runtime.Telemetry;
 using static TorchSharp.torch;
 
 namespace DeepSeekGraph.Runtime.Collectives;
@@ -74,8 +75,14 @@ internal sealed class Exchange(int members, int readers) : IDisposable
     {
         _parcels[member] = parcel;
         if (Interlocked.Decrement(ref _missing) == 0)
+        {
+            Met = HostTime.Now;
             _complete.Set();
+        }
     }
+
+    /// <summary>When the last member had come, as HostTime; after Wait.</summary>
+    public long Met { get; private set; }
 
     public void Wait(CancellationToken stop) => _complete.Wait(stop);
 

@@ -5,7 +5,11 @@ namespace DeepSeekGraph.Runtime.Collectives;
 
 /// <summary>One collective of one rank: neighbours of a group may be bundled, each output with an equal share of the inputs, in order.</summary>
 public sealed record CollectiveCall(
-    Collective Kind, Group Group, IReadOnlyList<SlotValue> Inputs, IReadOnlyList<SlotValue> Outputs);
+    Collective Kind, Group Group, IReadOnlyList<SlotValue> Inputs, IReadOnlyList<SlotValue> Outputs)
+{
+    /// <summary>Where whoever carries it out notes when; null but in a traced step.</summary>
+    internal CollectiveTimes? Times { get; init; }
+}
 
 /// <summary>A collective under way.</summary>
 public interface IPending

@@ -103,6 +103,7 @@ internal sealed class LoopbackCollectives(LoopbackWorld world, RankContext rank)
                 throw new StoppedException("another rank stopped the job");
             }
 
+            call.Times?.Meet(exchange.Met);
             new Finishing(call, exchange, me, ranks).All();
             if (exchange.Leave())
                 lane.Close(number);

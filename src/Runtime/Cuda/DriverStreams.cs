@@ -21,6 +21,22 @@ internal static unsafe partial class Driver
         return made;
     }
 
+    /// <summary>An event that knows when it happened.</summary>
+    public static nint NewTimedEvent()
+    {
+        Check(cuEventCreate(out var made, 0), "cuEventCreate");
+        return made;
+    }
+
+    public static void Destroy(nint @event) => Check(cuEventDestroy(@event), "cuEventDestroy");
+
+    /// <summary>Between two events that have happened and know when.</summary>
+    public static double Milliseconds(nint from, nint to)
+    {
+        Check(cuEventElapsedTime(out var milliseconds, from, to), "cuEventElapsedTime");
+        return milliseconds;
+    }
+
     public static void Record(nint @event, nint stream) => Check(cuEventRecord(@event, stream), "cuEventRecord");
 
     public static void Follow(nint stream, nint @event) => Check(cuStreamWaitEvent(stream, @event, 0), "cuStreamWaitEvent");
@@ -55,6 +71,12 @@ internal static unsafe partial class Driver
 
     [LibraryImport(Library)]
     private static partial int cuEventCreate(out nint made, uint flags);
+
+    [LibraryImport(Library, EntryPoint = "cuEventDestroy_v2")]
+    private static partial int cuEventDestroy(nint destroyed);
+
+    [LibraryImport(Library)]
+    private static partial int cuEventElapsedTime(out float milliseconds, nint from, nint to);
 
     [LibraryImport(Library)]
     private static partial int cuEventRecord(nint recorded, nint stream);

@@ -71,8 +71,11 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
                 ThrowIfStopped();
                 Reap();
                 var done = _events.TryPop(out var free) ? free : _nccl.NewEvent();
+                if (launch.IsPacked)
+                    call.Times?.Pack();
                 _nccl.Record(_begin, 0);
                 _nccl.Follow(lane.Stream, _begin);
+                call.Times?.Begin(lane.Stream);
                 foreach (var copy in launch.Copies)
                     copy(lane.Stream);
                 if (launch.Group.Count > 0)
@@ -85,9 +88,10 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
 
                 foreach (var copy in launch.ToHost)
                     copy(lane.Stream);
+                call.Times?.End(lane.Stream);
                 _nccl.Record(done, lane.Stream);
                 flight.State = FlightState.Queued;
-                var flying = new InFlight(this, launch, flight, done, host, call.Kind.IsSend);
+                var flying = new InFlight(this, launch, flight, done, host, call.Kind.IsSend, call.Times);
                 _flying.Add(flying);
                 return flying;
             }
@@ -231,7 +235,8 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
         => _job.Stop.WaitHandle.WaitOne(_job.Grace) ? new StoppedException("another rank stopped the job") : error;
 
     /// <summary>One collective under way.</summary>
-    private sealed class InFlight(NcclCollectives owner, NcclLaunch launch, Flight flight, nint done, (nint At, long Bytes) host, bool isSend) : IPending
+    private sealed class InFlight(
+        NcclCollectives owner, NcclLaunch launch, Flight flight, nint done, (nint At, long Bytes) host, bool isSend, CollectiveTimes? times) : IPending
     {
         public Flight Flight => flight;
 
@@ -261,8 +266,14 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
             if (host.Bytes > 0)
                 WaitOnHost();
             owner._nccl.Follow(0, done);
+            // behind counts of rows the host makes a set, which is not work of the GPU
+            var joins = launch.After.Count > 0 && host.Bytes == 0;
+            if (joins)
+                times?.BeginJoin();
             foreach (var work in launch.After)
                 work();
+            if (joins)
+                times?.EndJoin();
             if (host.Bytes > 0)
             {
                 if (!owner._pinned.TryGetValue(host.Bytes, out var free))
@@ -288,6 +299,7 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
             }
 
             owner.HostWait += Stopwatch.GetElapsedTime(begin);
+            times?.HostWaited(begin);
         }
     }
 }

@@ -19,6 +19,7 @@ internal static class NcclDense
         if (n == 1)
         {
             output.AdoptCopy(value);
+            launch.IsPacked = true;
             return;
         }
 
@@ -113,6 +114,7 @@ internal static class NcclDense
         if (DenseLayout.IsOutermost(value.shape, dim))
             return launch.Read(value);
         using var blocks = DenseLayout.Blocks(value, dim, n);
+        launch.IsPacked = true;
         return launch.Read(blocks);
     }
 

@@ -21,6 +21,9 @@ internal sealed class NcclLaunch : IDisposable
     /// <summary>Work on stream 0 once it has waited.</summary>
     public List<System.Action> After { get; } = [];
 
+    /// <summary>Was something copied together for it on stream 0?</summary>
+    public bool IsPacked { get; set; }
+
     /// <summary>Bytes that the rank brings.</summary>
     public long Bytes { get; private set; }
 

@@ -4,6 +4,7 @@ using DeepSeekGraph.Runtime.Collectives;
 using DeepSeekGraph.Runtime.Cuda;
 using DeepSeekGraph.Runtime.Kernels;
 using DeepSeekGraph.Runtime.Memory;
+using DeepSeekGraph.Runtime.Telemetry;
 
 namespace DeepSeekGraph.Runtime.Execution;
 
@@ -154,6 +155,7 @@ public sealed class RankRunner : IDisposable
                     continue;
                 var frame = FrameOf(action, inputs);
                 _code.Watch = watched ? at => Watch(_instructions.Programs[program][at], frame, action.Microbatch, step, observe) : null;
+                _code.Recorder?.Enter(program, action, frame);
                 Run(program, frame, action, step);
                 if (!action.Phase.IsOnce && _lastEntries[action.Microbatch] == entry)
                     Release(action.Microbatch, frame, step);
@@ -172,6 +174,27 @@ public sealed class RankRunner : IDisposable
             _ended = step;
             _running = null;
         }
+    }
+
+    /// <summary>One whole step, and when what ran. The device is waited for before and behind it, never in it.</summary>
+    public StepTrace RunTraced(long step, IInputSource inputs)
+    {
+        var marks = Stage.Timetable.Sum(action => _programs.TryGetValue(Key(action), out var program) ? _instructions.Programs[program].Sum(StepRecorder.Marks) : 0);
+        Device.Finish();
+        using IStepClock clock = Device.IsCuda ? new CudaClock(marks) : new HostClock();
+        var recorder = new StepRecorder(_instructions, Plan.Groups, clock);
+        _code.Recorder = recorder;
+        try
+        {
+            RunStep(step, inputs);
+            Device.Finish();
+        }
+        finally
+        {
+            _code.Recorder = null;
+        }
+
+        return recorder.ToTrace(Rank.Rank, step, Device.Name);
     }
 
     public void Dispose()

@@ -38,13 +38,16 @@ public abstract class StageCode
     /// <summary>When set, called after each step of a program with its index.</summary>
     internal System.Action<int>? Watch { get; set; }
 
+    /// <summary>When set, told of the begin and the end of each step of a program.</summary>
+    internal StepRecorder? Recorder { get; set; }
+
     /// <summary>Runs a program, given by its place in StagePlan.Programs.</summary>
     internal void RunProgram(int program, Frame frame)
     {
         Current = -1;
         Run(program, frame);
         if (Current >= 0)
-            Watch?.Invoke(Current);
+            Over();
         Current = -1;
     }
 
@@ -54,11 +57,12 @@ public abstract class StageCode
     /// <summary>Says which step runs next: faults name it, watchers see the one before it, and a stopped job ends here.</summary>
     protected void At(int step)
     {
-        if (Watch is not null && Current >= 0)
-            Watch(Current);
+        if (Current >= 0)
+            Over();
         Current = step;
         if (_stop.IsCancellationRequested)
             throw new StoppedException("the job was stopped");
+        Recorder?.Begin(step);
     }
 
     /// <summary>A kernel of the rank's device.</summary>
@@ -73,7 +77,7 @@ public abstract class StageCode
     {
         if (frame.Pending[token] is not null)
             throw new InvalidOperationException("a collective is under way under this token");
-        frame.Pending[token] = _site.Collectives.Start(new CollectiveCall(kind, _site.Groups[group], inputs, outputs));
+        frame.Pending[token] = _site.Collectives.Start(new CollectiveCall(kind, _site.Groups[group], inputs, outputs) { Times = Recorder?.Times });
     }
 
     /// <summary>Ends a collective.</summary>
@@ -82,5 +86,10 @@ public abstract class StageCode
         var pending = frame.Pending[token] ?? throw new InvalidOperationException("nothing to wait for under this token");
         frame.Pending[token] = null;
         pending.Wait();
+    }
+    private void Over()
+    {
+        Recorder?.End(Current);
+        Watch?.Invoke(Current);
     }
 }

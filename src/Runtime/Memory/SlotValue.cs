@@ -60,6 +60,9 @@ public sealed class SlotValue : IDisposable
     /// <summary>True when the value is a row set.</summary>
     public bool HoldsRows => _rows is not null || _deviceRows is not null;
 
+    /// <summary>Bytes held now.</summary>
+    internal long Bytes => _bytes;
+
     /// <summary>Where the storage lies.</summary>
     public Device Device => _device ?? CPU;
 

@@ -19,6 +19,7 @@ public sealed class Trainer : IAsyncDisposable
     private static readonly string[] s_metrics = ["metric:loss", "metric:mtp_loss", "metric:balance_loss", "metric:grad_norm"];
 
     private readonly LocalRanks _ranks;
+    private readonly List<StepTrace> _traces = [];
     private IReadOnlyList<string> _resumed = [];
 
     private Trainer(PlanSet plan, TrainerOptions options)
@@ -71,6 +72,9 @@ public sealed class Trainer : IAsyncDisposable
     /// <summary>The same over all processes; of this one alone where others have ended. All processes call it.</summary>
     public IReadOnlyList<MemoryRow> GatherPeakBytes() => PeakMemory.Of(World, Ranks);
 
+    /// <summary>What the ranks of this process did in TrainerOptions.TracedStep, by rank; none before it.</summary>
+    public IReadOnlyList<StepTrace> Traces => [.. _traces.OrderBy(t => t.Rank)];
+
     /// <summary>Allocates all ranks, and initialises them or loads them from the checkpoint; DSG0844 where that is of another model.</summary>
     public static async Task<Trainer> StartAsync(PlanSet plan, TrainerOptions options, CancellationToken cancellationToken = default)
     {
@@ -108,6 +112,14 @@ public sealed class Trainer : IAsyncDisposable
                 runner =>
                 {
                     SetScalars(runner, step, rate, inputs.Count);
+                    if (step == Options.TracedStep)
+                    {
+                        var trace = runner.RunTraced(step, inputs);
+                        lock (_traces)
+                            _traces.Add(trace);
+                        return;
+                    }
+
                     runner.RunStep(step, inputs);
                     runner.Device.Finish();
                 },

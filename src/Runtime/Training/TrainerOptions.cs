@@ -56,6 +56,9 @@ public sealed record TrainerOptions
     /// <summary>Counts time by kernel.</summary>
     public bool Profile { get; init; }
 
+    /// <summary>The step, counted like StepMetrics.Step, that is recorded into Trainer.Traces; null: none.</summary>
+    public long? TracedStep { get; init; }
+
     /// <summary>Records or replays expert choices.</summary>
     public RoutingTrace? Trace { get; init; }
 
