@@ -12,8 +12,9 @@ module PlanSchema =
     /// 5: padding of rows.
     /// 6: caches.
     /// 7: remainders: i16, and the weight that an update reads beside one.
+    /// 8: which code a GPU runs for attention and grouped products.
     [<Literal>]
-    let Version = 7
+    let Version = 8
 
 /// How a value lies along one mesh axis.
 [<RequireQualifiedAccess; Struct>]
