@@ -46,9 +46,7 @@ type OperandType = {
 [<RequireQualifiedAccess>]
 module LibraryKernels =
     let private narrow (values: OperandType seq) =
-        values
-        |> Seq.tryFind (fun v -> v.DType <> DType.BFloat16)
-        |> Option.map (fun v -> v.DType.Name)
+        values |> Seq.tryFind (fun v -> v.DType <> DType.BFloat16) |> Option.map (fun v -> v.DType.Name)
 
     /// cuDNN's causal attention on Hopper: 16 bits, and heads and sequences that it has kernels for. Its mask pairs query i with keys
     /// 0 to i, so that it has no place for positions. `first`: where queries, keys and values stand among the operands.
@@ -83,11 +81,7 @@ module LibraryKernels =
         || kernel = KernelId.GroupedWeightGrad
 
     /// Why the library does not compute such a launch, in a few words ("fp32", "heads of 32 features"); empty where it does.
-    let refusal
-        (kernel: KernelId)
-        (inputs: IReadOnlyList<OperandType>)
-        (outputs: IReadOnlyList<OperandType>)
-        : string =
+    let refusal (kernel: KernelId) (inputs: IReadOnlyList<OperandType>) (outputs: IReadOnlyList<OperandType>) : string =
         if kernel = KernelId.Attention then
             attention 0 3 inputs
         elif kernel = KernelId.AttentionGrad then

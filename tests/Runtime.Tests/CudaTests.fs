@@ -109,7 +109,10 @@ let private library kernel (path: string) (inputs: SlotValue list) (outputs: Slo
 let private paths =
     testList "paths" [
         testCase "what the plan says is run, whatever the operands would allow" (fun () ->
-            let heads = [ for features in [ 192; 192; 128 ] -> slot DType.BFloat16 [ 1; 64; 2; features ] ]
+            let heads = [
+                for features in [ 192; 192; 128 ] -> slot DType.BFloat16 [ 1; 64; 2; features ]
+            ]
+
             let results = [ slot DType.BFloat16 [ 1; 64; 2; 128 ]; slot f32 [ 1; 2; 64 ] ]
             Expect.isTrue (library KernelId.Attention "library" heads results) "library"
             Expect.isFalse (library KernelId.Attention "exact" heads results) "exact")
@@ -119,8 +122,7 @@ let private paths =
             let results = [ slot DType.BFloat16 [ 1; 64; 2; 4 ]; slot f32 [ 1; 2; 64 ] ]
             Expect.isFalse (library KernelId.Attention "exact" heads results) "exact"
 
-            let said =
-                Expect.throwsC (fun () -> library KernelId.Attention "library" heads results |> ignore) id
+            let said = Expect.throwsC (fun () -> library KernelId.Attention "library" heads results |> ignore) id
 
             Expect.stringContains said.Message Codes.PlanPath "code"
             Expect.stringContains said.Message "heads of 6 features" "reason")

@@ -135,7 +135,12 @@ let private kernels =
                     let w = filled dtype [ e; n; h ] (random 5 (e * n * h))
                     into "y" KernelId.GroupedMatMul [ int 0; exact ] [ b; s; e; n ] dtype [ wide; w ] [ wide'; w ]
                     let turned = filled dtype [ e; h; n ] (random 6 (e * n * h))
-                    into "dx" KernelId.GroupedMatMul [ int 1; exact ] [ b; s; e; n ] dtype [ wide; turned ] [ wide'; turned ]
+
+                    into "dx" KernelId.GroupedMatMul [ int 1; exact ] [ b; s; e; n ] dtype [ wide; turned ] [
+                        wide'
+                        turned
+                    ]
+
                     out "dw" KernelId.GroupedWeightGrad [ exact ] [ e; h; h ] f32 [ wide; wide ] [ wide'; wide' ]
 
 let private slices =

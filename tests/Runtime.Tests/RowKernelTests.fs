@@ -104,7 +104,11 @@ let private grouped =
                 Expect.equal found.Length paths $"%s{what}: paths"
 
                 for path in found do
-                    close $"%s{what}, %O{path}" dtype (apply kernel (attributes @ [ path ]) inputs (output ())) expected
+                    close
+                        $"%s{what}, %O{path}"
+                        dtype
+                        (apply kernel (attributes @ [ path ]) inputs (output ()))
+                        expected
 
             check "y" KernelId.GroupedMatMul [ int 0 ] [ xs; ws; route ] (fun () -> rowSlot dtype [ b; s; e; n ]) y
             check "dx" KernelId.GroupedMatMul [ int 1 ] [ dys; ws; route ] (fun () -> rowSlot dtype [ b; s; e; k ]) dx

@@ -118,10 +118,14 @@ let private samples = [
         heads 128
         float32 [ "batch", 1; "heads", 2; "seq", 64 ]
     ]
-    Op.GroupedMatMul true, [ rows 8; TensorType.create DType.BFloat16 [ "experts", 8; "ffn", 8; "hidden", 6 ]; route ]
+    Op.GroupedMatMul true,
+    [
+        rows 8
+        TensorType.create DType.BFloat16 [ "experts", 8; "ffn", 8; "hidden", 6 ]
+        route
+    ]
     Op.GroupedWeightGrad, [ rows 8; rows 16; route ]
-    Op.Permute true,
-    [ x; route ]
+    Op.Permute true, [ x; route ]
 ]
 
 let tests =

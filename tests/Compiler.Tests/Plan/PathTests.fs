@@ -7,11 +7,14 @@ open DeepSeekGraph.Compiler
 open DeepSeekGraph.Models
 
 let private bf16, private f32 = DType.BFloat16, DType.Float32
-let private value dtype (extents: int list) : OperandType = { DType = dtype; Extents = Array.ofList extents }
+
+let private value dtype (extents: int list) : OperandType = {
+    DType = dtype
+    Extents = Array.ofList extents
+}
 
 /// Queries, keys and values of so many tokens and features, and what comes before and behind them.
-let private heads dtype s t d e =
-    value dtype [ 2; s; 4; d ], value dtype [ 2; t; 4; d ], value dtype [ 2; t; 4; e ]
+let private heads dtype s t d e = value dtype [ 2; s; 4; d ], value dtype [ 2; t; 4; d ], value dtype [ 2; t; 4; e ]
 
 let private forward dtype s t d e positions =
     let q, k, v = heads dtype s t d e
@@ -23,7 +26,11 @@ let private backward dtype s t d e positions =
     let out, lse = value dtype [ 2; s; 4; e ], value f32 [ 2; 4; s ]
     let told = if positions then [ value DType.Int64 [ s ] ] else []
 
-    LibraryKernels.refusal KernelId.AttentionGrad (out :: q :: k :: v :: out :: lse :: told |> Array.ofList) [| q; k; v |]
+    LibraryKernels.refusal KernelId.AttentionGrad (out :: q :: k :: v :: out :: lse :: told |> Array.ofList) [|
+        q
+        k
+        v
+    |]
 
 let private grouped kernel x w route out = LibraryKernels.refusal kernel [| x; w; route |] [| out |]
 
@@ -34,8 +41,9 @@ let private launches (plan: PlanSet) = [
             for i in 0 .. program.Steps.Count - 1 do
                 match program.Steps[i] with
                 | Step.Launch(kernel, attributes, inputs, outputs, _) when LibraryKernels.has kernel ->
-                    let types (ids: System.Collections.Generic.IReadOnlyList<int>) =
-                        [| for id in ids -> OperandType.Of stage.Slots[id] |]
+                    let types (ids: System.Collections.Generic.IReadOnlyList<int>) = [|
+                        for id in ids -> OperandType.Of stage.Slots[id]
+                    |]
 
                     struct (stage.Stage, program, i),
                     kernel,
@@ -65,7 +73,8 @@ let private sixteenBit = lazy compile Presets.Tiny (Recipes.Tiny.Recipe.WithDTyp
 
 let private exact = lazy compile Presets.Proxy (Recipes.Proxy.Recipe.WithAttentionBackend AttentionBackend.Exact)
 
-let private contexts = lazy compile Presets.Proxy (Recipes.Proxy.Recipe.WithContextParallel(2).WithBatch(1, 1, 256))
+let private contexts =
+    lazy compile Presets.Proxy (Recipes.Proxy.Recipe.WithContextParallel(2).WithBatch(1, 1, 256))
 
 let private taken =
     testList "what the library takes" [
@@ -151,7 +160,8 @@ let private chosen =
                     Expect.equal path (Some expected) $"%O{kernel} at stage %i{stage}, %s{program.Name}, step %i{i}"
 
         testCase "fp32: exact throughout"
-        <| fun () -> Expect.equal (rows (Recipes.Tiny.Compile())) (throughout "exact" [ "fp32"; "fp32"; "fp32"; "fp32" ]) ""
+        <| fun () ->
+            Expect.equal (rows (Recipes.Tiny.Compile())) (throughout "exact" [ "fp32"; "fp32"; "fp32"; "fp32" ]) ""
 
         testCase "DeepSeek-V3's widths in bf16: the library throughout"
         <| fun () -> Expect.equal (rows (Recipes.Proxy.Compile())) (throughout "library" [ ""; ""; ""; "" ]) ""
@@ -228,8 +238,7 @@ let private held =
                 ] do
                 let plan = plan.Value
 
-                let exact =
-                    launches plan |> List.filter (fun (_, _, path, _) -> path = Some KernelPath.Exact)
+                let exact = launches plan |> List.filter (fun (_, _, path, _) -> path = Some KernelPath.Exact)
 
                 Expect.isNonEmpty exact "exact launches"
 
