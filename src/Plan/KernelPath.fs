@@ -45,7 +45,8 @@ type OperandType = {
 /// What the library takes; our own code takes everything. The compiler decides by it, the check holds plans to it.
 [<RequireQualifiedAccess>]
 module LibraryKernels =
-    let private narrow (values: OperandType seq) =
+    /// The first element type that is none of 16 bits.
+    let private wide (values: OperandType seq) =
         values |> Seq.tryFind (fun v -> v.DType <> DType.BFloat16) |> Option.map (fun v -> v.DType.Name)
 
     /// cuDNN's causal attention on Hopper: 16 bits, and heads and sequences that it has kernels for. Its mask pairs query i with keys
@@ -54,7 +55,7 @@ module LibraryKernels =
         let extent i dim = inputs[first + i].Extents[dim]
         let queries, keys, features, values = extent 0 1, extent 1 1, extent 0 3, extent 2 3
 
-        match narrow (Seq.truncate (first + 3) inputs) with
+        match wide (Seq.truncate (first + 3) inputs) with
         | Some dtype -> dtype
         | None when inputs.Count > positions -> "positions of queries"
         | None when features < 64 || features > 192 || features % 8 <> 0 -> $"heads of %i{features} features"
@@ -68,7 +69,7 @@ module LibraryKernels =
 
     /// 16-bit rows that begin at multiples of 16 bytes.
     let private grouped (first: OperandType) (second: OperandType) (values: OperandType seq) =
-        match narrow values, [ features first; features second ] |> List.tryFind (fun n -> n % 8 <> 0) with
+        match wide values, [ features first; features second ] |> List.tryFind (fun n -> n % 8 <> 0) with
         | Some dtype, _ -> dtype
         | None, Some n -> $"rows of %i{n} features"
         | None, None -> ""

@@ -1,4 +1,4 @@
-/// Which code a GPU runs for a launch that it has two for: a function of the recipe, element types and local extents, so that it stands in the plan.
+/// Which code a GPU runs where it has two: a function of the recipe, element types and local extents.
 [<RequireQualifiedAccess>]
 module DeepSeekGraph.Compiler.KernelPaths
 
