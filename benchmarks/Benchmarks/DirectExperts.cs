@@ -28,7 +28,8 @@ internal sealed partial class DirectStep
         var (x, r, gu, s, y) = (Rows(h), Rows(), Rows(2, width), Rows(width), Rows(h));
         var (dx, dr, dgu, ds, dy) = (Shared("rows dx", h), Shared("rows dr"), Shared("rows dgu", 2, width), Shared("rows ds", width), Shared("rows dy", h));
         var (up, down) = (_weights[$"{name}.experts.gate_up_proj.weight"], _weights[$"{name}.experts.down_proj.weight"]);
-        IReadOnlyList<Attribute> straight = [Attribute.NewInt(0)], transposed = [Attribute.NewInt(1)];
+        var path = Attribute.NewText(KernelPath.Exact.Name);
+        IReadOnlyList<Attribute> straight = [Attribute.NewInt(0), path], transposed = [Attribute.NewInt(1), path];
         var result = Value.Tokens(_seq, h);
 
         Calls(_forward, KernelId.PermuteWithProbs, [], [f.Slot, probs.Slot, route], x.Slot, r.Slot);

@@ -66,6 +66,12 @@ internal static class Explain
             Render.Table(told.ProductsAsTable());
         }
 
+        if (told.Paths.Count > 0)
+        {
+            Console.WriteLine();
+            Render.Table(told.PathsAsTable());
+        }
+
         Console.WriteLine();
         Render.Table(told.CollectivesAsTable());
         return ExitCode.Ok;

@@ -49,6 +49,7 @@ internal static class Overrides
     /// Megatron's choice -> ours, where it says with two settings what one says here.
     private static readonly Dictionary<string, string> MegatronChoices = new(StringComparer.Ordinal)
     {
+        ["recipe.attention_backend=unfused"] = "recipe.attention_backend=exact",
         ["optimizer.store_param_remainders=true"] = "optimizer.main_params_dtype=remainder",
         ["optimizer.store_param_remainders=false"] = "optimizer.main_params_dtype=fp32",
     };

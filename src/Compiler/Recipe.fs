@@ -106,6 +106,22 @@ type Dispatcher =
 
     static member All = [| AllGather; AllToAll; Flex; Auto |]
 
+/// Which code a GPU runs for attention.
+[<RequireQualifiedAccess>]
+type AttentionBackend =
+    /// The library's wherever it takes the operands.
+    | Auto
+    /// Our own everywhere: fp32 inside, every sum in a fixed order.
+    | Exact
+
+    /// As recipes and plans write it.
+    member this.Name =
+        match this with
+        | Auto -> "auto"
+        | Exact -> "exact"
+
+    static member All = [| Auto; Exact |]
+
 /// What a plan is for.
 [<RequireQualifiedAccess>]
 type Mode =
@@ -146,6 +162,7 @@ type Recipe = private {
     dtype: DType
     fp8Block: int
     fusions: FusionChoice
+    attentionBackend: AttentionBackend
     recompute: string list
     recomputeBudget: int64
     optimizer: Optimizer
@@ -181,6 +198,7 @@ type Recipe = private {
         dtype = DType.Float32
         fp8Block = 0
         fusions = FusionChoice.All
+        attentionBackend = AttentionBackend.Auto
         recompute = []
         recomputeBudget = 0L
         optimizer = {
@@ -239,6 +257,8 @@ type Recipe = private {
     /// Extent of the blocks in which linear layers' operands are rounded to fp8; 0: they are not.
     member this.Fp8Block = this.fp8Block
     member this.Fusions = this.fusions
+    /// Which code a GPU runs for attention; a processor has one.
+    member this.AttentionBackend = this.attentionBackend
     /// Names of what the backward pass computes again, such as core_attn.
     member this.Recompute = this.recompute :> IReadOnlyList<string>
     /// Bytes that a rank may hold: what else is computed again is chosen so that they suffice. 0: no budget.
@@ -318,6 +338,9 @@ type Recipe = private {
         this with
             fusions = (if rules.Length = 0 then FusionChoice.All else FusionChoice.AllBut(List.ofArray rules))
     }
+
+    /// Exact: attention on a GPU is computed in fp32 and its gradients are summed in a fixed order, in bf16 too; slower.
+    member this.WithAttentionBackend(backend: AttentionBackend) = { this with attentionBackend = backend }
 
     /// Megatron's names: core_attn, mla_up_proj, layernorm, moe_act, shared_experts, mlp, moe; full: every layer.
     member this.WithRecompute([<ParamArray>] names: string[]) = {

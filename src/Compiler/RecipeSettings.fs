@@ -152,6 +152,7 @@ module RecipeSettings =
             "all, none, rules (permute,unpermute) or rules to leave out (-permute)"
             (fun r -> r.Fusions.ToString())
             (fun r value -> fusions value |> Option.map r.WithFusions)
+        choice "attention_backend" AttentionBackend.All _.Name _.AttentionBackend _.WithAttentionBackend
         setting
             "recompute"
             $"none, names such as core_attn with commas between, or budget=BYTES, %s{ByteSize.forms}"

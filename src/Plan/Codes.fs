@@ -96,6 +96,10 @@ module Codes =
     [<Literal>]
     let PlanUpdate = "DSG0608"
 
+    /// A plan has a GPU's library compute what the library does not take.
+    [<Literal>]
+    let PlanPath = "DSG0609"
+
     /// A model's settings contradict each other or are out of range.
     [<Literal>]
     let ConfigIllegal = "DSG0701"

@@ -15,6 +15,7 @@ type Attribute =
 /// "rows": a data-dependent first dim that stands for (batch, seq, expert); a "route" is the row set itself.
 /// "off": Ints of mesh axes that split the dim, slowest last; the kernel adds coordinate x local extent.
 /// Dims in attributes are logical: of a routed value, 0, 1 and 2 are its one stored row dim. Results are new memory, never views.
+/// "path": a word, library or exact, which code a GPU runs (KernelPath); of the kernels that have two, the last attribute.
 type KernelId =
     // sources
     /// -> out; Float value. Every element is `value`.
@@ -57,9 +58,9 @@ type KernelId =
     // contraction
     /// a, b -> out; Text spec such as "b s k+, n k+ -> b s n"
     | Contract = 40
-    /// x[rows k], w[E n k], route -> out[rows n]; Int transposed (1: w[E k n]); rows may have several trailing dims
+    /// x[rows k], w[E n k], route -> out[rows n]; Int transposed (1: w[E k n]), Text path; rows may have several trailing dims
     | GroupedMatMul = 41
-    /// dy[rows n], x[rows k], route -> dw[E n k]
+    /// dy[rows n], x[rows k], route -> dw[E n k]; Text path
     | GroupedWeightGrad = 42
     /// a -> out; Ints block extents by dim. E4M3 and back: per block scale = max|a| / 448 in fp32, out = e4m3(a / scale) * scale,
     /// to nearest even, saturating. A block of zeros stays; one that holds NaN or infinity becomes NaN.
@@ -89,7 +90,7 @@ type KernelId =
     | RopeKv = 73
     /// dk[b s n nope+rope], dv[b s n v], table -> dkv[b s n nope+v], dkPe[b s rope] (summed over heads); Int nope
     | RopeKvGrad = 74
-    // attention: Float scale; causal; fp32 softmax. Optional last operand positions[s] i64: query i sees keys 0..positions[i]
+    // attention: Float scale; causal; fp32 softmax; of the first two, Text path. Optional last operand positions[s] i64: query i sees keys 0..positions[i]
     /// q[b s n d], k[b t n d], v[b t n e] (, positions) -> out[b s n e], lse[b n s] fp32
     | Attention = 80
     /// dout, q, k, v, out, lse (, positions) -> dq, dk, dv

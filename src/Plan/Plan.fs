@@ -12,7 +12,7 @@ module PlanSchema =
     /// 5: padding of rows.
     /// 6: caches.
     /// 7: remainders: i16, and the weight that an update reads beside one.
-    /// 8: W in parts, R.
+    /// 8: W in parts, R, lanes; which code a GPU runs for attention and grouped products.
     [<Literal>]
     let Version = 8
 

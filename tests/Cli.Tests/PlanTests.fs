@@ -215,4 +215,46 @@ let private whole =
                 Expect.stringStarts refused.Error "error DSG06" start)
     }
 
-let tests = testList "Plan" [ recipes; passes; forms; explain; whole ]
+let private paths = test "which code a GPU runs: told in a table, a line and at each launch, and chosen by a setting" {
+    Dsg.inFolder (fun folder ->
+        let rows out settings =
+            let options = settings |> List.collect (fun s -> [ "--set"; s ])
+
+            succeed folder ([ "compile"; "--recipe"; "deepseek_v3_proxy"; "--out"; out ] @ options) |> ignore
+
+            use json = JsonDocument.Parse(succeed folder [ "explain"; out; "--json" ])
+
+            [
+                for row in json.RootElement.GetProperty("paths").EnumerateArray() do
+                    let text (key: string) = nonNull (row.GetProperty(key).GetString())
+                    text "kernel", (text "path", text "why", row.GetProperty("launches").GetInt64())
+            ]
+            |> Map
+
+        let auto = rows "auto.plan" []
+        let exact = rows "exact.plan" [ "recipe.attention_backend=unfused" ]
+        let kernels = [ "attention"; "attention_grad"; "grouped_mat_mul"; "grouped_weight_grad" ]
+        Expect.equal (List.ofSeq auto.Keys) kernels "kernels"
+
+        for kernel in kernels do
+            let path, why, launches = auto[kernel]
+            Expect.equal (path, why) ("library", "") kernel
+            Expect.isGreaterThan launches 0L kernel
+            let asked = if kernel.StartsWith "attention" then "exact", "asked for" else "library", ""
+            let path, why, again = exact[kernel]
+            Expect.equal ((path, why), again) (asked, launches) $"%s{kernel} when exact attention is asked for"
+
+        let readable = succeed folder [ "explain"; "exact.plan" ]
+        Expect.stringContains readable "which code a GPU runs" "table"
+        let line = succeed folder [ "show"; "exact.plan"; "--summary" ]
+        let launches kernel = exact[kernel] |> fun (_, _, n) -> $"%s{kernel} %i{n}"
+        let asked = $"""exact (asked for): %s{launches "attention"}, %s{launches "attention_grad"}"""
+        Expect.stringContains line asked "summary"
+
+        Expect.stringContains (succeed folder [ "show"; "exact.plan" ]) "\"exact\"" "launches"
+        let difference = (Dsg.run folder [ "diff"; "auto.plan"; "exact.plan" ]).Out
+        Expect.stringContains difference "attention_backend" "the setting"
+        Expect.stringContains difference "\"exact\"" "the launches")
+}
+
+let tests = testList "Plan" [ recipes; passes; forms; explain; paths; whole ]

@@ -19,6 +19,7 @@ let main argv =
             PlanTextTests.tests
             PlanBinaryTests.tests
             KernelOpsTests.tests
+            PathTests.tests
             BundleTests.tests
             OptimizerTests.tests
             CheckTests.tests

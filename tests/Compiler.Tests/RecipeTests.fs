@@ -56,6 +56,7 @@ let tests =
                         "a,b"
                         "Et|L"
                         "generate"
+                        "exact"
                     ]
                     |> List.choose (setting.Write base')
                     |> List.filter (fun r -> setting.Read r <> before)

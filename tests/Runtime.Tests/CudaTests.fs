@@ -7,6 +7,7 @@ open System.Text.RegularExpressions
 open Expecto
 open DeepSeekGraph
 open DeepSeekGraph.Runtime.Cuda
+open DeepSeekGraph.Runtime.Kernels
 open DeepSeekGraph.Runtime.Memory
 open DeepSeekGraph.Runtime.Native
 open DeepSeekGraph.Runtime.Tests.Slots
@@ -99,4 +100,37 @@ let private missing =
         let said = Expect.throwsC (fun () -> RankDevice.Cuda 0 |> ignore) id
         Expect.stringContains said.Message Codes.CudaMissing "code"
 
-let tests = testList "Cuda" [ sources; zeros; missing ]
+/// Whether a GPU would run the library's code for this launch; nothing is run.
+let private library kernel (path: string) (inputs: SlotValue list) (outputs: SlotValue list) =
+    let attributes = [| Attribute.Float 0.1; Attribute.Text path |]
+    let call = KernelCall(attributes, ReadOnlySpan(Array.ofList inputs), ReadOnlySpan(Array.ofList outputs), alone)
+    CudaPath.IsLibrary(&call, kernel, 1)
+
+let private paths =
+    testList "paths" [
+        testCase "what the plan says is run, whatever the operands would allow" (fun () ->
+            let heads = [
+                for features in [ 192; 192; 128 ] -> slot DType.BFloat16 [ 1; 64; 2; features ]
+            ]
+
+            let results = [ slot DType.BFloat16 [ 1; 64; 2; 128 ]; slot f32 [ 1; 2; 64 ] ]
+            Expect.isTrue (library KernelId.Attention "library" heads results) "library"
+            Expect.isFalse (library KernelId.Attention "exact" heads results) "exact")
+
+        testCase "the library for what it does not take is an error, never our own code" (fun () ->
+            let heads = [ for features in [ 6; 6; 4 ] -> slot DType.BFloat16 [ 1; 64; 2; features ] ]
+            let results = [ slot DType.BFloat16 [ 1; 64; 2; 4 ]; slot f32 [ 1; 2; 64 ] ]
+            Expect.isFalse (library KernelId.Attention "exact" heads results) "exact"
+
+            let said = Expect.throwsC (fun () -> library KernelId.Attention "library" heads results |> ignore) id
+
+            Expect.stringContains said.Message Codes.PlanPath "code"
+            Expect.stringContains said.Message "heads of 6 features" "reason")
+
+        testCase "a launch without a path is an error" (fun () ->
+            for word in [ ""; "auto" ] do
+                let said = Expect.throwsC (fun () -> library KernelId.Attention word [] [] |> ignore) id
+                Expect.stringContains said.Message "library or exact" word)
+    ]
+
+let tests = testList "Cuda" [ sources; zeros; missing; paths ]

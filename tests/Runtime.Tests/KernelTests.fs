@@ -260,7 +260,7 @@ let private attention =
                 let q, k, v = rounded dtype q, rounded dtype k, rounded dtype v
                 let out, lse = slot dtype [ b; s; n; e ], slot DType.Float32 [ b; n; s ]
 
-                run KernelId.Attention [ Attribute.Float scale ] [
+                run KernelId.Attention [ Attribute.Float scale; exact ] [
                     filled dtype [ b; s; n; d ] q
                     filled dtype [ b; t; n; d ] k
                     filled dtype [ b; t; n; e ] v
@@ -279,10 +279,10 @@ let private attention =
             let f32 = DType.Float32
             let qs, ks, vs = filled f32 [ b; s; n; d ] q, filled f32 [ b; s; n; d ] k, filled f32 [ b; s; n; e ] v
             let out, lse = slot f32 [ b; s; n; e ], slot f32 [ b; n; s ]
-            run KernelId.Attention [ Attribute.Float scale ] [ qs; ks; vs ] [ out; lse ]
+            run KernelId.Attention [ Attribute.Float scale; exact ] [ qs; ks; vs ] [ out; lse ]
             let dq, dk, dv = slot f32 [ b; s; n; d ], slot f32 [ b; s; n; d ], slot f32 [ b; s; n; e ]
 
-            run KernelId.AttentionGrad [ Attribute.Float scale ] [
+            run KernelId.AttentionGrad [ Attribute.Float scale; exact ] [
                 filled f32 [ b; s; n; e ] dout
                 qs
                 ks
@@ -314,10 +314,10 @@ let private attention =
                 filled dtype [ b; s; n; d ] q, filled dtype [ b; s; n; d ] k, filled dtype [ b; s; n; e ] v
 
             let out, lse = slot dtype [ b; s; n; e ], slot DType.Float32 [ b; n; s ]
-            run KernelId.Attention [ Attribute.Float scale ] [ qs; ks; vs ] [ out; lse ]
+            run KernelId.Attention [ Attribute.Float scale; exact ] [ qs; ks; vs ] [ out; lse ]
             let dv = slot dtype [ b; s; n; e ]
 
-            run KernelId.AttentionGrad [ Attribute.Float scale ] [
+            run KernelId.AttentionGrad [ Attribute.Float scale; exact ] [
                 filled dtype [ b; s; n; e ] dout
                 qs
                 ks
@@ -347,13 +347,7 @@ let private attention =
             let q, k, v, dout = value 1 d, value 2 d, value 3 e, value 4 e
             let of' width = filled dtype [ b; s; n; width ]
             let qs, ks, vs = of' d q, of' d k, of' e v
-            let out, lse = slot dtype [ b; s; n; e ], slot DType.Float32 [ b; n; s ]
-            run KernelId.Attention [ Attribute.Float scale ] [ qs; ks; vs ] [ out; lse ]
-            let dq, dk, dv = slot dtype [ b; s; n; d ], slot dtype [ b; s; n; d ], slot dtype [ b; s; n; e ]
-            run KernelId.AttentionGrad [ Attribute.Float scale ] [ of' e dout; qs; ks; vs; out; lse ] [ dq; dk; dv ]
             let expected, total = attentionNaive b s s n d e 0 scale q k v
-            close "out" dtype (read out) expected
-            close "log-sum-exp" dtype (read lse) total
             let eq, ek, ev = Array.zeroCreate q.Length, Array.zeroCreate k.Length, Array.zeroCreate v.Length
 
             for h in 0 .. n - 1 do
@@ -374,9 +368,21 @@ let private attention =
                         for f in 0 .. e - 1 do
                             ev[row e j + f] <- ev[row e j + f] + p * dout[row e i + f]
 
-            close "dq" dtype (read dq) eq
-            close "dk" dtype (read dk) ek
-            close "dv" dtype (read dv) ev)
+            let results () = slot dtype [ b; s; n; e ], slot DType.Float32 [ b; n; s ]
+            let paths = let out, lse = results () in pathsOf KernelId.Attention [ qs; ks; vs ] [ out; lse ]
+            Expect.equal paths.Length (if dtype = DType.BFloat16 then 2 else 1) "the library takes 16 bits"
+
+            for path in paths do
+                let out, lse = results ()
+                run KernelId.Attention [ Attribute.Float scale; path ] [ qs; ks; vs ] [ out; lse ]
+                let dq, dk, dv = slot dtype [ b; s; n; d ], slot dtype [ b; s; n; d ], slot dtype [ b; s; n; e ]
+                let saved = [ of' e dout; qs; ks; vs; out; lse ]
+                run KernelId.AttentionGrad [ Attribute.Float scale; path ] saved [ dq; dk; dv ]
+                close $"out, %O{path}" dtype (read out) expected
+                close $"log-sum-exp, %O{path}" dtype (read lse) total
+                close $"dq, %O{path}" dtype (read dq) eq
+                close $"dk, %O{path}" dtype (read dk) ek
+                close $"dv, %O{path}" dtype (read dv) ev)
     ]
 
 let private sigmoid x = 1.0 / (1.0 + exp -x)

@@ -96,10 +96,10 @@ let private kernels =
                         else
                             close what dtype (rowsOf set c) (read a)
 
-                    let out what kernel (extents: int list) dtype plainInputs paddedInputs =
+                    let out what kernel attributes (extents: int list) dtype plainInputs paddedInputs =
                         let a, c = slot dtype extents, slot dtype extents
-                        run kernel [] (plainInputs @ [ plain ]) [ a ]
-                        run kernel [] (paddedInputs @ [ padded ]) [ c ]
+                        run kernel attributes (plainInputs @ [ plain ]) [ a ]
+                        run kernel attributes (paddedInputs @ [ padded ]) [ c ]
 
                         if aligned || kernel <> KernelId.GroupedWeightGrad then
                             Expect.equal (read c) (read a) what
@@ -112,9 +112,9 @@ let private kernels =
                     into "route_probs" KernelId.RouteProbs [] [ b; s; e ] f32 [ p ] [ p ]
 
                     for kernel in [ KernelId.Unpermute; KernelId.UnpermuteFused ] do
-                        out $"%O{kernel}" kernel [ b; s; h ] dtype [ wide ] [ wide' ]
+                        out $"%O{kernel}" kernel [] [ b; s; h ] dtype [ wide ] [ wide' ]
 
-                    out "unroute_probs" KernelId.UnrouteProbs [ b; s; e ] f32 [ thin ] [ thin' ]
+                    out "unroute_probs" KernelId.UnrouteProbs [] [ b; s; e ] f32 [ thin ] [ thin' ]
 
                     let both, both' =
                         (rowSlot dtype [ b; s; e; h ], rowSlot f32 [ b; s; e ]),
@@ -133,10 +133,15 @@ let private kernels =
                     Expect.equal (read (fst y'), read (snd y')) (read (fst y), read (snd y)) "unpermute_with_probs"
 
                     let w = filled dtype [ e; n; h ] (random 5 (e * n * h))
-                    into "y" KernelId.GroupedMatMul [ int 0 ] [ b; s; e; n ] dtype [ wide; w ] [ wide'; w ]
+                    into "y" KernelId.GroupedMatMul [ int 0; exact ] [ b; s; e; n ] dtype [ wide; w ] [ wide'; w ]
                     let turned = filled dtype [ e; h; n ] (random 6 (e * n * h))
-                    into "dx" KernelId.GroupedMatMul [ int 1 ] [ b; s; e; n ] dtype [ wide; turned ] [ wide'; turned ]
-                    out "dw" KernelId.GroupedWeightGrad [ e; h; h ] f32 [ wide; wide ] [ wide'; wide' ]
+
+                    into "dx" KernelId.GroupedMatMul [ int 1; exact ] [ b; s; e; n ] dtype [ wide; turned ] [
+                        wide'
+                        turned
+                    ]
+
+                    out "dw" KernelId.GroupedWeightGrad [ exact ] [ e; h; h ] f32 [ wide; wide ] [ wide'; wide' ]
 
 let private slices =
     testCase "slices by experts begin blocks of their own"

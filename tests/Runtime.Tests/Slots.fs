@@ -111,6 +111,19 @@ let apply kernel attributes inputs (output: SlotValue) =
     run kernel attributes inputs [ output ]
     read output
 
+/// The path that every launch of a kernel with two can have.
+let exact = Attribute.Text KernelPath.Exact.Name
+
+/// The paths that a launch can have: exact, and library where it takes the operands. On the processor both are one implementation.
+let pathsOf kernel (inputs: SlotValue list) (outputs: SlotValue list) : Attribute list =
+    let types (values: SlotValue list) = [| for v in values -> OperandType.Of v.Info |]
+
+    [
+        exact
+        if LibraryKernels.refusal kernel (types inputs) (types outputs) = "" then
+            Attribute.Text KernelPath.Library.Name
+    ]
+
 let int (n: int) = Attribute.Int(int64 n)
 let ints (values: int list) = Attribute.Ints [| for v in values -> int64 v |]
 

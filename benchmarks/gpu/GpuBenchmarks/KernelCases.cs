@@ -53,7 +53,7 @@ internal sealed class KernelCases(RankDevice device)
     /// <summary>One after the other; operands are freed behind each.</summary>
     public IEnumerable<KernelCase> All()
     {
-        Attribute eps = Attribute.NewFloat(1e-6), one = Int(1), zero = Int(0);
+        Attribute eps = Attribute.NewFloat(1e-6), one = Int(1), zero = Int(0), library = Attribute.NewText(KernelPath.Library.Name), exact = Attribute.NewText(KernelPath.Exact.Name);
         SlotValue X() => Dense(Narrow, 1, Tokens, Hidden);
         SlotValue W() => Dense(Narrow, Hidden);
         yield return Case("rms_norm", KernelId.RmsNorm, [eps], [X(), W()], [X()]);
@@ -97,14 +97,19 @@ internal sealed class KernelCases(RankDevice device)
         yield return Product("dense weight gradient", "b+ s+ n, b+ s+ k -> n k", Dense(Narrow, 1, Tokens, DenseFfn), X(), Dense(Narrow, DenseFfn, Hidden), DenseFfn);
         var bank = Dense(Narrow, Experts, 2, Ffn, Hidden);
         var flops = 2.0 * Rows * Hidden * 2 * Ffn;
-        yield return new KernelCase("grouped product", KernelId.GroupedMatMul, [zero], [rows, bank, route], [Routed(Narrow, 2, Ffn)], 0, flops);
-        yield return new KernelCase("grouped gradient", KernelId.GroupedMatMul, [one], [gates, bank, route], [Routed(Narrow, Hidden)], 0, flops);
-        yield return new KernelCase("grouped weight gradient", KernelId.GroupedWeightGrad, [], [gates, rows, route], [Dense(Narrow, Experts, 2, Ffn, Hidden)], 0, flops);
+        yield return new KernelCase("grouped product", KernelId.GroupedMatMul, [zero, library], [rows, bank, route], [Routed(Narrow, 2, Ffn)], 0, flops);
+        yield return new KernelCase("grouped gradient", KernelId.GroupedMatMul, [one, library], [gates, bank, route], [Routed(Narrow, Hidden)], 0, flops);
+        yield return new KernelCase("grouped weight gradient", KernelId.GroupedWeightGrad, [library], [gates, rows, route], [Dense(Narrow, Experts, 2, Ffn, Hidden)], 0, flops);
         var scale = Attribute.NewFloat(1 / Math.Sqrt(192));
         SlotValue q = Q(), k = Q(), v = V(), y = V(), lse = Dense(Wide, 1, Heads, Tokens);
         var forward = 2.0 * Heads * (192 + 128) * Tokens * (double)Tokens / 2;
-        yield return new KernelCase("attention", KernelId.Attention, [scale], [q, k, v], [y, lse], 0, forward);
-        yield return new KernelCase("attention_grad", KernelId.AttentionGrad, [scale], [V(), q, k, v, y, lse], [Q(), Q(), V()], 0, forward * (192 + 192 + 192 + 128 + 128) / (192 + 128));
+        var backward = forward * (192 + 192 + 192 + 128 + 128) / (192 + 128);
+        foreach (var (name, path) in new[] { ("", library), (", exact", exact) })
+        {
+            yield return new KernelCase("attention" + name, KernelId.Attention, [scale, path], [q, k, v], [y, lse], 0, forward);
+            yield return new KernelCase("attention_grad" + name, KernelId.AttentionGrad, [scale, path], [V(), q, k, v, y, lse], [Q(), Q(), V()], 0, backward);
+        }
+
         yield return new KernelCase(
             "head, loss and gradients", KernelId.LinearCrossEntropyGrad, [],
             [X(), Dense(Narrow, Vocab, Hidden), Ids(Tokens, 1, Tokens), Ids(Vocab, Vocab), Dense(Wide, 1, Tokens)],

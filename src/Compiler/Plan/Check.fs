@@ -30,7 +30,7 @@ let run (plan: PlanSet) : Diagnostic list =
             // messages and sums are walked only when their operands are; what memory comes to is asked only when those fit
             let memory = start Memory.check
 
-            match found [ start Messages.check; start Updates.check ] with
+            match found [ start Paths.check; start Messages.check; start Updates.check ] with
             | [] -> found [ memory ]
             | wrong -> wrong
         | wrong -> wrong

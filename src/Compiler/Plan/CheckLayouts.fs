@@ -398,7 +398,7 @@ let checkGraph (mesh: MeshInfo) (p: Partitioned) : Diagnostic list =
             | op ->
                 let types values = values |> Array.map (fun v -> graph.Types[v])
 
-                match KernelOps.ofOp op (types node.Inputs) (types node.Outputs) with
+                match KernelOps.ofOp AttentionBackend.Auto op (types node.Inputs) (types node.Outputs) with
                 | Some(kernel, attributes) ->
                     StepCheck(mesh, slots, report).Launch(kernel, Array.ofList attributes, node.Inputs, node.Outputs)
                 | None ->

@@ -44,10 +44,19 @@ let private routing (s: RouterSpec) =
     choice s.Choice @ [ flag s.Normalize; float s.Eps; float s.Factor; flag s.Score.IsSoftmax ]
 
 /// The launch of an op: kernel and attributes; none for what needs no kernel (aliases, sources that are slots, collectives).
-/// An iota is given as whole: for one that is split, its attribute is `offsets layout 0`.
-let ofOp (op: Op) (inputs: TensorType[]) (_outputs: TensorType[]) : (KernelId * Attribute list) option =
+/// An iota is given as whole: for one that is split, its attribute is `offsets layout 0`. `attention`: which code a GPU runs for it.
+let ofOp
+    (attention: AttentionBackend)
+    (op: Op)
+    (inputs: TensorType[])
+    (outputs: TensorType[])
+    : (KernelId * Attribute list) option =
     let dim name = int (inputs[0].IndexOf name)
     let plain kernel = Some(kernel, [])
+
+    let onPath kernel attributes =
+        let path = KernelPaths.choose attention kernel inputs outputs
+        Some(kernel, attributes @ [ Attribute.Text path.Name ])
 
     match op with
     | Op.Parameter _
@@ -80,8 +89,8 @@ let ofOp (op: Op) (inputs: TensorType[]) (_outputs: TensorType[]) : (KernelId * 
     | Op.Fp8Quantize blocks -> Some(KernelId.Fp8Quantize, [ ints blocks ])
     | Op.Zigzag(axis, ranks, inverse) -> Some(KernelId.Zigzag, [ dim axis; int ranks; flag inverse ])
     | Op.Contract spec -> Some(KernelId.Contract, [ Attribute.Text spec ])
-    | Op.GroupedMatMul transposed -> Some(KernelId.GroupedMatMul, [ flag transposed ])
-    | Op.GroupedWeightGrad -> plain KernelId.GroupedWeightGrad
+    | Op.GroupedMatMul transposed -> onPath KernelId.GroupedMatMul [ flag transposed ]
+    | Op.GroupedWeightGrad -> onPath KernelId.GroupedWeightGrad []
     | Op.Sum axes -> Some(KernelId.Sum, [ ints (List.map inputs[0].IndexOf axes) ])
     | Op.Max axes -> Some(KernelId.Max, [ ints (List.map inputs[0].IndexOf axes) ])
     | Op.RmsNorm eps -> Some(KernelId.RmsNorm, [ float eps ])
@@ -98,8 +107,8 @@ let ofOp (op: Op) (inputs: TensorType[]) (_outputs: TensorType[]) : (KernelId * 
     | Op.RopeQ inverse -> Some(KernelId.RopeQ, [ flag inverse ])
     | Op.RopeKv nope -> Some(KernelId.RopeKv, [ int nope ])
     | Op.RopeKvGrad nope -> Some(KernelId.RopeKvGrad, [ int nope ])
-    | Op.Attention scale -> Some(KernelId.Attention, [ float scale ])
-    | Op.AttentionGrad scale -> Some(KernelId.AttentionGrad, [ float scale ])
+    | Op.Attention scale -> onPath KernelId.Attention [ float scale ]
+    | Op.AttentionGrad scale -> onPath KernelId.AttentionGrad [ float scale ]
     | Op.CacheWrite -> plain KernelId.CacheWrite
     | Op.CacheAttention(scale, value) -> Some(KernelId.CacheAttention, [ float scale; int value ])
     | Op.GroupTopK s -> Some(KernelId.GroupTopK, choice s)
@@ -231,6 +240,8 @@ let toOp
         | Some _
         | None -> wrong ()
 
+    let isPath = (KernelPaths.ofLaunch kernel attributes).IsSome
+
     match kernel, List.ofSeq attributes with
     | KernelId.Full, [ Attribute.Float value ] -> result (fun t -> Op.Constant(value, t))
     | KernelId.Iota, [ Attribute.Ints _ ] when outputs.Length = 1 && outputs[0].Rank = 1 ->
@@ -264,8 +275,8 @@ let toOp
     | KernelId.Zigzag, [ Attribute.Int d; Attribute.Int ranks; Attribute.Int inverse ] when ranks > 0L && ranks < 65537L ->
         axis d (fun name -> Op.Zigzag(name, int32 ranks, inverse <> 0L))
     | KernelId.Contract, [ Attribute.Text spec ] -> Ok(Op.Contract spec)
-    | KernelId.GroupedMatMul, [ Attribute.Int transposed ] -> Ok(Op.GroupedMatMul(transposed <> 0L))
-    | KernelId.GroupedWeightGrad, _ -> plain Op.GroupedWeightGrad
+    | KernelId.GroupedMatMul, [ Attribute.Int transposed; _ ] when isPath -> Ok(Op.GroupedMatMul(transposed <> 0L))
+    | KernelId.GroupedWeightGrad, [ _ ] when isPath -> Ok Op.GroupedWeightGrad
     | KernelId.Sum, [ Attribute.Ints ds ] -> axes ds Op.Sum
     | KernelId.Max, [ Attribute.Ints ds ] -> axes ds Op.Max
     | KernelId.RmsNorm, [ Attribute.Float eps ] -> Ok(Op.RmsNorm eps)
@@ -292,8 +303,8 @@ let toOp
     | KernelId.RopeQ, [ Attribute.Int inverse ] -> Ok(Op.RopeQ(inverse <> 0L))
     | KernelId.RopeKv, [ Attribute.Int nope ] when small nope -> Ok(Op.RopeKv(int32 nope))
     | KernelId.RopeKvGrad, [ Attribute.Int nope ] when small nope -> Ok(Op.RopeKvGrad(int32 nope))
-    | KernelId.Attention, [ Attribute.Float scale ] -> Ok(Op.Attention scale)
-    | KernelId.AttentionGrad, [ Attribute.Float scale ] -> Ok(Op.AttentionGrad scale)
+    | KernelId.Attention, [ Attribute.Float scale; _ ] when isPath -> Ok(Op.Attention scale)
+    | KernelId.AttentionGrad, [ Attribute.Float scale; _ ] when isPath -> Ok(Op.AttentionGrad scale)
     | KernelId.CacheWrite, _ -> plain Op.CacheWrite
     | KernelId.CacheAttention, [ Attribute.Float scale; Attribute.Int value ] when small value ->
         Ok(Op.CacheAttention(scale, int32 value))

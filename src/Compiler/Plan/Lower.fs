@@ -248,6 +248,7 @@ let private rank (job: Job) (p: Partitioned) work parameters groups home (r: int
                 Stage = stage
                 Pipeline = ranks
                 Home = home
+                Attention = job.Recipe.AttentionBackend
                 NextToken = next
                 Partitioned = p
                 Work = work

@@ -112,7 +112,7 @@ module PlanProducts =
     /// A weight is [out, in]: forward products sum over its last axis.
     let private direction kernel (attributes: IReadOnlyList<Attribute>) (weight: int option) =
         match kernel, List.ofSeq attributes, weight with
-        | KernelId.GroupedMatMul, [ Attribute.Int 0L ], _ -> "forward"
+        | KernelId.GroupedMatMul, Attribute.Int 0L :: _, _ -> "forward"
         | KernelId.GroupedMatMul, _, _ -> "input gradient"
         | KernelId.Contract, [ Attribute.Text spec ], Some i ->
             let letters = (Axes.parse spec).Operands[i]

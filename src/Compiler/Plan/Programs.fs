@@ -17,6 +17,8 @@ type StageContext = {
     Pipeline: int
     /// The stage of the model that computes a value, or -1: every one that reads it.
     Home: int -> int
+    /// Which code a GPU runs for attention.
+    Attention: AttentionBackend
     /// Numbers of collectives, unique over the chunks of a rank.
     NextToken: unit -> int
     Partitioned: Partitioned
@@ -129,7 +131,7 @@ let private compute (c: StageContext) (writer: Writer) (node: Node) =
     | op ->
         let types = node.Inputs |> Array.map (fun v -> graph.Types[v])
 
-        match KernelOps.ofOp op types (node.Outputs |> Array.map (fun v -> graph.Types[v])) with
+        match KernelOps.ofOp c.Attention op types (node.Outputs |> Array.map (fun v -> graph.Types[v])) with
         | Some(kernel, attributes) -> writer.Launch(kernel, attributes, inputs, outputs, node.Origin.Path)
         | None -> invalidOp $"%s{node.Origin.Path}: no kernel for %s{(Catalog.define op).Name} (a bug in dsg)"
 

@@ -26,6 +26,9 @@ public sealed partial record PlanExplanation(PlanSet Plan, int GpusPerNode, IRou
     /// Matrix products, of all layers together: what is multiplied, in what type; none unless some are in fp8.
     public IReadOnlyList<ProductRow> Products { get; } = ProductTable.Of(Plan);
 
+    /// Which code a GPU runs for the kernels that it has two for; none for a plan without such kernels.
+    public IReadOnlyList<PathRow> Paths { get; } = PlanPaths.list(Plan);
+
     /// Parts with FLOPs, and their sums.
     public TextTable FlopsAsTable()
     {
@@ -41,6 +44,12 @@ public sealed partial record PlanExplanation(PlanSet Plan, int GpusPerNode, IRou
 
     /// Which products run in fp8, and in which blocks.
     public TextTable ProductsAsTable() => ProductTable.AsTable(Products);
+
+    /// Which code a GPU runs, and why where it is not the library's.
+    public TextTable PathsAsTable() => new(
+        "which code a GPU runs for kernels that it has two for: launches of a step, over all stages; a processor has one",
+        ["kernel", "path", "why", "launches"],
+        [.. Paths.Select(row => (string[])[PlanNames.kernel(row.Kernel), row.Path.Name, row.Why, Whole(row.Launches)])]);
 
     /// Collectives of equal rule, layer numbers left out: how often in a step of one rank of all stages, and their bytes.
     public TextTable CollectivesAsTable() => new(
@@ -96,6 +105,13 @@ public sealed partial record PlanExplanation(PlanSet Plan, int GpusPerNode, IRou
             ["arena"] = row.Arena,
         })]),
         ["products"] = new JsonArray([.. Products.Select(row => (JsonNode)row.ToJson())]),
+        ["paths"] = new JsonArray([.. Paths.Select(row => (JsonNode)new JsonObject
+        {
+            ["kernel"] = PlanNames.kernel(row.Kernel),
+            ["path"] = row.Path.Name,
+            ["why"] = row.Why,
+            ["launches"] = row.Launches,
+        })]),
         ["routing"] = Assumption,
         ["collectives"] = new JsonArray([.. Collectives.Select(c => (JsonNode)new JsonObject
         {

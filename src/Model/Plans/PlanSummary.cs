@@ -44,6 +44,8 @@ public static class PlanSummary
             yield return (line[..line.IndexOf('=', StringComparison.Ordinal)], line[(line.IndexOf('=', StringComparison.Ordinal) + 1)..]);
         foreach (var line in Fp8Lines(plan))
             yield return line;
+        if (PlanPaths.list(plan) is { Count: > 0 } paths)
+            yield return ("on a GPU", Told(paths));
         yield return ("hash", PlanFile.Hash(plan));
     }
 
@@ -130,6 +132,13 @@ public static class PlanSummary
 
     private static string Megabytes(long bytes)
         => (bytes / 1e6).ToString(bytes < 100_000_000 ? "N2" : "N0", CultureInfo.InvariantCulture);
+
+    /// "library: attention 8, attention_grad 8; exact (fp32): grouped_mat_mul 12"; launches of a step.
+    private static string Told(IEnumerable<PathRow> paths)
+        => string.Join("; ", paths
+            .GroupBy(row => (row.Path, row.Why))
+            .Select(same => same.Key.Path.Name + (same.Key.Why.Length == 0 ? "" : $" ({same.Key.Why})") + ": "
+                + string.Join(", ", same.Select(row => $"{PlanNames.kernel(row.Kernel)} {row.Launches}"))));
 
     /// <summary>Which matrix products read fp8 and which do not, of all layers together; nothing for a plan without.</summary>
     private static IEnumerable<(string, string)> Fp8Lines(PlanSet plan)

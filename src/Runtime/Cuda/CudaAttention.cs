@@ -1,4 +1,4 @@
-// Causal attention on a GPU: cuDNN for bf16 heads that it has kernels for, else exact fp32 arithmetic, a block of queries at a time.
+// Causal attention on a GPU, as the plan says: by cuDNN, or in exact fp32 arithmetic, a block of queries at a time.
 using DeepSeekGraph.Runtime.Kernels;
 using DeepSeekGraph.Runtime.Memory;
 using static TorchSharp.torch;
@@ -15,7 +15,7 @@ internal static class CudaAttention
     public static void Attention(in KernelCall call)
     {
         var scale = call.Float(0);
-        if (!ByLibrary(call, 0, 3))
+        if (!CudaPath.IsLibrary(call, KernelId.Attention, 1))
         {
             Exact(call, scale);
             return;
@@ -35,7 +35,7 @@ internal static class CudaAttention
     public static void AttentionGrad(in KernelCall call)
     {
         var scale = call.Float(0);
-        if (!ByLibrary(call, 1, 6))
+        if (!CudaPath.IsLibrary(call, KernelId.AttentionGrad, 1))
         {
             ExactGrad(call, scale);
             return;
@@ -53,15 +53,6 @@ internal static class CudaAttention
             using var gradient = gradients[i];
             call.Out(i).Adopt(gradient.transpose(1, 2));
         }
-    }
-
-    /// <summary>bf16 whose queries stand in order, with heads and sequences of a size that cuDNN has kernels for on Hopper.</summary>
-    private static bool ByLibrary(in KernelCall call, int first, int positions)
-    {
-        Tensor q = call.In(first), v = call.In(first + 2);
-        long d = q.shape[3], e = v.shape[3], s = q.shape[1];
-        return Gpu.IsBFloat16(q) && Gpu.IsBFloat16(call.In(first + 1)) && Gpu.IsBFloat16(v) && call.Inputs.Length == positions
-            && d is >= 64 and <= 192 && e is >= 64 and <= 128 && d % 8 == 0 && e % 8 == 0 && s >= 64 && s == call.In(first + 1).shape[1];
     }
 
     private static void Exact(in KernelCall call, double scale)

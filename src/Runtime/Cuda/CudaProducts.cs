@@ -1,4 +1,4 @@
-// Matrix products on a GPU: bf16 with fp32 sums inside, fp32 exact. Grouped ones by the library where it has a kernel, else by Grouped.cu.
+// Matrix products on a GPU: bf16 with fp32 sums inside, fp32 exact. Grouped ones, as the plan says, by the library or by Grouped.cu.
 using DeepSeekGraph.Runtime.Kernels;
 using DeepSeekGraph.Runtime.Memory;
 using static TorchSharp.torch;
@@ -17,7 +17,7 @@ internal static class CudaProducts
             ContractionKernels.Contract(call, narrow ? ScalarType.BFloat16 : ScalarType.Float32, static (a, b) => a.dim() == 2 ? a.mm(b) : a.bmm(b));
     }
 
-    /// <summary>x[rows k], w[E n k], route -> out[rows n]; transposed: w[E k n]. Trailing dims are merged.</summary>
+    /// <summary>x[rows k], w[E n k], route -> out[rows n]; transposed: w[E k n]. Trailing dims are merged. The library multiplies no matrix without rows.</summary>
     public static void GroupedMatMul(in KernelCall call)
     {
         var route = call.Inputs[2].DeviceRows;
@@ -26,8 +26,14 @@ internal static class CudaProducts
         using var x = Matrix(call.In(0), route);
         using var w = Bank(call.In(1), route.Experts, transposed ? -1 : x.shape[1], transposed ? x.shape[1] : -1);
         long k = x.shape[1], n = transposed ? w.shape[2] : w.shape[1];
-        if (route.Rows > 0 && ByLibrary(x, w, n, k) && slot.ScalarType == ScalarType.BFloat16)
+        if (CudaPath.IsLibrary(call, KernelId.GroupedMatMul, 1))
         {
+            if (route.Rows == 0)
+            {
+                slot.Fill(0);
+                return;
+            }
+
             using var turned = transposed ? w.alias() : w.transpose(1, 2);
             using var result = Aten.GroupedMm(x, turned, route.Ends);
             slot.Adopt(result.view([route.Rows, .. slot.Info.Extents.Skip(3).Select(e => (long)e)]));
@@ -56,8 +62,15 @@ internal static class CudaProducts
         using var dy = Matrix(call.In(0), route);
         using var x = Matrix(call.In(1), route);
         long n = dy.shape[1], k = x.shape[1];
-        if (route.Rows > 0 && ByLibrary(dy, x, n, k) && slot.ScalarType == ScalarType.BFloat16)
+        if (CudaPath.IsLibrary(call, KernelId.GroupedWeightGrad, 0))
         {
+            if (route.Rows == 0)
+            {
+                var zeros = slot.Fill();
+                zeros.zero_().On(zeros);
+                return;
+            }
+
             using var turned = dy.t();
             using var result = Aten.GroupedMm(turned, x, route.Ends);
             slot.Adopt(result.view([.. slot.Info.Extents.Select(e => (long)e)]));
@@ -74,10 +87,6 @@ internal static class CudaProducts
                 Gpu.IsBFloat16(target), (int)n, (int)k, false);
         }
     }
-
-    /// <summary>The library multiplies bf16 whose rows begin at multiples of 16 bytes.</summary>
-    private static bool ByLibrary(Tensor a, Tensor b, long n, long k)
-        => Gpu.IsBFloat16(a) && Gpu.IsBFloat16(b) && n % 8 == 0 && k % 8 == 0;
 
     private static Tensor Batched(Tensor a, Tensor b)
     {

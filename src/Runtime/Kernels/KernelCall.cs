@@ -83,6 +83,9 @@ public readonly ref struct KernelCall(
     /// <summary>Attribute i as a word of a closed grammar.</summary>
     public string Text(int i) => _attributes[i] is Attribute.Text { Value: var value } ? value : throw Wrong(i, _attributes[i], "text");
 
+    /// <summary>Attribute i as the code that a GPU runs.</summary>
+    public KernelPath Path(int i) => KernelPath.TryParse(Text(i), out var path) ? path : throw Wrong(i, _attributes[i], "library or exact");
+
     private static UnreachableException Wrong(int i, Attribute given, string wanted)
         => new($"attribute {i} is {given}, not {wanted}; this is a bug in dsg");
 }

@@ -33,6 +33,18 @@ let private routing = {
     Factor = 2.5
 }
 
+let private heads features =
+    TensorType.create DType.BFloat16 [ "batch", 1; "seq", 64; "heads", 2; $"features_%i{features}", features ]
+
+let private routed dtype axes = {
+    TensorType.create dtype ([ "batch", 2; "seq", 4; "experts", 8 ] @ axes) with
+        Routed = true
+        Density = 0.25
+}
+
+let private rows width = routed DType.BFloat16 [ $"features_%i{width}", width ]
+let private route = routed DType.Bool []
+
 /// Ops with attributes, on operands that suit them.
 let private samples = [
     Op.Constant(0.5, x), []
@@ -96,15 +108,24 @@ let private samples = [
     },
     [ x ]
     Op.Route(2, 8), [ TensorType.create DType.Bool [ "batch", 2; "seq", 4; "experts", 8 ] ]
-    Op.Permute true,
+    Op.Attention 0.125, [ heads 192; heads 192; heads 128 ]
+    Op.AttentionGrad 0.125,
     [
-        x
-        {
-            TensorType.create DType.Bool [ "batch", 2; "seq", 4; "experts", 8 ] with
-                Routed = true
-                Density = 0.25
-        }
+        heads 128
+        heads 192
+        heads 192
+        heads 128
+        heads 128
+        float32 [ "batch", 1; "heads", 2; "seq", 64 ]
     ]
+    Op.GroupedMatMul true,
+    [
+        rows 8
+        TensorType.create DType.BFloat16 [ "experts", 8; "ffn", 8; "hidden", 6 ]
+        route
+    ]
+    Op.GroupedWeightGrad, [ rows 8; rows 16; route ]
+    Op.Permute true, [ x; route ]
 ]
 
 let tests =
@@ -117,7 +138,7 @@ let tests =
                 match OpDef.infer (Catalog.define op) inputs with
                 | Error text -> failtestf "%A: %s" op text
                 | Ok(_, outputs) ->
-                    let kernel, attributes = (KernelOps.ofOp op inputs outputs).Value
+                    let kernel, attributes = (KernelOps.ofOp AttentionBackend.Auto op inputs outputs).Value
                     Expect.equal (KernelOps.toOp kernel (Array.ofList attributes) inputs outputs) (Ok op) ""
 
         testCase "a launch keeps its meaning when slots have other names"
@@ -128,7 +149,7 @@ let tests =
                 match OpDef.infer (Catalog.define op) inputs with
                 | Error text -> failtestf "%A: %s" op text
                 | Ok(_, outputs) ->
-                    let kernel, attributes = (KernelOps.ofOp op inputs outputs).Value
+                    let kernel, attributes = (KernelOps.ofOp AttentionBackend.Auto op inputs outputs).Value
                     let attributes = Array.ofList attributes
 
                     let foreign =

@@ -12,7 +12,8 @@ let private withStage (plan: PlanSet) s (change: StagePlan -> StagePlan) = {
         Stages = plan.Stages |> Seq.mapi (fun i stage -> if i = s then change stage else stage) |> Array.ofSeq
 }
 
-let private withSteps (plan: PlanSet) s (program: Program) (change: Step[] -> Step[]) =
+/// The plan with the steps of one program of a stage changed.
+let withSteps (plan: PlanSet) s (program: Program) (change: Step[] -> Step[]) =
     withStage plan s (fun stage -> {
         stage with
             Programs =
@@ -566,6 +567,26 @@ let private changePadding (plan: PlanSet) = seq {
                     }
 }
 
+/// The other code on a GPU, and a word that is none.
+let private changePath plan = seq {
+    for (_, _, i, step) as at in places plan do
+        match step with
+        | Step.Launch(kernel, attributes, inputs, outputs, path) when LibraryKernels.has kernel ->
+            for word in [ "library"; "exact"; "fast" ] do
+                let given = Array.ofSeq attributes |> Array.updateAt (attributes.Count - 1) (Attribute.Text word)
+
+                if given[attributes.Count - 1] <> attributes[attributes.Count - 1] then
+                    edit
+                        plan
+                        $"%O{kernel} by %s{word}"
+                        at
+                        (Array.updateAt i (Step.Launch(kernel, given, inputs, outputs, path)))
+        | Step.Launch _
+        | Step.Start _
+        | Step.Wait _
+        | Step.Free _ -> ()
+}
+
 let classes: (string * (PlanSet -> Mutant seq)) list = [
     "a step deleted", deleteStep
     "a step twice", duplicateStep
@@ -587,6 +608,7 @@ let classes: (string * (PlanSet -> Mutant seq)) list = [
     "a bundle taken apart", unbundle
     "a gather changed", changeGather
     "other blocks of rows", changePadding
+    "another path", changePath
 ]
 
 /// `n` of a class, spread over all places.

@@ -139,6 +139,7 @@ public sealed class CodeWriter
             Attribute.Ints { Values: var values } => $"Attribute.NewInts(new long[] {{ {string.Join(", ", values.Select(Long))} }})",
             Attribute.Text { Value: var value } when kernel == KernelId.Contract && AxisLetters.Rename(value) is { } spec
                 => $"Attribute.NewText(\"{spec}\")",
+            Attribute.Text { Value: var word } when LibraryKernels.has(kernel) && KernelPath.TryParse(word, out var path) => $"Attribute.NewText(\"{path.Name}\")",
             Attribute.Text => null,
             _ => throw new UnreachableException($"no code for {attribute.GetType().Name}"),
         };
