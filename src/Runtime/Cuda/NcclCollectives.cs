@@ -75,19 +75,13 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
                 _nccl.Follow(lane.Stream, _begin);
                 foreach (var copy in launch.Copies)
                     copy(lane.Stream);
-                if (launch.Group.Count > 0)
-                {
-                    _nccl.Begin();
-                    foreach (var part in launch.Group)
-                        part(lane.Stream);
-                    _nccl.End();
-                }
-
+                Queue(launch.Group, lane.Stream);
+                Queue(launch.Second, lane.Stream);
                 foreach (var copy in launch.ToHost)
                     copy(lane.Stream);
                 _nccl.Record(done, lane.Stream);
                 flight.State = FlightState.Queued;
-                var flying = new InFlight(this, launch, flight, done, host, call.Kind.IsSend);
+                var flying = new InFlight(this, launch, lane.Stream, flight, done, host, call.Kind.IsSend);
                 _flying.Add(flying);
                 return flying;
             }
@@ -96,6 +90,17 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
         {
             throw Failed(e);
         }
+    }
+
+    /// <summary>Calls of NCCL as one group.</summary>
+    private void Queue(List<Action<nint>> group, nint stream)
+    {
+        if (group.Count == 0)
+            return;
+        _nccl.Begin();
+        foreach (var part in group)
+            part(stream);
+        _nccl.End();
     }
 
     /// <summary>Ends the communicators, with those of the other ranks unless the job was stopped.</summary>
@@ -160,23 +165,32 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
         var (inputs, outputs) = (call.Inputs, call.Outputs);
         switch (call.Kind)
         {
-            case Collective.Dispatch or Collective.Combine:
-                throw DevicePlans.NoFlex(call.Group.Name);
+            case Collective.Dispatch:
+                NcclFused.AddDispatch(_nccl, lane, call, launch);
+                return default;
+            case Collective.Combine { RanksPerNode: var perNode }:
+                NcclFused.AddCombine(_nccl, lane, call, perNode, launch);
+                return default;
             case Collective.Send { Stage: var stage }:
-                NcclDense.Send(_nccl, lane, PeerOf(lane, stage), inputs[0], launch);
+                NcclMessages.Send(_nccl, lane, PeerOf(lane, stage), inputs[0], _job.Ranks, launch);
                 return default;
             case Collective.Recv { Stage: var stage }:
-                NcclDense.Receive(_nccl, lane, PeerOf(lane, stage), outputs[0], launch);
-                return default;
+                {
+                    var header = (long)NcclMessages.Header(outputs[0].Info, _job.Ranks) * sizeof(int);
+                    var memory = header == 0 ? 0 : Pinned(header);
+                    NcclMessages.Receive(_nccl, lane, PeerOf(lane, stage), outputs[0], _job.Ranks, memory, launch);
+                    return (memory, header);
+                }
         }
 
         var arity = inputs.Count / outputs.Count;
         if (NcclRows.ExchangesCounts(call))
         {
-            var one = (long)lane.Members.Ranks.Length * inputs.Max(input => input.DeviceRows.Experts) * sizeof(int);
+            var n = lane.Members.Ranks.Length;
+            var one = (long)n * (inputs.Max(input => input.DeviceRows.Experts) + n) * sizeof(int);
             var memory = Pinned(one * outputs.Count);
             for (var i = 0; i < outputs.Count; i++)
-                NcclRows.AddCounts(_nccl, lane, call.Kind, inputs[i * arity], outputs[i], memory + (i * (nint)one), launch);
+                NcclRows.AddCounts(_nccl, lane, call.Kind, inputs[i * arity], outputs[i], memory + (i * (nint)one), _job.Dispatches, launch);
             return (memory, one * outputs.Count);
         }
 
@@ -231,7 +245,8 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
         => _job.Stop.WaitHandle.WaitOne(_job.Grace) ? new StoppedException("another rank stopped the job") : error;
 
     /// <summary>One collective under way.</summary>
-    private sealed class InFlight(NcclCollectives owner, NcclLaunch launch, Flight flight, nint done, (nint At, long Bytes) host, bool isSend) : IPending
+    private sealed class InFlight(
+        NcclCollectives owner, NcclLaunch launch, nint stream, Flight flight, nint done, (nint At, long Bytes) host, bool isSend) : IPending
     {
         public Flight Flight => flight;
 
@@ -258,9 +273,11 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
                 return;
             }
 
+            owner._nccl.Follow(0, done);
             if (host.Bytes > 0)
                 WaitOnHost();
-            owner._nccl.Follow(0, done);
+            if (launch.Rest is not null)
+                GoOn(launch.Rest);
             foreach (var work in launch.After)
                 work();
             if (host.Bytes > 0)
@@ -276,6 +293,29 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
         }
 
         public void Release() => launch.Dispose();
+
+        /// <summary>The second group, as the host now knows it.</summary>
+        private void GoOn(System.Action rest)
+        {
+            try
+            {
+                rest();
+                lock (owner.Waiting)
+                {
+                    owner.ThrowIfStopped();
+                    owner._nccl.Record(owner._begin, 0);
+                    owner._nccl.Follow(stream, owner._begin);
+                    owner.Queue(launch.Second, stream);
+                    owner._nccl.Record(done, stream);
+                }
+
+                owner._nccl.Follow(0, done);
+            }
+            catch (InvalidOperationException e)
+            {
+                throw owner.Failed(e);
+            }
+        }
 
         private void WaitOnHost()
         {
