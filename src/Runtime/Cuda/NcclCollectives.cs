@@ -1,4 +1,4 @@
-// Collectives of a rank that has a GPU and a process to itself: NCCL on streams beside the one that computes.
+// Collectives of a rank on a GPU: NCCL, or what stands in its place, on streams beside the one that computes.
 using System.Diagnostics;
 using DeepSeekGraph.Runtime.Collectives;
 using DeepSeekGraph.Runtime.Kernels;
@@ -10,7 +10,7 @@ internal sealed record NcclLane(GroupMembers Members, nint Communicator, nint St
 
 /// <summary>
 /// Start queues a collective on its group's stream, behind what stream 0 has to do; Wait makes stream 0 wait for it. The host waits for
-/// counts of routed rows only, once for a set. Inputs may be given back at once, since their memory is held; a plan that passed its
+/// counts of routed rows only, once for a set or a message of rows. Inputs may be given back at once, since their memory is held; a plan that passed its
 /// checks does not write them before Wait (DSG0605). A message is sent when its receiver comes, and nobody waits for it. Belongs to one
 /// thread, but for Stop and the watch.
 /// </summary>
@@ -307,6 +307,7 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
                     owner._nccl.Follow(stream, owner._begin);
                     owner.Queue(launch.Second, stream);
                     owner._nccl.Record(done, stream);
+                    flight.State = FlightState.Queued;
                 }
 
                 owner._nccl.Follow(0, done);
