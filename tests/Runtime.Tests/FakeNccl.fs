@@ -12,6 +12,8 @@ type internal FakeNccl(fabric: LocalFabric, stop: CancellationToken) =
 
     member val Log = List<string>()
     member val Ended = List<string>()
+    /// All-reduces.
+    member val Sums = 0 with get, set
     member val Stuck = false with get, set
     member val Broken: string | null = null with get, set
     member _.Groups = local.Communicators |> Seq.map (fun c -> c.Name, c.Size, c.Me) |> List.ofSeq
@@ -31,7 +33,8 @@ type internal FakeNccl(fabric: LocalFabric, stop: CancellationToken) =
 
         member _.End() = calls.End()
 
-        member _.AllReduce(handle, from, into, count, kind, max, stream) =
+        member this.AllReduce(handle, from, into, count, kind, max, stream) =
+            this.Sums <- this.Sums + 1
             calls.AllReduce(handle, from, into, count, kind, max, stream)
 
         member _.ReduceScatter(handle, from, into, count, kind, stream) =

@@ -140,7 +140,26 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
                 Greet(one.Group.Id);
         }
 
+        if (_job.Ranks == 1 && groups.Count == 0)
+            Try(world);
         _communicators.Add(world);
+    }
+
+    /// <summary>A plan of one rank says nothing to anybody: a part of the world and a sum over it show that NCCL works here.</summary>
+    private void Try(nint world)
+    {
+        var part = _nccl.Split(world, 0, 0);
+        _communicators.Add(part);
+        var stream = _nccl.NewStream();
+        using var one = TorchSharp.torch.ones(1, dtype: TorchSharp.torch.ScalarType.Float32, device: _job.Device);
+        var at = NcclLaunch.Address(one);
+        _nccl.Record(_begin, 0);
+        _nccl.Follow(stream, _begin);
+        _nccl.AllReduce(part, at, at, 1, TorchSharp.torch.ScalarType.Float32, false, stream);
+        _nccl.Record(_begin, stream);
+        _nccl.Follow(0, _begin);
+        if (one.item<float>() is not 1f and var sum)
+            throw new InvalidOperationException($"NCCL adds 1 of one rank to {sum}");
     }
 
     /// <summary>The first message between two ranks waits on the host until both are there, which no step of a plan may.</summary>
