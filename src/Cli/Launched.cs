@@ -2,6 +2,7 @@
 
 using DeepSeekGraph.Runtime;
 using DeepSeekGraph.Runtime.Collectives;
+using DeepSeekGraph.Runtime.Cuda;
 using DeepSeekGraph.Runtime.Launch;
 
 namespace DeepSeekGraph.Cli;
@@ -48,8 +49,6 @@ internal sealed record Launched(LaunchEnvironment Launch, IWorld? World)
         {
             try
             {
-                var transport = launch.Form == LaunchForm.Mpi ? "MPI" : "TCP";
-                Console.WriteLine($"launch: {Words(launch)}, {launch.WorldSize} processes of one rank each, collectives over {transport}");
                 return verb(new Launched(launch, world));
             }
             catch (Exception e)
@@ -58,6 +57,16 @@ internal sealed record Launched(LaunchEnvironment Launch, IWorld? World)
                 return Report(launch, world.FirstError ?? e, world.IsKnownToAll);
             }
         }
+    }
+
+    /// How the job was started and what carries its values, where it is one of processes.
+    public void Announce(RankDevice device)
+    {
+        if (World is null)
+            return;
+        var processes = Launch.WorldSize == 1 ? "1 process of one rank" : $"{Launch.WorldSize} processes of one rank each";
+        var transport = device.IsCuda ? $"NCCL (backend: nccl {RankDevice.NcclVersion}, a GPU a process)" : Launch.Form == LaunchForm.Mpi ? "MPI" : "TCP";
+        Console.WriteLine($"launch: {Words(Launch)}, {processes}, collectives over {transport}");
     }
 
     /// DSG0863 for a verb that one process does by itself.

@@ -18,7 +18,8 @@ internal static class Pretrain
 
     private static int Start(JobChoices choices, RunChoices run, Launched launched)
     {
-        if (run.Device.IsCuda && launched.World is null && choices.IsSilentOnDegrees)
+        launched.Announce(run.Device);
+        if (run.Device.IsCuda && launched.World is null or { Processes: 1 } && choices.IsSilentOnDegrees)
             choices = choices with { Tensor = 1 };
         using var resumed = Resumed.Open(run, launched, choices);
         var job = Jobs.Chosen(resumed?.Over(choices) ?? choices, settings => resumed?.Over(settings) ?? settings, launched.FasterType);

@@ -19,6 +19,7 @@ internal static class Run
 
     private static int Start(string path, RunChoices choices, Launched launched)
     {
+        launched.Announce(choices.Device);
         var plan = PlanFile.Read(path);
         Jobs.Check(plan, path);
         if (PlanSummary.Generates(plan))

@@ -5,7 +5,6 @@ using System.Runtime.ExceptionServices;
 using DeepSeekGraph.Models;
 using DeepSeekGraph.Runtime;
 using DeepSeekGraph.Runtime.Checkpoints;
-using DeepSeekGraph.Runtime.Cuda;
 using DeepSeekGraph.Runtime.Data;
 using DeepSeekGraph.Runtime.Data.Tokenizers;
 using DeepSeekGraph.Runtime.Launch;
@@ -59,8 +58,6 @@ internal static class Training
         Console.WriteLine(Heading(plan, steps, rate, settings.Seed));
         if (DeviceOption.Remark(how.Device, launched.World is null ? PlanSummary.Ranks(plan) : 1) is { } shared)
             Console.WriteLine(shared);
-        if (how.Device.IsCuda && launched.World is { Processes: > 1 })
-            Console.WriteLine($"backend: nccl {RankDevice.NcclVersion}, a GPU a process");
         if (launched.World is { } world)
         {
             Agreement.Require(world, [

@@ -90,7 +90,8 @@ type Collective =
     /// after x also -> their rows. A token goes once to each node of `RanksPerNode` ranks that has experts for it, and is handed on inside.
     | Dispatch of RanksPerNode: int
     /// RowsToTokens and Unpermute in one: rows by expert, route by expert, route by token -> y; with rows of probabilities after the
-    /// rows also -> [batch seq expert]. A token's rows are summed inside each node, and the nodes' sums in node order.
+    /// rows also -> [batch seq expert]. A token's rows are summed on each rank, ranks' sums inside each node, and nodes' sums in node order;
+    /// each sum is rounded as it is sent.
     | Combine of RanksPerNode: int
     | Send of Stage: int
     | Recv of Stage: int

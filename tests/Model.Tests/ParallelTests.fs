@@ -7,6 +7,7 @@ open Expecto
 open DeepSeekGraph
 open DeepSeekGraph.Compiler
 open DeepSeekGraph.Models
+open DeepSeekGraph.Runtime.Collectives
 open DeepSeekGraph.Runtime.Execution
 open DeepSeekGraph.Runtime.Training
 open DeepSeekGraph.Testing
@@ -21,7 +22,7 @@ type RandomTokens(rows: int, columns: int, vocab: int) =
 
 let private steps = 3
 
-let private options (config: DeepSeekV3Config) (plan: PlanSet) (trace: RoutingTrace | null) =
+let private options (config: DeepSeekV3Config) (plan: PlanSet) (trace: RoutingTrace | null) (world: IWorld | null) =
     let tokens = plan.Inputs |> Seq.find (fun i -> i.Name = "tokens")
 
     TrainerOptions(
@@ -29,11 +30,13 @@ let private options (config: DeepSeekV3Config) (plan: PlanSet) (trace: RoutingTr
         LearningRate = LearningRate(1e-2, 1e-3, 0L, 0L),
         // many plans, few steps each: to compile them would take longer; ExecutorTests compares the two
         Executor = Executor.Interpreter,
-        Trace = trace
+        Trace = trace,
+        World = world
     )
 
-/// Loss, MTP loss and gradient norm of each step; `trace` records or replays which experts tokens choose.
-let private traced
+/// Loss, MTP loss and gradient norm of each step in a world, null: the loopback; `trace` records or replays which experts tokens choose.
+let private tracedIn
+    (world: IWorld | null)
     (trace: RoutingTrace | null)
     (config: DeepSeekV3Config)
     (recipe: Recipe)
@@ -41,7 +44,7 @@ let private traced
     let plan = DeepSeekV3(config).Compile recipe
 
     task {
-        let! trainer = Trainer.StartAsync(plan, options config plan trace)
+        let! trainer = Trainer.StartAsync(plan, options config plan trace world)
         let results = List<_>()
         let run = trainer.RunAsync(int64 steps).GetAsyncEnumerator()
         let mutable more = true
@@ -58,6 +61,8 @@ let private traced
         return List.ofSeq results
     }
     |> _.GetAwaiter().GetResult()
+
+let private traced trace config recipe = tracedIn null trace config recipe
 
 let private train config recipe = traced null config recipe
 
@@ -129,12 +134,58 @@ let private covered =
         for name, value in shares do
             Expect.isGreaterThanOrEqual value 0.2 name
 
+/// Collectives as ranks that share a GPU have them go by another way, through NCCL's calls and sets of rows as GPUs keep them.
+let private asOnGpus (config: DeepSeekV3Config) recipe what =
+    use world = new LoopbackWorld(AsOnGpus = true)
+    Expect.equal (tracedIn world null config recipe) (train config recipe) what
+
+/// Any type and any dispatcher: there is nothing to round otherwise.
+let private gpuJobs =
+    FsCheck.FSharp.Gen.sampleWithSeed (FsCheck.Rnd(2029UL, 1UL)) 10 30 (AnyStages.Job().Generator)
+    |> Array.filter (fun j -> j.Tensor * j.Data * j.Pipeline * j.Context > 1)
+
+let private gpus =
+    let batch = Recipe.Default.WithBatch(8, 1, 16)
+    let flex = batch.WithDispatcher Dispatcher.Flex
+
+    let chosen = [
+        "EP 2, alltoall", batch.WithParallelism(1, 1, 2, 2)
+        "EP 2, allgather", batch.WithParallelism(1, 1, 2, 2).WithDispatcher Dispatcher.AllGather
+        "EP 4, flex", flex.WithParallelism(1, 1, 4, 4)
+        "EP 4, flex, bf16, two nodes", flex.WithParallelism(1, 1, 4, 4).WithRanksPerNode(2).WithDType DType.BFloat16
+        "TP 2, EP 4, flex, blocks of 16", flex.WithParallelism(2, 1, 4, 2).WithPermutePadding 16
+        "EP 2 on two stages, interleaved, flex",
+        flex.WithParallelism(1, 2, 2, 2).WithVirtualPipeline(2).WithLayout "Et|t|t|tmL"
+        "flex, recomputed", flex.WithParallelism(1, 1, 2, 2).WithRecompute "full"
+        "ETP 2, EP 2", batch.WithParallelism(2, 1, 2, 2).WithExpertTensorParallel 2
+        "ETP 2, allgather",
+        batch.WithParallelism(2, 1, 2, 2).WithExpertTensorParallel(2).WithDispatcher Dispatcher.AllGather
+        "ETP 2, flex", flex.WithParallelism(2, 1, 2, 2).WithExpertTensorParallel 2
+    ]
+
+    testList "ranks that share a GPU, in the processor's memory: the bits of the loopback" [
+        for name, recipe in chosen do
+            testCase name (fun () -> asOnGpus Presets.Tiny recipe name)
+
+        testCase "random settings, of any type" (fun () ->
+            for job in gpuJobs do
+                asOnGpus job.Config job.Recipe $"%A{job}")
+
+        testCase "the settings have each dispatcher, blocks, expert tensor parallelism and stages" (fun () ->
+            for dispatcher in [ Dispatcher.AllToAll; Dispatcher.AllGather; Dispatcher.Flex ] do
+                Expect.exists gpuJobs (fun j -> j.Dispatcher = dispatcher && j.Expert > 1) $"%A{dispatcher}"
+
+            Expect.exists gpuJobs (fun j -> j.Padding > 1 && j.Expert > 1) "blocks"
+            Expect.exists gpuJobs (fun j -> j.ExpertTensor > 1) "expert tensor parallelism"
+            Expect.exists gpuJobs (fun j -> j.Pipeline > 1 && j.Expert > 1) "stages")
+    ]
+
 /// Losses of one step, gradients by parameter, and the parameters that several parts of the model hold.
 let private oneStep (config: DeepSeekV3Config) (recipe: Recipe) =
     let plan = DeepSeekV3(config).Compile recipe
 
     task {
-        use! trainer = Trainer.StartAsync(plan, options config plan null)
+        use! trainer = Trainer.StartAsync(plan, options config plan null null)
         let run = trainer.RunAsync(1L).GetAsyncEnumerator()
         let! _ = run.MoveNextAsync()
         let losses = run.Current.Loss, run.Current.MtpLoss.GetValueOrDefault()
@@ -198,6 +249,7 @@ let tests =
     <| testList "parallel" [
         covered
         layouts
+        gpus
 
         for i, job in Array.indexed drawn do
             let degrees = $"tp %i{job.Tensor} pp %i{job.Pipeline} vp %i{job.Virtual} ep %i{job.Expert} dp %i{job.Data}"

@@ -60,7 +60,7 @@ let runAll
                     let world = worldOf i
 
                     try
-                        results[i] <- Ok(work rank (world.For(rank, [||])))
+                        results[i] <- Ok(work rank (world.For(rank, JobShape([||], results.Length, true))))
                     with e ->
                         if not (e :? StoppedException) then
                             world.Abort e
@@ -84,7 +84,7 @@ type Worlds(name: string) =
             Result<'a, exn>[] * (exn | null)
 
 /// Ranks as threads of one process.
-let private threads = {
+let threads = {
     new Worlds("in one process") with
         member _.Run(traffic, sizes, stages, work) =
             use world = new LoopbackWorld(Traffic = traffic)
@@ -298,6 +298,55 @@ let movement (worlds: Worlds) =
 
                 if rank >= 2 then
                     Expect.equal got [ for i in 0..3 -> float (10 * (rank - 2) + i) ] "in order")
+
+        for padding in [ 1; 4 ] do
+            testCase $"routed rows and their sets go to another stage, in blocks of %i{padding}" (fun () ->
+                let b, s, e, h = 1, 6, 4, 3
+                let maskOf place = if place = 1 then Array.zeroCreate (s * e) else randomMask (place + 8) s e 2
+                let across, onward = axesGroup 0 [ 0 ], stageGroup 5 [ 0; 1 ]
+                let token, expert = [ b; s; e ], [ b; 2 * s; e / 2 ]
+
+                let results =
+                    worlds.Run(
+                        null,
+                        [ 2 ],
+                        2,
+                        fun rank collectives ->
+                            let send = Collective.Send 1, onward
+                            // the groups are connected in one order on both stages
+                            perform collectives Collective.AllReduceSum across [ filled f32 [] [| 1.0 |] ] [
+                                slot f32 []
+                            ]
+
+                            let route, there = rowSlot DType.Bool token, blockSlot padding DType.Bool expert
+                            let rows = blockSlot padding f32 (expert @ [ h ])
+
+                            if rank.Stage = 0 then
+                                let place = rank.Coordinates[0]
+                                let route = routeOf b s e (maskOf place)
+
+                                let own =
+                                    filledRows f32 (token @ [ h ]) route.Rows.Rows (random place (route.Rows.Rows * h))
+
+                                perform collectives Collective.RouteToExperts across [ route ] [ there ]
+                                perform collectives Collective.RowsToExperts across [ own; route; there ] [ rows ]
+
+                                for value in [ rows; route; there ] do
+                                    perform collectives (fst send) (snd send) [ value ] []
+
+                                read rows, there.Rows.Counts, route.Rows.TokenRows, read own
+                            else
+                                for value in [ rows; route; there ] do
+                                    perform collectives (Collective.Recv 0) onward [] [ value ]
+
+                                // what came is good for the way back
+                                let home = rowSlot f32 (token @ [ h ])
+                                perform collectives Collective.RowsToTokens across [ rows; there; route ] [ home ]
+                                read rows, there.Rows.Counts, route.Rows.TokenRows, read home
+                    )
+                    |> values
+
+                Expect.equal results[2..] results[..1] "what was sent")
     ]
 
 let private routing (worlds: Worlds) =

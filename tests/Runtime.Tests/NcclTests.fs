@@ -17,9 +17,12 @@ open DeepSeekGraph.Runtime.Training
 open DeepSeekGraph.Runtime.Tests.Slots
 open DeepSeekGraph.Runtime.Tests.CollectiveTests
 
+/// What all ranks get, whoever hands it in: they have no process to agree with.
+let private named (topic: string) = Func<byte[], byte[]>(fun _ -> Text.Encoding.UTF8.GetBytes topic)
+
 /// A world whose ranks meet in a fabric; each group gets its communicators when the ranks first start something on it.
 type internal FabricWorld(ranks: int) =
-    let fabric = Fabric()
+    let fabric = new LocalFabric()
     let stop = new CancellationTokenSource()
     let mutable first: exn | null = null
     member _.Fabric = fabric
@@ -40,26 +43,26 @@ type internal FabricWorld(ranks: int) =
             stop.Cancel()
 
         member _.Meet(_, mine, decide, _) = decide.Invoke [| mine |]
-        member _.Dispose() = stop.Dispose()
 
-        member _.For(rank, groups, _) =
-            let over topic (groups: IReadOnlyList<Group>) =
-                let share = Func<byte[], byte[]>(fun mine -> fabric.Share(topic, rank.Rank, mine))
-                new NcclCollectives(FakeNccl fabric, rank, groups, share, NcclJob(ranks, stop.Token))
+        member _.Dispose() =
+            fabric.Dispose()
+            stop.Dispose()
 
-            if groups.Count > 0 then
-                over "plan" groups :> ICollectives
-            else
-                let made = Dictionary<int, NcclCollectives>()
+        member _.For(rank, _, _) =
+            let made = Dictionary<int, NcclCollectives>()
 
-                {
-                    new ICollectives with
-                        member _.Start call =
-                            if not (made.ContainsKey call.Group.Id) then
-                                made[call.Group.Id] <- over $"%i{call.Group.Id}" [| call.Group |]
+            {
+                new ICollectives with
+                    member _.Start call =
+                        if not (made.ContainsKey call.Group.Id) then
+                            let calls = LocalCalls(fabric, RankDevice.Cpu, stop.Token)
+                            let job = NcclJob(ranks, stop.Token)
 
-                            made[call.Group.Id].Start call
-                }
+                            made[call.Group.Id] <-
+                                new NcclCollectives(calls, rank, [| call.Group |], named $"%i{call.Group.Id}", job)
+
+                        made[call.Group.Id].Start call
+            }
 
 let private fabric = {
     new Worlds("as on GPUs") with
@@ -87,10 +90,16 @@ let private deviceRoute padding b s e (mask: float[]) width =
         for row in host.Offsets[expert] .. host.Offsets[expert] + host.Counts[expert] - 1 do
             flat[row] <- host.TokenIndex[row] * e + expert
 
+    let rowOf = Array.create (b * s * width) -1
+
+    for token in 0 .. b * s - 1 do
+        let mine = host.TokenRows[host.TokenStart[token] .. host.TokenStart[token + 1] - 1]
+        Array.blit mine 0 rowOf (token * width) mine.Length
+
     let i32 (values: int[]) = torch.tensor (values, dtype = Nullable torch.ScalarType.Int32)
     let slot = blockSlot padding DType.Bool [ b; s; e ]
-
-    slot.Adopt(new DeviceRows(most, b * s, e, width, padding, i32 host.Counts, i32 host.Offsets, i32 flat, i32 [||]))
+    let lists = (i32 rowOf).reshape(int64 (b * s), int64 width)
+    slot.Adopt(new DeviceRows(most, b * s, e, width, padding, i32 host.Counts, i32 host.Offsets, i32 flat, lists))
 
     slot, host
 
@@ -206,6 +215,90 @@ let private rows =
 
                 Expect.equal asOnGpus onHost "rows, counts and blocks")
 
+        for padding, perNode in [ 1, 8; 4, 8; 1, 2; 1, 1 ] do
+            for dtype in [ DType.Float32; DType.BFloat16 ] do
+                testCase
+                    $"a fused dispatch and combine are those of the loopback: %s{dtype.Name}, blocks of %i{padding}, %i{perNode} ranks a node"
+                    (fun () ->
+                        let b, s, e, h, peers = 1, 9, 8, 4, 4
+                        let maskOf r = if r = 3 then Array.zeroCreate (s * e) else randomMask (r + 60) s e 5
+
+                        let crossed (worlds: Worlds) routeFor =
+                            worlds.Run(
+                                null,
+                                [ peers ],
+                                1,
+                                fun rank collectives ->
+                                    let r, group = rank.Rank, axesGroup 0 [ 0 ]
+                                    let route: SlotValue = routeFor (maskOf r)
+                                    let there = blockSlot padding DType.Bool [ b; s * peers; e / peers ]
+                                    perform collectives Collective.RouteToExperts group [ route ] [ there ]
+
+                                    [
+                                        // forwards, and backwards by the same sets: with probabilities and without
+                                        for pass in 0..1 do
+                                            let x = filled dtype [ b; s; h ] (random (r + 10 * pass) (s * h))
+                                            let p = filled DType.Float32 [ b; s; e ] (random (r + 90) (s * e))
+                                            let rows = blockSlot padding dtype [ b; s * peers; e / peers; h ]
+                                            let ones = blockSlot padding DType.Float32 [ b; s * peers; e / peers ]
+                                            let y, back = slot dtype [ b; s; h ], slot DType.Float32 [ b; s; e ]
+
+                                            let dispatch, combine =
+                                                Collective.Dispatch perNode, Collective.Combine perNode
+
+                                            if pass = 0 then
+                                                perform collectives dispatch group [ x; p; route; there ] [
+                                                    rows
+                                                    ones
+                                                ]
+
+                                                perform collectives combine group [ rows; ones; there; route ] [
+                                                    y
+                                                    back
+                                                ]
+
+                                                read rows, read ones, read y, read back
+                                            else
+                                                perform collectives dispatch group [ x; route; there ] [ rows ]
+                                                perform collectives combine group [ rows; there; route ] [ y ]
+                                                read rows, [||], read y, [||]
+                                    ]
+                            )
+                            |> values
+
+                        let onHost = crossed threads (routeOf b s e)
+                        let asOnGpus = crossed fabric (fun mask -> fst (deviceRoute 1 b s e mask e))
+                        Expect.equal asOnGpus onHost "bit for bit")
+
+        testCase "a fused dispatch sends a token once to each rank, and a combine one sum of its rows" (fun () ->
+            let b, s, e, h, peers = 1, 6, 8, 16, 2
+            let mask = Array.create (s * e) 1.0
+
+            let sent =
+                fabric.Run(
+                    null,
+                    [ peers ],
+                    1,
+                    fun _ collectives ->
+                        let group = axesGroup 0 [ 0 ]
+                        let route, _ = deviceRoute 1 b s e mask e
+                        let there = rowSlot DType.Bool [ b; s * peers; e / peers ]
+                        perform collectives Collective.RouteToExperts group [ route ] [ there ]
+                        let x = filled DType.Float32 [ b; s; h ] (random 1 (s * h))
+                        let rows = rowSlot DType.Float32 [ b; s * peers; e / peers; h ]
+                        perform collectives (Collective.Dispatch 8) group [ x; route; there ] [ rows ]
+                        let y = slot DType.Float32 [ b; s; h ]
+                        perform collectives (Collective.Combine 8) group [ rows; there; route ] [ y ]
+
+                        let crossing = there.DeviceRows.Crossing |> Unchecked.nonNull
+                        crossing.SentCounts, crossing.ReceivedCounts, rows.Tensor.shape[0]
+                )
+                |> values
+
+            for counts, received, rows in sent do
+                Expect.equal (counts, received) ([| s; s |], [| s; s |]) "each token once, to both"
+                Expect.equal rows (int64 (s * peers * e / peers)) "and a row for each of four experts there")
+
         testCase "they are gathered over a group and their results summed back" (fun () ->
             let b, s, e, h = 1, 4, 3, 2
 
@@ -245,14 +338,13 @@ let private groups =
             let ofAxes = axes |> List.mapi axesGroup
             let ofStages = [ stageGroup 5 [ 0; 1 ]; stageGroup 6 [ 1; 0 ]; stageGroup 7 [ 1 ] ]
             let all = Array.ofList (ofAxes @ ofStages)
-            let fabric = Fabric()
+            use fabric = new LocalFabric()
 
             let made =
                 together sizes stages (fun rank _ ->
-                    let nccl = FakeNccl fabric
+                    let nccl = FakeNccl(fabric, CancellationToken.None)
                     let job = NcclJob(12, CancellationToken.None)
-                    let share = Func<byte[], byte[]>(fun mine -> fabric.Share("id", rank.Rank, mine))
-                    use collectives = new NcclCollectives(nccl, rank, all, share, job)
+                    use collectives = new NcclCollectives(nccl, rank, all, named "id", job)
                     let origins = NcclGroups.Of(all, rank, 12) |> Seq.map (fun g -> g.Origin) |> List.ofSeq
                     rank, origins, nccl.Groups)
                 |> values
@@ -306,10 +398,33 @@ let private world =
         Expect.equal (of' 8 [ 2; 2 ] (axesGroup 0 [ 0; 1 ])) [ Origin.Split ] "one stage of two"
         Expect.equal (of' 4 [ 2; 2 ] (axesGroup 0 [ 1 ])) [ Origin.Split ] "one axis")
 
+let private lonely =
+    testList "a job of one rank has a world and a part of it" [
+        for groups in [ [| axesGroup 0 [ 0 ]; axesGroup 1 [ 0; 1 ]; stageGroup 2 [ 0 ] |]; [||] ] do
+            testCase $"of %i{groups.Length} groups" (fun () ->
+                LibTorch.Load()
+                use fabric = new LocalFabric()
+                let nccl = FakeNccl(fabric, CancellationToken.None)
+                let rank = RankContext.At(mesh [ 1; 1 ], 0, 0)
+
+                do
+                    use collectives =
+                        new NcclCollectives(nccl, rank, groups, named "id", NcclJob(1, CancellationToken.None))
+
+                    for group in groups do
+                        let own, out = filled DType.Float32 [ 2 ] [| 1.0; 2.0 |], slot DType.Float32 [ 2 ]
+                        perform collectives Collective.AllReduceSum group [ own ] [ out ]
+                        Expect.equal (read out) [| 1.0; 2.0 |] "itself"
+
+                Expect.equal (nccl.Groups |> List.map (fun (_, size, me) -> size, me)) [ 1, 0; 1, 0 ] "world and part"
+                Expect.equal nccl.Sums (max 1 groups.Length) "sums over the part, one where nothing else is said"
+                Expect.equal (List.ofSeq nccl.Ended) [ "close 2"; "close 1" ] "ended, the part before its world")
+    ]
+
 /// One rank's collectives over a fabric, with its calls.
 let private single (seconds: float) work =
     LibTorch.Load()
-    let fabric = Fabric()
+    use fabric = new LocalFabric()
     use stop = new CancellationTokenSource()
     let told, errors = List<string>(), List<exn>()
 
@@ -319,7 +434,7 @@ let private single (seconds: float) work =
 
     let results =
         together [ 2 ] 1 (fun rank _ ->
-            let nccl = FakeNccl fabric
+            let nccl = FakeNccl(fabric, stop.Token)
 
             let job =
                 NcclJob(
@@ -333,8 +448,7 @@ let private single (seconds: float) work =
                     Timeout = TimeSpan.FromSeconds seconds
                 )
 
-            let share = Func<byte[], byte[]>(fun mine -> fabric.Share("id", rank.Rank, mine))
-            let collectives = new NcclCollectives(nccl, rank, [| axesGroup 0 [ 0 ] |], share, job)
+            let collectives = new NcclCollectives(nccl, rank, [| axesGroup 0 [ 0 ] |], named "id", job)
             nccl.Log.Clear()
 
             try
@@ -603,16 +717,15 @@ let private trained (plan: PlanSet) (batches: IBatchSource) (world: IWorld | nul
     }
     |> _.GetAwaiter().GetResult()
 
-/// DSG_NCCL_PLANS: files of plans (colons between them) without routed rows that ranks exchange; dsg compile writes them.
+/// DSG_NCCL_PLANS: files of plans (colons between them); dsg compile writes them.
 let private wholePlans =
     let same name (plan: PlanSet) batches =
         testCase $"a plan trains as over the loopback: %s{name}" (fun () ->
-            let ranks = plan.Stages.Count * RankContext.RanksPerStage plan.Mesh
             let expected = trained plan batches null
-            use world = new FabricWorld(ranks)
+            use world = new LoopbackWorld(AsOnGpus = true)
             let actual = trained plan batches world
             Expect.equal actual expected "loss and gradient norm, bit for bit"
-            Expect.equal world.Fabric.Left 0 "everything that was sent was taken")
+            Expect.equal world.Left 0 "everything that was sent was taken")
 
     testList "whole plans" [
         let tiny = TinyPlan.plan 2 2 4
@@ -631,6 +744,7 @@ let tests =
         testList fabric.Name [ reductions fabric; movement fabric; rows ]
         groups
         world
+        lonely
         order
         marks
         faults

@@ -5,6 +5,7 @@ open System
 open Expecto
 open DeepSeekGraph
 open DeepSeekGraph.Runtime.Kernels
+open DeepSeekGraph.Runtime.Memory
 open DeepSeekGraph.Runtime.Tests.Slots
 
 let private f32 = DType.Float32
@@ -283,6 +284,43 @@ let private elementwise =
             Expect.equal small.Rows.TokenIndex direct.Rows.TokenIndex "tokens"
             Expect.equal small.Rows.TokenRows direct.Rows.TokenRows "rows of tokens"
             Expect.equal small.Rows.Counts direct.Rows.Counts "counts")
+
+        testCase "rows and their set are sliced by experts, in blocks of their own, wherever they are" (fun () ->
+            let tokens, experts, h = 7, 6, 8
+            let mask = randomMask 5 tokens experts 3
+            let rank = RankContext(0, 0, [| 1 |], [| { Name = "ep"; Size = 2 } |])
+            let i32 (tensor: TorchSharp.torch.Tensor) = tensor.cpu().data<int>().ToArray()
+
+            /// Token, expert and elements of each row.
+            let rowsOf first (set: SlotValue) (values: SlotValue) = [|
+                let route = set.DeviceRows
+                let counts, offsets, flat, all = i32 route.Counts, i32 route.Offsets, i32 route.Flat, read values
+
+                for e in 0 .. route.Experts - 1 do
+                    for row in offsets[e] .. offsets[e] + counts[e] - 1 do
+                        flat[row] / route.Experts, first + flat[row] % route.Experts, all[row * h .. (row + 1) * h - 1]
+            |]
+
+            for from, into in [ 1, 1; 1, 4; 4, 1; 4, 2 ] do
+                let route = blockSlot from DType.Bool [ 1; tokens; experts ]
+                run KernelId.Route [ int experts ] [ maskSlot 1 tokens experts mask ] [ route ]
+                let x = filled f32 [ 1; tokens; h ] (random 2 (tokens * h))
+                let rows = blockSlot from f32 [ 1; tokens; experts; h ]
+                run KernelId.Permute [] [ x; route ] [ rows ]
+                let set, part = blockSlot into DType.Bool [ 1; tokens; 3 ], blockSlot into f32 [ 1; tokens; 3; h ]
+                runAt rank KernelId.LocalSlice [ int 2; ints [ 0 ] ] [ route ] [ set ]
+                runAt rank KernelId.LocalSlice [ int 2; ints [ 0 ] ] [ rows; route ] [ part ]
+
+                Expect.equal
+                    (rowsOf 3 set part)
+                    (rowsOf 0 route rows |> Array.filter (fun (_, expert, _) -> expert >= 3))
+                    $"blocks of %i{from} to %i{into}"
+
+                Expect.equal part.Tensor.shape[0] (int64 set.DeviceRows.Rows) "as many as the set says"
+                // the set is good for permuting by
+                let direct = blockSlot into f32 [ 1; tokens; 3; h ]
+                run KernelId.Permute [] [ x; set ] [ direct ]
+                Expect.equal (rowsOf 3 set direct) (rowsOf 3 set part) "permuted by the slice")
     ]
 
 let private step =

@@ -41,16 +41,21 @@ LAYOUTS = {
         ("PP 2, interleaved", "--pp 2 --vp 2"),
         ("EP 2, allgather", "--ep 2 --set recipe.dispatcher=allgather"),
         ("TP 2 in EP 2", "--tp 2 --ep 2"),
+        ("EP 2, flex", "--ep 2 --set recipe.dispatcher=flex"),
     ],
     4: [
         ("TP 2 x DP 2, EP 4", "--tp 2 --dp 2 --ep 4"),
         ("TP 2 x PP 2", "--tp 2 --pp 2"),
         ("PP 2 x DP 2, EP 2", "--pp 2 --dp 2 --ep 2"),
         ("DP 4, EP 4", "--dp 4 --ep 4"),
+        ("DP 4, EP 4, flex", "--dp 4 --ep 4 --set recipe.dispatcher=flex"),
+        ("TP 2 x DP 2, EP 2, ETP 2", "--tp 2 --dp 2 --ep 2 --etp 2"),
     ],
     8: [
         ("TP 2 x PP 2 x DP 2, EP 4", "--tp 2 --pp 2 --dp 2 --ep 4"),
         ("TP 2 x DP 4, EP 8", "--tp 2 --dp 4 --ep 8"),
+        ("TP 2 x DP 4, EP 8, flex", "--tp 2 --dp 4 --ep 8 --set recipe.dispatcher=flex"),
+        ("TP 2 x DP 4, EP 4, ETP 2", "--tp 2 --dp 4 --ep 4 --etp 2"),
         ("PP 2 x DP 4, EP 4, interleaved", "--pp 2 --vp 2 --dp 4 --ep 4"),
     ],
 }[GPUS]

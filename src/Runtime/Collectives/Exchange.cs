@@ -29,23 +29,13 @@ internal sealed class Parcel(Tensor?[] tensors, RowSet?[] rows) : IDisposable
         for (var i = 0; i < values.Count; i++)
         {
             if (values[i].HoldsRows)
-                rows[i] = HostRows(values[i]);
+                rows[i] = values[i].Rows;
             else
                 tensors[i] = values[i].Tensor.clone();
         }
 
         return new Parcel(tensors, rows);
     }
-
-    /// <summary>Ranks of one process exchange rows by their order, which a GPU keeps to itself.</summary>
-    private static RowSet HostRows(SlotValue value)
-        => value.Device.type == TorchSharp.DeviceType.CPU
-            ? value.Rows
-            : throw DiagnosticException.Of(
-                Codes.DeviceUnsupported,
-                value.Info.Name,
-                "ranks that share a GPU cannot exchange routed rows",
-                "choose expert parallelism 1 (--ep 1) on one GPU, or leave --device out");
 
     public void Dispose()
     {
@@ -120,11 +110,14 @@ internal sealed class Exchange(int members, int readers) : IDisposable
 internal static class Reduction
 {
     public static Tensor Of(Exchange exchange, int i, bool max)
+        => Of([.. Enumerable.Range(0, exchange.Members).Select(member => exchange[member].Tensors[i]!)], max);
+
+    /// <summary>The sum or maximum of tensors of one shape.</summary>
+    public static Tensor Of(IReadOnlyList<Tensor> parts, bool max)
     {
-        var first = exchange[0].Tensors[i]!;
-        var result = first.dtype == ScalarType.BFloat16 ? first.to_type(ScalarType.Float32) : first.clone();
-        for (var member = 1; member < exchange.Members; member++)
-            result = Merged(result, exchange[member].Tensors[i]!, max);
+        var result = parts[0].dtype == ScalarType.BFloat16 ? parts[0].to_type(ScalarType.Float32) : parts[0].clone();
+        foreach (var part in parts.Skip(1))
+            result = Merged(result, part, max);
         return result;
     }
 

@@ -56,8 +56,8 @@ internal static unsafe class FusedExchange
     }
 
     /// <summary>
-    /// Everybody's rows -> my tokens [b s h]: summed over experts in ascending order inside each node, in fp32, rounded as it is
-    /// sent; then over nodes. `nodes` gives the node of each member.
+    /// Everybody's rows -> my tokens [b s h]: summed over experts in ascending order on each rank, then over the ranks of each node, then over
+    /// nodes; in fp32, and every sum is rounded as it is sent. `nodes` gives the node of each member.
     /// </summary>
     public static void Sums(IReadOnlyList<Tensor> rows, IReadOnlyList<RowSet> routes, int[] nodes, int me, RowSet mine, SlotValue result)
     {
@@ -75,10 +75,7 @@ internal static unsafe class FusedExchange
         var to = target.Pointer();
         var width = mine.Tokens == 0 ? 0 : target.numel() / mine.Tokens;
         var (members, places) = Places(routes, me, mine);
-        var oneNode = nodes.Distinct().Count() == 1;
-        var sum = new float[width];
-        var total = new float[width];
-        var rounded = stackalloc byte[4];
+        var (ofRank, ofNode, total) = (new float[width], new float[width], new float[width]);
         for (var t = 0; t < mine.Tokens; t++)
         {
             Array.Clear(total);
@@ -86,25 +83,38 @@ internal static unsafe class FusedExchange
             for (var i = 0; i < of.Length;)
             {
                 var node = nodes[members[of[i]]];
-                Array.Clear(sum);
-                for (; i < of.Length && nodes[members[of[i]]] == node; i++)
+                Array.Clear(ofNode);
+                while (i < of.Length && nodes[members[of[i]]] == node)
                 {
-                    var from = rows[members[of[i]]].Pointer();
-                    var at = places[of[i]] * width;
-                    for (var h = 0; h < width; h++)
-                        sum[h] += T.Load(from, at + h);
+                    var member = members[of[i]];
+                    Array.Clear(ofRank);
+                    var from = rows[member].Pointer();
+                    for (; i < of.Length && members[of[i]] == member; i++)
+                    {
+                        var at = places[of[i]] * width;
+                        for (var h = 0; h < width; h++)
+                            ofRank[h] += T.Load(from, at + h);
+                    }
+
+                    AddRounded<T>(ofRank, ofNode);
                 }
 
-                for (var h = 0; h < width; h++)
-                {
-                    if (!oneNode)
-                        T.Store(rounded, 0, sum[h]);
-                    total[h] += oneNode ? sum[h] : T.Load(rounded, 0);
-                }
+                AddRounded<T>(ofNode, total);
             }
 
             for (var h = 0; h < width; h++)
                 T.Store(to, (t * width) + h, total[h]);
+        }
+    }
+
+    private static void AddRounded<T>(float[] sum, float[] to)
+        where T : struct, IElement
+    {
+        var rounded = stackalloc byte[4];
+        for (var h = 0; h < sum.Length; h++)
+        {
+            T.Store(rounded, 0, sum[h]);
+            to[h] += T.Load(rounded, 0);
         }
     }
 

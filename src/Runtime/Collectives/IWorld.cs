@@ -4,6 +4,17 @@ using DeepSeekGraph.Runtime.Kernels;
 
 namespace DeepSeekGraph.Runtime.Collectives;
 
+/// <summary>What collectives know of a plan: all its groups, how many ranks it has, and whether there may be fused dispatches.</summary>
+public sealed record JobShape(IReadOnlyList<Group> Groups, int Ranks, bool Dispatches)
+{
+    /// <summary>Of a plan.</summary>
+    public static JobShape Of(PlanSet plan)
+        => new(
+            plan.Groups,
+            plan.Stages.Count * RankContext.RanksPerStage(plan.Mesh),
+            plan.Stages.Any(static stage => stage.Programs.Any(static program => program.Steps.Any(static step => step is Step.Start { Collective.IsDispatch: true }))));
+}
+
 /// <summary>One process of a job, which runs all ranks of a plan (LoopbackWorld) or one of them (ProcessWorld).</summary>
 public interface IWorld : IDisposable
 {
@@ -16,11 +27,8 @@ public interface IWorld : IDisposable
     /// <summary>Does this process run the rank?</summary>
     bool Owns(int rank);
 
-    /// <summary>
-    /// The collectives of a rank that this process owns, on the thread of the rank; `groups` are all that the plan has, `device` is where
-    /// its values are, null: the processor.
-    /// </summary>
-    ICollectives For(RankContext rank, IReadOnlyList<Group> groups, RankDevice? device = null);
+    /// <summary>The collectives of a rank that this process owns, on the thread of the rank; `device` is where its values are, null: the processor.</summary>
+    ICollectives For(RankContext rank, JobShape job, RankDevice? device = null);
 
     /// <summary>Cancelled when a rank of any process failed or the job was cancelled.</summary>
     CancellationToken Stop { get; }

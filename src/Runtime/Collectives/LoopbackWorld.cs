@@ -10,6 +10,9 @@ public sealed class LoopbackWorld : IWorld
 {
     private readonly ConcurrentDictionary<(int Group, int Stage, int Place, int To), Lane> _lanes = new();
     private readonly CancellationTokenSource _stop = new();
+    private readonly LocalFabric _fabric = new();
+    private readonly ConcurrentDictionary<int, int> _asked = new();
+    private readonly ConcurrentBag<NcclCollectives> _made = [];
     private Exception? _firstError;
 
     public int Processes => 1;
@@ -21,6 +24,12 @@ public sealed class LoopbackWorld : IWorld
 
     /// <summary>Counts what the exchange of routed rows would send between and inside nodes; null: nothing is counted.</summary>
     public Traffic? Traffic { get; init; }
+
+    /// <summary>On the processor, collectives as ranks that share a GPU have them: by another way, with the same bits.</summary>
+    public bool AsOnGpus { get; init; }
+
+    /// <summary>What was handed over as on GPUs and nobody took.</summary>
+    internal int Left => _fabric.Left;
 
     /// <summary>The error that stopped the job; null while it runs.</summary>
     public Exception? FirstError => _firstError;
@@ -40,16 +49,45 @@ public sealed class LoopbackWorld : IWorld
 
     public bool Owns(int rank) => true;
 
-    /// <summary>The collectives of one rank.</summary>
-    public ICollectives For(RankContext rank, IReadOnlyList<Group> groups, RankDevice? device = null) => new LoopbackCollectives(this, rank);
+    public ICollectives For(RankContext rank, JobShape job, RankDevice? device = null)
+        => AsOnGpus || (device is { IsCuda: true } && job.Ranks > 1) ? Shared(rank, job, device ?? RankDevice.Cpu) : new LoopbackCollectives(this, rank);
 
     public byte[] Meet(string topic, byte[] mine, Func<IReadOnlyList<byte[]>, byte[]> decide, CancellationToken stop) => decide([mine]);
 
     public void Dispose()
     {
+        foreach (var one in _made)
+            one.Dispose();
+        _fabric.Dispose();
         foreach (var lane in _lanes.Values)
             lane.Dispose();
         _stop.Dispose();
+    }
+
+    /// <summary>What GPUs do, with memory that all ranks see in NCCL's place. Who waits here waits for threads of this process: no time is too long.</summary>
+    private NcclCollectives Shared(RankContext rank, JobShape job, RankDevice device)
+    {
+        if (Traffic is not null)
+            throw new InvalidOperationException("what the exchange of rows sends is counted over the loopback only");
+        // ranks ask in one order, each on its own thread
+        var world = BitConverter.GetBytes(_asked.AddOrUpdate(rank.Rank, 0, static (_, before) => before + 1));
+        var made = new NcclCollectives(
+            new LocalCalls(_fabric, device, Stop),
+            rank,
+            job.Groups,
+            _ => world,
+            new NcclJob(job.Ranks, Stop)
+            {
+                Dispatches = job.Dispatches,
+                Device = device.Torch,
+                Abort = Abort,
+                FirstError = () => FirstError,
+                Tell = static _ => { },
+                Grace = TimeSpan.Zero,
+                Timeout = TimeSpan.MaxValue,
+            });
+        _made.Add(made);
+        return made;
     }
 
     internal Lane Lane(int group, int stage, int place, int to)

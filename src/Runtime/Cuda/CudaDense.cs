@@ -55,12 +55,23 @@ internal static class CudaDense
         Gpu.Launch("Elementwise", $"accumulate_{Gpu.Type(a)}_{Gpu.Type(target)}", Gpu.Blocks(n, vector), 256, a, target, n, true, vector);
     }
 
-    /// <summary>a -> this rank's block of a dim; of routes and of rows by expert only where they stay whole.</summary>
+    /// <summary>a -> this rank's block of a dim; a route, or rows with their route as second operand, by experts (dim 2).</summary>
     public static void LocalSlice(in KernelCall call)
     {
-        if (call.Inputs[0].HoldsRows || (call.Inputs[0].Info.Routed && call.Int(0) < 3))
-            throw Unsupported(call, "a rank's experts out of the rows of all", "choose expert parallelism 1, or leave --device out");
-        MovementKernels.LocalSlice(call);
+        var isSet = call.Inputs[0].HoldsRows;
+        if (!isSet && (!call.Inputs[0].Info.Routed || call.Int(0) > 2))
+        {
+            MovementKernels.LocalSlice(call);
+            return;
+        }
+
+        MovementKernels.RequireExperts(call.Int(0));
+        var experts = call.Out().Info.Extents[2];
+        var first = call.Rank.BlockOf(call.Ints(1)) * experts;
+        if (isSet)
+            call.Out().Adopt(CudaRows.Slice(call.Inputs[0].DeviceRows, first, experts, call.Out().Info.Padding));
+        else
+            CudaRows.Slice(call.In(0), call.Inputs[1].DeviceRows, first, experts, call.Out());
     }
 
     /// <summary>a -> out: E4M3 and back, by blocks.</summary>

@@ -73,11 +73,58 @@ public sealed class DeviceRows : IDisposable
         { Host = host };
     }
 
+    /// <summary>A set that the processor made, with everything known: where collectives of GPUs run in its memory.</summary>
+    internal static DeviceRows Of(RowSet set)
+    {
+        if (!set.ByToken)
+            return ByExpert(set, CPU, static (values, tensor) => new HostRowWork().FromHost(values, NcclLaunch.Address(tensor)));
+        var flat = new int[set.Rows];
+        Array.Fill(flat, -1);
+        for (var e = 0; e < set.Experts; e++)
+        {
+            for (var row = set.Offsets[e]; row < set.Offsets[e] + set.Counts[e]; row++)
+                flat[row] = (set.TokenIndex[row] * set.Experts) + e;
+        }
+
+        // a rank cannot know how many rows tokens of other ranks have
+        var rowOf = new int[set.Tokens * set.Experts];
+        Array.Fill(rowOf, -1);
+        for (var t = 0; t < set.Tokens; t++)
+            set.TokenRows.AsSpan(set.TokenStart[t]..set.TokenStart[t + 1]).CopyTo(rowOf.AsSpan(t * set.Experts));
+        using var lists = tensor(rowOf);
+        return new DeviceRows(
+            set.Rows, set.Tokens, set.Experts, set.Experts, set.Padding, tensor(set.Counts), tensor(set.Offsets), tensor(flat),
+            lists.reshape(set.Tokens, set.Experts))
+        { Host = set };
+    }
+
+    /// <summary>The set as kernels of the processor read it; of indices in its memory.</summary>
+    internal unsafe RowSet OnHost()
+    {
+        if (!ByToken || Host is { ByToken: true })
+            return Host ?? throw new InvalidOperationException("rows of other ranks that nobody counted");
+        var mask = new byte[Tokens * Experts];
+        foreach (var at in new ReadOnlySpan<int>(Flat.Pointer(), Rows))
+        {
+            if (at >= 0)
+                mask[at] = 1;
+        }
+
+        return Host = RowSet.FromMask(mask, Tokens, Experts, Padding);
+    }
+
+    /// <summary>True while the rows are those of the rank's own tokens.</summary>
+    internal bool ByToken => Tokens > 0;
+
+    /// <summary>How tokens cross to their experts' ranks, for a fused dispatch; null: their counts were not exchanged.</summary>
+    internal Crossing? Crossing { get; set; }
+
     /// <summary>Bytes of the index tensors.</summary>
     public long Bytes => Counts.ByteCount() + Offsets.ByteCount() + Flat.ByteCount() + RowOf.ByteCount();
 
     public void Dispose()
     {
+        Crossing?.Dispose();
         Ends.Dispose();
         Counts.Dispose();
         Offsets.Dispose();

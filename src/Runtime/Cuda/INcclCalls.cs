@@ -56,11 +56,8 @@ internal interface INcclCalls
     /// <summary>Bytes of this device's memory to memory of the processor that Pinned gave.</summary>
     void ToHost(nint from, nint to, long bytes, nint stream);
 
-    /// <summary>Integers into this device's memory, on stream 0; `values` may change as soon as this returns.</summary>
-    void FromHost(ReadOnlySpan<int> values, nint to);
-
-    /// <summary>Zeros in the rows that fill up experts' blocks, on stream 0.</summary>
-    void ClearPadding(Tensor rows, DeviceRows route);
+    /// <summary>Work on rows of tokens.</summary>
+    IRowWork Rows { get; }
 
     /// <summary>Memory of the processor that ToHost writes to; it is never given back.</summary>
     nint Pinned(long bytes);

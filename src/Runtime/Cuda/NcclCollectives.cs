@@ -1,4 +1,4 @@
-// Collectives of a rank that has a GPU and a process to itself: NCCL on streams beside the one that computes.
+// Collectives of a rank on a GPU: NCCL, or what stands in its place, on streams beside the one that computes.
 using System.Diagnostics;
 using DeepSeekGraph.Runtime.Collectives;
 using DeepSeekGraph.Runtime.Kernels;
@@ -10,7 +10,7 @@ internal sealed record NcclLane(GroupMembers Members, nint Communicator, nint St
 
 /// <summary>
 /// Start queues a collective on its group's stream, behind what stream 0 has to do; Wait makes stream 0 wait for it. The host waits for
-/// counts of routed rows only, once for a set. Inputs may be given back at once, since their memory is held; a plan that passed its
+/// counts of routed rows only, once for a set or a message of rows. Inputs may be given back at once, since their memory is held; a plan that passed its
 /// checks does not write them before Wait (DSG0605). A message is sent when its receiver comes, and nobody waits for it. Belongs to one
 /// thread, but for Stop and the watch.
 /// </summary>
@@ -78,20 +78,14 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
                 call.Times?.Begin(lane.Stream);
                 foreach (var copy in launch.Copies)
                     copy(lane.Stream);
-                if (launch.Group.Count > 0)
-                {
-                    _nccl.Begin();
-                    foreach (var part in launch.Group)
-                        part(lane.Stream);
-                    _nccl.End();
-                }
-
+                Queue(launch.Group, lane.Stream);
+                Queue(launch.Second, lane.Stream);
                 foreach (var copy in launch.ToHost)
                     copy(lane.Stream);
                 call.Times?.End(lane.Stream);
                 _nccl.Record(done, lane.Stream);
                 flight.State = FlightState.Queued;
-                var flying = new InFlight(this, launch, flight, done, host, call.Kind.IsSend, call.Times);
+                var flying = new InFlight(this, launch, lane.Stream, call, flight, done, host);
                 _flying.Add(flying);
                 return flying;
             }
@@ -100,6 +94,17 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
         {
             throw Failed(e);
         }
+    }
+
+    /// <summary>Calls of NCCL as one group.</summary>
+    private void Queue(List<Action<nint>> group, nint stream)
+    {
+        if (group.Count == 0)
+            return;
+        _nccl.Begin();
+        foreach (var part in group)
+            part(stream);
+        _nccl.End();
     }
 
     /// <summary>Ends the communicators, with those of the other ranks unless the job was stopped.</summary>
@@ -139,7 +144,26 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
                 Greet(one.Group.Id);
         }
 
+        if (_job.Ranks == 1 && groups.Count == 0)
+            Try(world);
         _communicators.Add(world);
+    }
+
+    /// <summary>A plan of one rank says nothing to anybody: a part of the world and a sum over it show that NCCL works here.</summary>
+    private void Try(nint world)
+    {
+        var part = _nccl.Split(world, 0, 0);
+        _communicators.Add(part);
+        var stream = _nccl.NewStream();
+        using var one = TorchSharp.torch.ones(1, dtype: TorchSharp.torch.ScalarType.Float32, device: _job.Device);
+        var at = NcclLaunch.Address(one);
+        _nccl.Record(_begin, 0);
+        _nccl.Follow(stream, _begin);
+        _nccl.AllReduce(part, at, at, 1, TorchSharp.torch.ScalarType.Float32, false, stream);
+        _nccl.Record(_begin, stream);
+        _nccl.Follow(0, _begin);
+        if (one.item<float>() is not 1f and var sum)
+            throw new InvalidOperationException($"NCCL adds 1 of one rank to {sum}");
     }
 
     /// <summary>The first message between two ranks waits on the host until both are there, which no step of a plan may.</summary>
@@ -164,23 +188,32 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
         var (inputs, outputs) = (call.Inputs, call.Outputs);
         switch (call.Kind)
         {
-            case Collective.Dispatch or Collective.Combine:
-                throw DevicePlans.NoFlex(call.Group.Name);
+            case Collective.Dispatch:
+                NcclFused.AddDispatch(_nccl, lane, call, launch);
+                return default;
+            case Collective.Combine { RanksPerNode: var perNode }:
+                NcclFused.AddCombine(_nccl, lane, call, perNode, launch);
+                return default;
             case Collective.Send { Stage: var stage }:
-                NcclDense.Send(_nccl, lane, PeerOf(lane, stage), inputs[0], launch);
+                NcclMessages.Send(_nccl, lane, PeerOf(lane, stage), inputs[0], _job.Ranks, launch);
                 return default;
             case Collective.Recv { Stage: var stage }:
-                NcclDense.Receive(_nccl, lane, PeerOf(lane, stage), outputs[0], launch);
-                return default;
+                {
+                    var header = (long)NcclMessages.Header(outputs[0].Info, _job.Ranks) * sizeof(int);
+                    var memory = header == 0 ? 0 : Pinned(header);
+                    NcclMessages.Receive(_nccl, lane, PeerOf(lane, stage), outputs[0], _job.Ranks, memory, launch);
+                    return (memory, header);
+                }
         }
 
         var arity = inputs.Count / outputs.Count;
         if (NcclRows.ExchangesCounts(call))
         {
-            var one = (long)lane.Members.Ranks.Length * inputs.Max(input => input.DeviceRows.Experts) * sizeof(int);
+            var n = lane.Members.Ranks.Length;
+            var one = (long)n * (inputs.Max(input => input.DeviceRows.Experts) + n) * sizeof(int);
             var memory = Pinned(one * outputs.Count);
             for (var i = 0; i < outputs.Count; i++)
-                NcclRows.AddCounts(_nccl, lane, call.Kind, inputs[i * arity], outputs[i], memory + (i * (nint)one), launch);
+                NcclRows.AddCounts(_nccl, lane, call.Kind, inputs[i * arity], outputs[i], memory + (i * (nint)one), _job.Dispatches, launch);
             return (memory, one * outputs.Count);
         }
 
@@ -236,7 +269,7 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
 
     /// <summary>One collective under way.</summary>
     private sealed class InFlight(
-        NcclCollectives owner, NcclLaunch launch, Flight flight, nint done, (nint At, long Bytes) host, bool isSend, CollectiveTimes? times) : IPending
+        NcclCollectives owner, NcclLaunch launch, nint stream, CollectiveCall call, Flight flight, nint done, (nint At, long Bytes) host) : IPending
     {
         public Flight Flight => flight;
 
@@ -257,23 +290,33 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
         public void Wait()
         {
             owner.ThrowIfStopped();
-            if (isSend)
+            if (call.Kind.IsSend)
             {
                 IsWaited = true;
                 return;
             }
 
+            if (IsLate)
+            {
+                foreach (var output in call.Outputs)
+                    output.ArriveBy(Arrive);
+                IsWaited = true;
+                return;
+            }
+
+            owner._nccl.Follow(0, done);
             if (host.Bytes > 0)
                 WaitOnHost();
-            owner._nccl.Follow(0, done);
+            if (launch.Rest is not null)
+                GoOn(launch.Rest);
             // behind counts of rows the host makes a set, which is not work of the GPU
             var joins = launch.After.Count > 0 && host.Bytes == 0;
             if (joins)
-                times?.BeginJoin();
+                call.Times?.BeginJoin();
             foreach (var work in launch.After)
                 work();
             if (joins)
-                times?.EndJoin();
+                call.Times?.EndJoin();
             if (host.Bytes > 0)
             {
                 if (!owner._pinned.TryGetValue(host.Bytes, out var free))
@@ -288,6 +331,44 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
 
         public void Release() => launch.Dispose();
 
+        /// <summary>
+        /// Is all of it for slots that outlive the step? Then stream 0 waits when one of them is touched: parameters that were gathered at
+        /// the end of a step arrive while the next one begins, and what they came from is held until then.
+        /// </summary>
+        private bool IsLate
+            => host.Bytes == 0 && launch.Rest is null && launch.After.Count == 0 && call.Outputs.Count > 0 && call.Outputs.All(o => o.IsPersistent);
+
+        private void Arrive()
+        {
+            // its event may be another's once it is over
+            if (flight.State != FlightState.Done)
+                owner._nccl.Follow(0, done);
+        }
+
+        /// <summary>The second group, as the host now knows it.</summary>
+        private void GoOn(System.Action rest)
+        {
+            try
+            {
+                rest();
+                lock (owner.Waiting)
+                {
+                    owner.ThrowIfStopped();
+                    owner._nccl.Record(owner._begin, 0);
+                    owner._nccl.Follow(stream, owner._begin);
+                    owner.Queue(launch.Second, stream);
+                    owner._nccl.Record(done, stream);
+                    flight.State = FlightState.Queued;
+                }
+
+                owner._nccl.Follow(0, done);
+            }
+            catch (InvalidOperationException e)
+            {
+                throw owner.Failed(e);
+            }
+        }
+
         private void WaitOnHost()
         {
             var begin = Stopwatch.GetTimestamp();
@@ -299,7 +380,7 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
             }
 
             owner.HostWait += Stopwatch.GetElapsedTime(begin);
-            times?.HostWaited(begin);
+            call.Times?.HostWaited(begin);
         }
     }
 }

@@ -1,4 +1,4 @@
-// Dense collectives as calls of NCCL: sums, gathers, scatters and all-to-alls along any dim, and messages between stages.
+// Dense collectives as calls of NCCL: sums, gathers, scatters and all-to-alls along any dim.
 using System.Diagnostics;
 using DeepSeekGraph.Runtime.Memory;
 using static TorchSharp.torch;
@@ -16,7 +16,7 @@ internal static class NcclDense
     {
         var value = input.Tensor;
         var (comm, n) = (lane.Communicator, lane.Members.Ranks.Length);
-        if (n == 1)
+        if (comm == 0)
         {
             output.AdoptCopy(value);
             launch.IsPacked = true;
@@ -66,22 +66,6 @@ internal static class NcclDense
             default:
                 throw new UnreachableException($"{kind} is not dense");
         }
-    }
-
-    /// <summary>A value as it is, to another stage.</summary>
-    public static void Send(INcclCalls nccl, NcclLane lane, int peer, SlotValue input, NcclLaunch launch)
-    {
-        var value = input.Tensor;
-        var (from, bytes) = (launch.Read(value), value.ByteCount());
-        launch.Group.Add(stream => nccl.Send(lane.Communicator, from, bytes, peer, stream));
-    }
-
-    /// <summary>The value of another stage, whose extents and type are the slot's own.</summary>
-    public static void Receive(INcclCalls nccl, NcclLane lane, int peer, SlotValue output, NcclLaunch launch)
-    {
-        var target = output.Fill();
-        var (to, bytes) = (NcclLaunch.Address(target), target.ByteCount());
-        launch.Group.Add(stream => nccl.Receive(lane.Communicator, to, bytes, peer, stream));
     }
 
     /// <summary>Something to and from every member: what goes to the rank itself is copied. Nothing of no bytes is sent.</summary>

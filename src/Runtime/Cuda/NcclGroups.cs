@@ -7,7 +7,7 @@ namespace DeepSeekGraph.Runtime.Cuda;
 /// <summary>Where the communicator of a group comes from.</summary>
 internal enum Origin
 {
-    /// <summary>One rank: values are copied.</summary>
+    /// <summary>One rank of several: values are copied.</summary>
     Alone,
 
     /// <summary>All ranks in their order: the world's communicator.</summary>
@@ -34,7 +34,8 @@ internal static class NcclGroups
 {
     /// <summary>
     /// In the order of the groups' numbers, in which all ranks split. Groups of stages never share: messages of one may overtake those of
-    /// another. Groups over the same mesh axes do, if they are of one lane: all their members start them in one order.
+    /// another. Groups over the same mesh axes do, if they are of one lane: all their members start them in one order. A job of one rank has
+    /// a part of its world for all groups, so that NCCL does there what it does elsewhere.
     /// </summary>
     public static IReadOnlyList<GroupCommunicator> Of(IReadOnlyList<Group> groups, RankContext rank, int ranks)
     {
@@ -42,7 +43,7 @@ internal static class NcclGroups
         var like = new Dictionary<string, int>(StringComparer.Ordinal);
         foreach (var group in groups.OrderBy(g => g.Id))
         {
-            if (group.Stages.Count > 0)
+            if (group.Stages.Count > 0 && ranks > 1)
             {
                 var isIn = group.Stages.Contains(rank.Stage);
                 var members = isIn ? GroupMembers.Of(group, rank) : null;
@@ -56,9 +57,9 @@ internal static class NcclGroups
             var over = GroupMembers.Of(group, rank);
             // the same for every rank, since axes of extent 1 tell nothing apart
             var axes = string.Join(' ', group.MeshAxes.Where(axis => rank.Axes[(int)axis].Size > 1).Order()) + '.' + group.Lane;
-            if (over.Ranks.Length == 1)
+            if (over.Ranks.Length == 1 && ranks > 1)
                 made.Add(new GroupCommunicator(group, Origin.Alone, over, -1, 0, -1));
-            else if (group.Lane == "" && over.Ranks.Length == ranks && over.Ranks.SequenceEqual(Enumerable.Range(0, ranks)))
+            else if (group.Lane == "" && ranks > 1 && over.Ranks.Length == ranks && over.Ranks.SequenceEqual(Enumerable.Range(0, ranks)))
                 made.Add(new GroupCommunicator(group, Origin.World, over, -1, 0, -1));
             else if (like.TryGetValue(axes, out var first))
                 made.Add(new GroupCommunicator(group, Origin.Shared, over, -1, 0, first));

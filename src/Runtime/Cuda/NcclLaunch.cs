@@ -15,6 +15,12 @@ internal sealed class NcclLaunch : IDisposable
     /// <summary>Calls of NCCL, all in one group.</summary>
     public List<System.Action<nint>> Group { get; } = [];
 
+    /// <summary>Calls of a second group behind the first; of a receiver, once its host has read what the first brought.</summary>
+    public List<System.Action<nint>> Second { get; } = [];
+
+    /// <summary>Fills the second group from what came to the host; null where nothing depends on that.</summary>
+    public System.Action? Rest { get; set; }
+
     /// <summary>Copies to the processor behind the group; the host waits for the collective when there is one.</summary>
     public List<System.Action<nint>> ToHost { get; } = [];
 

@@ -219,17 +219,7 @@ internal sealed unsafe class NcclCalls(int device) : INcclCalls
 
     public void ToHost(nint from, nint to, long bytes, nint stream) => Driver.ToHost(from, to, bytes, stream);
 
-    public void FromHost(ReadOnlySpan<int> values, nint to)
-    {
-        fixed (int* p = values)
-            Driver.FromHost(p, to, values.Length * sizeof(int), 0);
-    }
-
-    public void ClearPadding(Tensor rows, DeviceRows route)
-    {
-        if (route.Padding > 1)
-            Gpu.Launch("Grouped", "clear_padding", route.Experts, 256, rows, route.Counts, route.Offsets, Collectives.RowExchange.Width(rows));
-    }
+    public IRowWork Rows { get; } = new CudaRowWork();
 
     public nint Pinned(long bytes) => Driver.Pinned(bytes);
 

@@ -25,36 +25,43 @@ internal static class NcclRows
             var kind => throw new UnreachableException($"no collective {kind}"),
         };
 
-    /// <summary>Everybody's counts of all experts, into `host`, [members, experts] i32; then the set that the output is of.</summary>
-    public static void AddCounts(INcclCalls nccl, NcclLane lane, Collective kind, SlotValue input, SlotValue output, nint host, NcclLaunch launch)
+    /// <summary>
+    /// Everybody's counts of all experts, into `host`, [members, experts] i32; then the set that the output is of. With `fused` also how many
+    /// tokens each has for each member, behind the counts of experts.
+    /// </summary>
+    public static void AddCounts(INcclCalls nccl, NcclLane lane, Collective kind, SlotValue input, SlotValue output, nint host, bool fused, NcclLaunch launch)
     {
         var (route, (ranks, me)) = (input.DeviceRows, lane.Members);
         var (n, experts) = (ranks.Length, route.Experts);
         if (kind.IsRouteToExperts && experts % n != 0)
             throw new InvalidOperationException($"{experts} experts do not split over {n} ranks");
-        var all = empty([n, experts], dtype: ScalarType.Int32, device: input.Device);
-        var (from, to, bytes) = (launch.Read(route.Counts), launch.Own(all), (long)experts * sizeof(int));
-        if (n == 1)
+        var sent = fused && kind.IsRouteToExperts && route.ByToken ? NcclFused.Sent(nccl.Rows, route, n) : null;
+        var ints = experts + (sent is null ? 0 : n);
+        var all = empty([n, ints], dtype: ScalarType.Int32, device: input.Device);
+        var from = sent is null ? launch.Read(route.Counts) : launch.Own(cat([route.Counts, sent.Counts]));
+        var (to, bytes) = (launch.Own(all), (long)ints * sizeof(int));
+        if (lane.Communicator == 0)
             launch.Copies.Add(stream => nccl.Copy(from, to, bytes, stream));
         else
             launch.Group.Add(stream => nccl.AllGather(lane.Communicator, from, to, bytes, stream));
         launch.ToHost.Add(stream => nccl.ToHost(to, host, n * bytes, stream));
         launch.After.Add(() =>
         {
-            var counts = new int[n][];
+            var known = new int[n][];
             for (var member = 0; member < n; member++)
             {
-                counts[member] = new int[experts];
-                Marshal.Copy(host + (member * (nint)bytes), counts[member], 0, experts);
+                known[member] = new int[ints];
+                Marshal.Copy(host + (member * (nint)bytes), known[member], 0, ints);
             }
 
             // before it is told of others, a rank knows no more of its own rows than how many there may be
-            route.Host ??= RowSet.FromMembers([counts[me]], route.Padding);
-            var local = experts / n;
-            var set = kind.IsRouteToExperts
-                ? RowSet.FromMembers([.. counts.Select(c => c[(me * local)..((me + 1) * local)])], output.Info.Padding)
-                : RowSet.FromMembers(counts, output.Info.Padding);
-            output.Adopt(DeviceRows.ByExpert(set, input.Device, (values, tensor) => nccl.FromHost(values, NcclLaunch.Address(tensor))));
+            route.Host ??= RowSet.FromMembers([known[me][..experts]], route.Padding);
+            var (first, count) = kind.IsRouteToExperts ? (me * (experts / n), experts / n) : (0, experts);
+            var set = RowSet.FromMembers([.. known.Select(c => c[first..(first + count)])], output.Info.Padding);
+            var rows = DeviceRows.ByExpert(set, input.Device, (values, tensor) => nccl.Rows.FromHost(values, NcclLaunch.Address(tensor)));
+            if (sent is not null)
+                rows.Crossing = new Crossing(sent, [.. known.Select(c => c[experts..])], me, Math.Min(count, route.Width));
+            output.Adopt(rows);
         });
     }
 
@@ -76,26 +83,10 @@ internal static class NcclRows
         switch (call.Kind)
         {
             case var kind when kind.IsRowsToExperts:
-                for (var e = 0; e < target.Experts; e++)
-                {
-                    var expert = e;
-                    NcclDense.Exchange(
-                        nccl, lane, launch,
-                        peer => At(from, source.Offsets[(peer * target.Experts) + expert], source.Counts[(peer * target.Experts) + expert]),
-                        peer => At(to, RowExchange.Start(target, peer, expert), target.MemberCounts[peer][expert]));
-                }
-
+                ToExperts(nccl, lane, from, source, to, target, width, launch);
                 break;
             case var kind when kind.IsRowsToTokens:
-                for (var e = 0; e < source.Experts; e++)
-                {
-                    var expert = e;
-                    NcclDense.Exchange(
-                        nccl, lane, launch,
-                        peer => At(from, RowExchange.Start(source, peer, expert), source.MemberCounts[peer][expert]),
-                        peer => At(to, target.Offsets[(peer * source.Experts) + expert], target.Counts[(peer * source.Experts) + expert]));
-                }
-
+                ToTokens(nccl, lane, from, source, to, target, width, launch);
                 break;
             case Collective.AllGather:
                 for (var e = 0; e < source.Experts; e++)
@@ -132,18 +123,52 @@ internal static class NcclRows
         }
 
         if (target.Padding > 1)
-            launch.After.Add(() => nccl.ClearPadding(filled, there));
+            launch.After.Add(() => nccl.Rows.ClearPadding(filled, there));
 
-        (nint, long) At(nint start, long row, long count) => (start + (nint)(row * width), count * width);
+        (nint, long) At(nint start, long row, long count) => Range(start, row, count, width);
     }
 
-    /// <summary>In fp32, rounded once.</summary>
+    /// <summary>Ranges of my rows, by token, to the ranks of their experts; rows of `width` bytes at `from` and `to`.</summary>
+    public static void ToExperts(INcclCalls nccl, NcclLane lane, nint from, RowSet source, nint to, RowSet target, long width, NcclLaunch launch)
+    {
+        for (var e = 0; e < target.Experts; e++)
+        {
+            var expert = e;
+            NcclDense.Exchange(
+                nccl, lane, launch,
+                peer => Range(from, source.Offsets[(peer * target.Experts) + expert], source.Counts[(peer * target.Experts) + expert], width),
+                peer => Range(to, RowExchange.Start(target, peer, expert), target.MemberCounts[peer][expert], width));
+        }
+    }
+
+    /// <summary>The way back.</summary>
+    public static void ToTokens(INcclCalls nccl, NcclLane lane, nint from, RowSet source, nint to, RowSet target, long width, NcclLaunch launch)
+    {
+        for (var e = 0; e < source.Experts; e++)
+        {
+            var expert = e;
+            NcclDense.Exchange(
+                nccl, lane, launch,
+                peer => Range(from, RowExchange.Start(source, peer, expert), source.MemberCounts[peer][expert], width),
+                peer => Range(to, target.Offsets[(peer * source.Experts) + expert], target.Counts[(peer * source.Experts) + expert], width));
+        }
+    }
+
+    private static (nint At, long Bytes) Range(nint start, long row, long count, long width) => (start + (nint)(row * width), count * width);
+
+    /// <summary>What the members brought, in their order, in fp32, rounded once.</summary>
     private static void Sum(Tensor parts, Tensor into)
     {
-        using var sum = parts.sum(0, type: ScalarType.Float32);
+        var all = new Tensor[parts.shape[0]];
+        for (var i = 0; i < all.Length; i++)
+            all[i] = parts.select(0, i);
+        using var sum = Reduction.Of(all, false);
         into.copy_(sum).On(into);
+        foreach (var part in all)
+            part.Dispose();
     }
 
-    private static RowSet Known(DeviceRows route, SlotValue slot)
+    /// <summary>What the host knows of a set, once counts were exchanged.</summary>
+    public static RowSet Known(DeviceRows route, SlotValue slot)
         => route.Host ?? throw new InvalidOperationException($"how many rows {slot.Info.Name} has was not exchanged");
 }

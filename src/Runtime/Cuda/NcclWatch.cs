@@ -11,6 +11,9 @@ internal sealed record NcclJob(int Ranks, CancellationToken Stop)
     /// <summary>Environment variable with the seconds after which a collective counts as one that does not end.</summary>
     public const string TimeoutVariable = "DSG_NCCL_TIMEOUT";
 
+    /// <summary>May there be fused dispatches? Then each exchange of counts says how many tokens go where.</summary>
+    public bool Dispatches { get; init; } = true;
+
     /// <summary>Where this rank's tensors are; null: the processor's memory.</summary>
     public torch.Device? Device { get; init; }
 

@@ -122,7 +122,8 @@ internal static class MovementKernels
         into.ClearPadding(rows, width);
     }
 
-    private static void RequireExperts(int dim)
+    /// <summary>Rows lie by expert, so that experts are the only dim of theirs that a range of rows is a block of.</summary>
+    internal static void RequireExperts(int dim)
     {
         if (dim != 2)
             throw new InvalidOperationException($"routed rows can be sliced by experts (dim 2), not by dim {dim}");

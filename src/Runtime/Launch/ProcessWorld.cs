@@ -93,19 +93,20 @@ public sealed class ProcessWorld : IWorld
     /// <summary>What the host waited for GPUs to tell how many rows of routed tokens come, in all; null without NCCL.</summary>
     public TimeSpan? HostWait => _nccl.Count == 0 ? null : _nccl.Aggregate(TimeSpan.Zero, static (sum, one) => sum + one.HostWait);
 
-    public ICollectives For(RankContext rank, IReadOnlyList<Group> groups, RankDevice? device = null)
-        => device is { IsCuda: true } && Processes > 1 ? Nccl(rank, groups, device) : OnHost(rank, groups);
+    public ICollectives For(RankContext rank, JobShape job, RankDevice? device = null)
+        => device is { IsCuda: true } ? Nccl(rank, job, device) : OnHost(rank, job.Groups);
 
-    private NcclCollectives Nccl(RankContext rank, IReadOnlyList<Group> groups, RankDevice device)
+    private NcclCollectives Nccl(RankContext rank, JobShape shape, RankDevice device)
     {
         var job = new NcclJob(Processes, Stop)
         {
+            Dispatches = shape.Dispatches,
             Device = device.Torch,
             Abort = Abort,
             FirstError = () => FirstError,
             Whereabouts = () => _where(),
         };
-        var made = new NcclCollectives(new NcclCalls(device.Index), rank, groups, id => Meet("nccl", id, static all => all[0], Stop), job);
+        var made = new NcclCollectives(new NcclCalls(device.Index), rank, shape.Groups, id => Meet("nccl", id, static all => all[0], Stop), job);
         _nccl.Add(made);
         return made;
     }

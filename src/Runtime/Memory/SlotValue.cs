@@ -52,10 +52,12 @@ public sealed class SlotValue : IDisposable
     }
 
     /// <summary>The row set; an error when the slot holds none.</summary>
-    public RowSet Rows => _rows ?? throw new InvalidOperationException($"slot {Info.Name} holds no row set");
+    public RowSet Rows
+        => _rows ?? (_device is null ? _deviceRows?.OnHost() : null) ?? throw new InvalidOperationException($"slot {Info.Name} holds no row set");
 
-    /// <summary>The row set of a GPU; an error when the slot holds none.</summary>
-    public DeviceRows DeviceRows => _deviceRows ?? throw new InvalidOperationException($"slot {Info.Name} holds no row set of a GPU");
+    /// <summary>The row set as collectives of GPUs have it; an error when the slot holds none.</summary>
+    public DeviceRows DeviceRows
+        => _deviceRows ??= _rows is { } rows ? DeviceRows.Of(rows) : throw new InvalidOperationException($"slot {Info.Name} holds no row set of a GPU");
 
     /// <summary>True when the value is a row set.</summary>
     public bool HoldsRows => _rows is not null || _deviceRows is not null;

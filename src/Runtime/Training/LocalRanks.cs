@@ -43,8 +43,7 @@ internal sealed class LocalRanks : IAsyncDisposable
     {
         _world = options.World ?? new LoopbackWorld { Traffic = options.Traffic };
         _alone = options.World is null;
-        if (options.Device.IsCuda)
-            DevicePlans.Require(plan, _world.Processes);
+        var job = JobShape.Of(plan);
         if (options.Executor == Executor.Compiled)
             _code = new GeneratedCode(plan, new CodeCache(options.CodeFolder ?? CodeCache.DefaultFolder));
         var perStage = RankContext.RanksPerStage(plan.Mesh);
@@ -62,7 +61,7 @@ internal sealed class LocalRanks : IAsyncDisposable
         RankRunner Create(int stage, RankContext rank, RankRunner? sharing)
         {
             var runner = new RankRunner(
-                plan, plan.Stages[stage], rank, _world.For(rank, plan.Groups, options.Device), _world.Stop, _code?.For(stage), sharing, options.Device);
+                plan, plan.Stages[stage], rank, _world.For(rank, job, options.Device), _world.Stop, _code?.For(stage), sharing, options.Device);
             prepare?.Invoke(runner);
             return runner;
         }

@@ -123,3 +123,95 @@ extern "C" __global__ void route_probs(const float* p, const int* flat, float* r
 extern "C" __global__ void unroute_probs(const float* r, const int* flat, float* p, i64 rows) {
     FOR_EACH(row, rows) if (flat[row] >= 0) p[flat[row]] = r[row];
 }
+
+// Rows of tokens -> reach[tokens ranks]: does a rank have experts of the token? Experts are split over ranks in equal runs.
+extern "C" __global__ void reach(const int* rowOf, const int* flat, unsigned char* reach, i64 tokens, int width, int experts, int ranks) {
+    int local = experts / ranks;
+    FOR_EACH(t, tokens) {
+        for (int r = 0; r < ranks; r++)
+            reach[t * ranks + r] = 0;
+        for (int k = 0; k < width && rowOf[t * width + k] >= 0; k++)
+            reach[t * ranks + flat[rowOf[t * width + k]] % experts / local] = 1;
+    }
+}
+
+// Where a row's token lies at the rank of its expert, and the how manieth of its rows there it is. sentRowOf[tokens sentWidth]: the token as
+// rows of ranks, ranks ascending, as experts are.
+extern "C" __global__ void places(const int* rowOf, const int* flat, const int* sentRowOf, const int* shift, int* places, i64 tokens, int width, int experts,
+                                  int sentWidth, int ranks, int per) {
+    int local = experts / ranks;
+    FOR_EACH(t, tokens) {
+        int last = -1, sent = -1, ordinal = 0;
+        for (int k = 0; k < width && rowOf[t * width + k] >= 0; k++) {
+            int row = rowOf[t * width + k], rank = flat[row] % experts / local;
+            if (rank != last) {
+                last = rank;
+                sent++;
+                ordinal = 0;
+            }
+            places[row] = (sentRowOf[t * sentWidth + sent] + shift[rank]) * per + ordinal++;
+        }
+    }
+}
+
+// flat[row] = token * width + ordinal -> rowOf[token width], filled with -1 before.
+extern "C" __global__ void row_of(const int* flat, int* rowOf, i64 rows) {
+    FOR_EACH(row, rows) if (flat[row] >= 0) rowOf[flat[row]] = (int)row;
+}
+
+// rows[rows h], which came from ranks, -> y[tokens h]: added inside each node in fp32, rounded, then over nodes. A block a token.
+template <class T>
+__device__ void combineNodes(const T* rows, const int* rowOf, const int* flat, const int* nodeOf, T* y, i64 tokens, int h, int width, int ranks) {
+    for (i64 t = blockIdx.x; t < tokens; t += gridDim.x) {
+        const int* mine = rowOf + t * width;
+        for (int i = threadIdx.x; i < h; i += blockDim.x) {
+            float total = 0.f;
+            for (int k = 0; k < width && mine[k] >= 0;) {
+                int node = nodeOf[flat[mine[k]] % ranks];
+                float sum = 0.f;
+                for (; k < width && mine[k] >= 0 && nodeOf[flat[mine[k]] % ranks] == node; k++)
+                    sum += load(rows, (i64)mine[k] * h + i);
+                T rounded;
+                store(&rounded, 0, sum);
+                total += load(&rounded, 0);
+            }
+            store(y, t * h + i, total);
+        }
+    }
+}
+
+extern "C" __global__ void unpermute_nodes_f32(const float* rows, const int* rowOf, const int* flat, const int* nodeOf, float* y, i64 tokens, int h, int width,
+                                               int ranks) {
+    combineNodes(rows, rowOf, flat, nodeOf, y, tokens, h, width, ranks);
+}
+
+extern "C" __global__ void unpermute_nodes_bf16(const bf16* rows, const int* rowOf, const int* flat, const int* nodeOf, bf16* y, i64 tokens, int h, int width,
+                                                int ranks) {
+    combineNodes(rows, rowOf, flat, nodeOf, y, tokens, h, width, ranks);
+}
+
+// flat -> mask[tokens count] of experts [first, first + count), zeroed before.
+extern "C" __global__ void mask_of(const int* flat, unsigned char* mask, i64 rows, int experts, int first, int count) {
+    FOR_EACH(row, rows) {
+        int e = flat[row] % experts - first;
+        if (flat[row] >= 0 && e >= 0 && e < count)
+            mask[(i64)(flat[row] / experts) * count + e] = 1;
+    }
+}
+
+// Rows of some experts, whose counts and blocks begin at `counts` and `offsets`, -> target, whose blocks are `into`. A column of blocks an expert.
+template <class V>
+__device__ void slice(const V* rows, const int* counts, const int* offsets, const int* into, V* target, int h, V zero) {
+    int e = blockIdx.x, size = into[e + 1] - into[e];
+    for (int row = blockIdx.y; row < size; row += gridDim.y)
+        for (int i = threadIdx.x; i < h; i += blockDim.x)
+            target[(i64)(into[e] + row) * h + i] = row < counts[e] ? rows[(i64)(offsets[e] + row) * h + i] : zero;
+}
+
+extern "C" __global__ void slice16(const uint4* rows, const int* counts, const int* offsets, const int* into, uint4* target, int h) {
+    slice(rows, counts, offsets, into, target, h, make_uint4(0, 0, 0, 0));
+}
+
+extern "C" __global__ void slice2(const u16* rows, const int* counts, const int* offsets, const int* into, u16* target, int h) {
+    slice(rows, counts, offsets, into, target, h, (u16)0);
+}

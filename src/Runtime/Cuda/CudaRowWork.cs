@@ -1,0 +1,77 @@
+// Routed rows of collectives on a GPU: kernels of Rows.cu, on the device that the calling thread has entered.
+using DeepSeekGraph.Runtime.Collectives;
+using static TorchSharp.torch;
+
+namespace DeepSeekGraph.Runtime.Cuda;
+
+internal sealed unsafe class CudaRowWork : IRowWork
+{
+    public void FromHost(ReadOnlySpan<int> values, nint to)
+    {
+        fixed (int* p = values)
+            Driver.FromHost(p, to, values.Length * sizeof(int), 0);
+    }
+
+    public void ClearPadding(Tensor rows, DeviceRows route)
+    {
+        if (route.Padding > 1)
+            Gpu.Launch("Grouped", "clear_padding", route.Experts, 256, rows, route.Counts, route.Offsets, RowExchange.Width(rows));
+    }
+
+    public DeviceRows Route(Tensor mask, int width) => CudaRows.RowsOf(mask, width, 1);
+
+    public Tensor Reach(DeviceRows route, int ranks)
+    {
+        var reach = Gpu.Empty(route.Flat, ScalarType.Byte, route.Tokens, ranks);
+        Gpu.Launch(
+            "Rows", "reach", Gpu.Blocks(route.Tokens), 256, route.RowOf, route.Flat, reach, (long)route.Tokens, route.Width, route.Experts, ranks);
+        return reach;
+    }
+
+    public Tensor Places(DeviceRows route, DeviceRows sent, int[] shift, int width)
+    {
+        var places = Gpu.Empty(route.Flat, ScalarType.Int32, route.Rows);
+        using var shifts = Integers(shift, route.Flat);
+        Gpu.Launch(
+            "Rows", "places", Gpu.Blocks(route.Tokens), 256, route.RowOf, route.Flat, sent.RowOf, shifts, places, (long)route.Tokens, route.Width,
+            route.Experts, sent.Width, shift.Length, width);
+        return places;
+    }
+
+    public Tensor RowOf(Tensor flat, long tokens, int per)
+    {
+        var rowOf = full([tokens, per], -1, dtype: ScalarType.Int32, device: flat.device);
+        Gpu.Launch("Rows", "row_of", Gpu.Blocks(flat.numel()), 256, flat, rowOf, flat.numel());
+        return rowOf;
+    }
+
+    public void Gather(Tensor tokens, Tensor flat, int per, Tensor rows) => CudaRows.Gather(tokens, flat, per, rows);
+
+    public void Sum(Tensor rows, Tensor rowOf, Tensor tokens) => CudaRows.Sum(rows, rowOf, tokens);
+
+    public void SumByNode(Tensor rows, DeviceRows sent, int[] nodes, Tensor tokens)
+    {
+        if (nodes.AsSpan().IndexOfAnyExcept(nodes[0]) < 0)
+        {
+            CudaRows.Sum(rows, sent.RowOf, tokens);
+            return;
+        }
+
+        using var nodeOf = Integers(nodes, rows);
+        var h = sent.Tokens == 0 ? 0 : (int)(tokens.numel() / sent.Tokens);
+        Gpu.Launch(
+            "Rows", "unpermute_nodes_" + Gpu.Type(rows), sent.Tokens, Gpu.Threads(h, false), rows, sent.RowOf, sent.Flat, nodeOf, tokens,
+            (long)sent.Tokens, h, sent.Width, nodes.Length);
+    }
+
+    public void GatherOne(Tensor p, Tensor flat, Tensor rows) => CudaRows.GatherOne(p, flat, rows);
+
+    public void ScatterOne(Tensor rows, Tensor flat, Tensor p) => CudaRows.ScatterOne(rows, flat, p);
+
+    private Tensor Integers(int[] values, Tensor beside)
+    {
+        var made = Gpu.Empty(beside, ScalarType.Int32, values.Length);
+        FromHost(values, (nint)Memory.TensorMemory.Pointer(made));
+        return made;
+    }
+}
