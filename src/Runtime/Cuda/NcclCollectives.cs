@@ -332,17 +332,20 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
         public void Release() => launch.Dispose();
 
         /// <summary>
-        /// Is all of it for slots that outlive the step? Then stream 0 waits when one of them is touched: parameters that were gathered at
-        /// the end of a step arrive while the next one begins, and what they came from is held until then.
+        /// Parameters that are gathered at the end of a step arrive while the next one begins: stream 0 waits when one of them is touched.
+        /// What they came from is held until then.
         /// </summary>
         private bool IsLate
-            => host.Bytes == 0 && launch.Rest is null && launch.After.Count == 0 && call.Outputs.Count > 0 && call.Outputs.All(o => o.IsPersistent);
+            => launch.After.Count == 0 && call.Outputs.Count > 0 && call.Outputs.All(output => output.Info.Kind.IsParameter);
 
         private void Arrive()
         {
             // its event may be another's once it is over
-            if (flight.State != FlightState.Done)
-                owner._nccl.Follow(0, done);
+            if (flight.State == FlightState.Done || owner._job.Stop.IsCancellationRequested)
+                return;
+            // whoever looks at parameters between steps may have a thread of his own
+            owner._nccl.Enter();
+            owner._nccl.Follow(0, done);
         }
 
         /// <summary>The second group, as the host now knows it.</summary>
