@@ -29,6 +29,8 @@ DEADLINE = time.monotonic() + float(os.environ.get("SECONDS_IN_ALL", "470"))
 STEPS = int(os.environ.get("STEPS", "10"))
 WORK = tempfile.mkdtemp(prefix="dsg-multi-")
 DATA = os.path.join(WORK, "data.txt")
+# forward and backward of the proxy over 4096 tokens: benchmarks/results/gpu.md
+FLOPS_A_TOKEN = 71.4e12 / 4096
 ROWS, RESULTS = [], {"gpus": GPUS, "commit": os.environ.get("COMMIT", ""), "device": "", "parts": []}
 
 # fp32 tiny: layouts of N ranks, each beside one GPU
@@ -98,23 +100,23 @@ class Memory(threading.Thread):
                 return
 
 
-def command(processes, options, folder):
+def command(processes, options, folder, seed=7):
     verb = DSG + (["launch", "--nproc", str(processes)] if processes > 1 else [])
     if processes > 1 and "--max-restarts" in options:
         at = options.index("--max-restarts")
         verb, options = verb + options[at:at + 2], options[:at] + options[at + 2:]
     verb += (["--"] if processes > 1 else []) + ["pretrain"] + options
-    return verb + ["--device", DEVICE, "--data", DATA, "--seed", "7", "--executor", "interpreter", "--out", folder]
+    return verb + ["--device", DEVICE, "--data", DATA, "--seed", str(seed), "--executor", "interpreter", "--out", folder]
 
 
-def train(name, processes, options, seconds):
+def train(name, processes, options, seconds, seed=7):
     """Runs a job; its metrics, log and peak memory. A job that fails says so in the table."""
     folder, log = os.path.join(WORK, name_of(name)), os.path.join(OUT, name_of(name) + ".log")
     memory = Memory()
     memory.start()
     begin = time.monotonic()
     with open(log, "w") as out:
-        job = subprocess.Popen(command(processes, shlex.split(options), folder), stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        job = subprocess.Popen(command(processes, shlex.split(options), folder, seed), stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             code = job.wait(timeout=max(1, min(seconds, left())))
         except subprocess.TimeoutExpired:
@@ -177,7 +179,7 @@ def compare(part, name, result, reference, bounds):
     if not mine or len(mine) < len(theirs):
         say(part, name, f"{len(mine)} of {len(theirs)} steps", f"exit {result['code']}", "FAILED")
         RESULTS["parts"].append({"part": part, "name": name, "failed": True, "exit": result["code"]})
-        return
+        return False
     loss = max(relative(a["loss"], b["loss"]) for a, b in zip(mine, theirs))
     norm = max(relative(a["grad_norm"], b["grad_norm"]) for a, b in zip(mine, theirs))
     good = loss <= bounds[0] and norm <= bounds[1] and result["code"] == 0
@@ -187,11 +189,19 @@ def compare(part, name, result, reference, bounds):
         "part": part, "name": name, "loss": loss, "grad_norm": norm, "ok": good, "exit": result["code"],
         "nccl": re.findall(r"backend: (nccl \S+?),", result["log"])[:1],
     })
+    return good
 
 
 def equal():
     shape = f"deepseek_v3_tiny --dtype fp32 --steps {STEPS}"
-    reference = train("equal one", 1, shape + " --tp 1", 90)
+    references = {}
+
+    def reference_of(seed):
+        if seed not in references:
+            references[seed] = train(f"equal one {seed}", 1, shape + " --tp 1", 90, seed)
+        return references[seed]
+
+    reference = reference_of(7)
     if len(reference["metrics"]) < STEPS:
         say("equal", "one GPU", f"{len(reference['metrics'])} of {STEPS} steps", f"exit {reference['code']}", "FAILED")
         return
@@ -199,7 +209,10 @@ def equal():
         if left() < 15:
             say("equal", name, "", "no time left", "skipped")
             continue
-        compare("equal", name, train("equal " + name, GPUS, f"{shape} {options}", 60), reference, (1e-4, 1e-4))
+        good = compare("equal", name, train("equal " + name, GPUS, f"{shape} {options}", 60), reference, (1e-4, 1e-4))
+        # a token near a tie chooses other experts where sums round otherwise: is it this seed, or the layout?
+        for seed in () if good or left() < 45 else (8, 9):
+            compare("equal", f"{name}, seed {seed}", train(f"equal {name} {seed}", GPUS, f"{shape} {options}", 60, seed), reference_of(seed), (1e-4, 1e-4))
 
 
 def child_of(launcher, rank):
@@ -291,8 +304,9 @@ def nccl():
 def speed():
     steps = 8
     # figures of a processor say nothing, but that the script works
-    shape = f"deepseek_v3_proxy --dtype bf16 --steps {steps} --lr 1e-5" if DEVICE == "cuda" else \
-        f"deepseek_v3_tiny --dtype fp32 --seq-length 32 --steps {steps}"
+    recipe = f"deepseek_v3_proxy --dtype bf16 --steps {steps}" if DEVICE == "cuda" else f"deepseek_v3_tiny --dtype fp32 --seq-length 32 --steps {steps}"
+    # weights that hardly move: a router in training sends more rows to one GPU than to the other, which is no matter of communication
+    shape = recipe + " --lr 1e-9"
 
     def traced(name, processes, options):
         """A run whose last step is traced, so that no step that counts is."""
@@ -302,7 +316,7 @@ def speed():
         return {**result, "overlap": overlaps(folder)}
 
     def rate(result):
-        late = [line["tokens_per_s"] for line in result["metrics"][3:steps - 1]]
+        late = [line["tokens_per_s"] for line in result["metrics"][2:steps - 1]]
         return statistics.median(late) if late else None
 
     def report(name, result, gpus, one):
@@ -315,12 +329,13 @@ def speed():
         waited = re.findall(r"host wait for rows: ([\d.]+) ms", result["log"])
         used = max(result["memory"].values(), default=None)
         share = tokens / gpus / one if one else 1.0
-        say("speed", name, f"{tokens / gpus:.0f} tokens/s a GPU, {share:.1%} of one",
+        tflops = tokens / gpus * FLOPS_A_TOKEN / 1e12 if DEVICE == "cuda" else None
+        say("speed", name, f"{tokens / gpus:.0f} tokens/s a GPU" + (f", {tflops:.0f} TFLOP/s" if tflops else "") + f", {share:.1%} of one",
             f"MB predicted {predicted}, counted {counted}; nvidia-smi {used and round(used, 1)} GB" + (f"; host waits {waited[0]} ms a step" if waited else ""), "")
         if gpus > 1:
             say_hidden("speed", name, result["overlap"])
         RESULTS["parts"].append({
-            "part": "speed", "name": name, "tokens_per_s_per_gpu": tokens / gpus, "share_of_one": share, "predicted_mb": predicted, "counted_mb": counted,
+            "part": "speed", "name": name, "tokens_per_s_per_gpu": tokens / gpus, "tflops_per_gpu": tflops, "share_of_one": share, "predicted_mb": predicted, "counted_mb": counted,
             "nvidia_smi_gb": result["memory"], "host_wait_ms": waited[:1], "overlap": result["overlap"], "seconds": result["seconds"],
             "metrics": [{k: m[k] for k in ("step", "loss", "grad_norm", "seconds")} for m in result["metrics"]],
         })
@@ -330,8 +345,12 @@ def speed():
     split = traced("speed ep", GPUS, f"--dp {GPUS} --ep {GPUS} --global-batch {GPUS}")
     report(f"EP {GPUS}, a sequence a GPU", split, GPUS, rate(one))
     if left() > 60:
-        again = train("speed one equal", 1, f"{shape} --tp 1 --global-batch {GPUS}", 130)
-        compare("equal", f"{shape.split()[0]}, EP {GPUS}", split, again, (5e-3, 5e-2))
+        flex = traced("speed flex", GPUS, f"--dp {GPUS} --ep {GPUS} --global-batch {GPUS} --set recipe.dispatcher=flex")
+        report(f"EP {GPUS} by flex, a sequence a GPU", flex, GPUS, rate(one))
+    if left() > 90:
+        several = train("equal proxy", GPUS, f"{recipe} --lr 1e-5 --dp {GPUS} --ep {GPUS} --global-batch {GPUS}", 130)
+        again = train("equal proxy one", 1, f"{recipe} --lr 1e-5 --tp 1 --global-batch {GPUS}", 130)
+        compare("equal", f"{recipe.split()[0]}, EP {GPUS}", several, again, (5e-3, 5e-2))
     if left() > 60:
         copies = traced("speed dp", GPUS, f"--dp {GPUS} --global-batch {GPUS}")
         report(f"DP {GPUS}, a sequence a GPU", copies, GPUS, rate(one))

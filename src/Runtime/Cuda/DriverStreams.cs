@@ -41,6 +41,8 @@ internal static unsafe partial class Driver
 
     public static void Follow(nint stream, nint @event) => Check(cuStreamWaitEvent(stream, @event, 0), "cuStreamWaitEvent");
 
+    public static void SynchronizeStream(nint stream) => Check(cuStreamSynchronize(stream), "cuStreamSynchronize");
+
     public static bool IsDone(nint @event)
     {
         var result = cuEventQuery(@event);
@@ -86,6 +88,9 @@ internal static unsafe partial class Driver
 
     [LibraryImport(Library)]
     private static partial int cuStreamWaitEvent(nint stream, nint awaited, uint flags);
+
+    [LibraryImport(Library)]
+    private static partial int cuStreamSynchronize(nint stream);
 
     [LibraryImport(Library, EntryPoint = "cuMemcpyDtoDAsync_v2")]
     private static partial int cuMemcpyDtoDAsync(nint to, nint from, nuint bytes, nint stream);

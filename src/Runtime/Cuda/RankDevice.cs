@@ -79,6 +79,13 @@ public sealed class RankDevice
         using var first = zeros(1, device: Torch);
     }
 
+    /// <summary>Waits for the stream that computes; parameters may still arrive on others. Faults of kernels show here.</summary>
+    public void FinishCompute()
+    {
+        if (IsCuda)
+            Driver.SynchronizeStream(0);
+    }
+
     /// <summary>Waits for everything launched; faults of kernels show here at the latest.</summary>
     public void Finish()
     {

@@ -176,17 +176,28 @@ public sealed class RankRunner : IDisposable
         }
     }
 
-    /// <summary>One whole step, and when what ran. The device is waited for before and behind it, never in it.</summary>
-    public StepTrace RunTraced(long step, IInputSource inputs)
+    /// <summary>
+    /// Waits for the device and begins to record, so that the step before the traced one is known too: what that leaves under way is part
+    /// of the traced one's time.
+    /// </summary>
+    public void BeginTrace()
     {
         var marks = Stage.Timetable.Sum(action => _programs.TryGetValue(Key(action), out var program) ? _instructions.Programs[program].Sum(StepRecorder.Marks) : 0);
         Device.Finish();
-        using IStepClock clock = Device.IsCuda ? new CudaClock(marks) : new HostClock();
-        var recorder = new StepRecorder(_instructions, Plan.Groups, clock);
-        _code.Recorder = recorder;
+        _code.Recorder = new StepRecorder(_instructions, Plan.Groups, Device.IsCuda ? new CudaClock((2 * marks) + 2) : new HostClock());
+    }
+
+    /// <summary>One whole step, and when what ran. The device is waited for behind it, never in it.</summary>
+    public StepTrace RunTraced(long step, IInputSource inputs)
+    {
+        if (_code.Recorder is null)
+            BeginTrace();
+        using var recorder = _code.Recorder!;
+        recorder.BeginStep();
         try
         {
             RunStep(step, inputs);
+            recorder.EndStep();
             Device.Finish();
         }
         finally
@@ -199,6 +210,7 @@ public sealed class RankRunner : IDisposable
 
     public void Dispose()
     {
+        _code.Recorder?.Dispose();
         foreach (var value in Persistent.Where(v => !_lent.Contains(v)))
             value.Dispose();
     }

@@ -8,9 +8,12 @@ namespace DeepSeekGraph.Runtime.Execution;
 /// Told by the executor of every instruction. A collective that works on streams says itself when it did; of others, the lane is taken
 /// from the begin of Start to the end of Wait, but not the time between the meeting of all members and the begin of Wait.
 /// </summary>
-internal sealed class StepRecorder(StageInstructions code, IReadOnlyList<Group> groups, IStepClock clock)
+internal sealed class StepRecorder(StageInstructions code, IReadOnlyList<Group> groups, IStepClock clock) : IDisposable
 {
-    private readonly DateTime _begin = DateTime.UtcNow;
+    private DateTime _begin;
+    private long _hostBegin;
+    private long _first;
+    private long _last;
     private readonly List<Noted> _noted = [];
     private readonly Dictionary<(Frame Frame, int Token), Flight> _flying = [];
     private Instruction[] _steps = [];
@@ -31,6 +34,14 @@ internal sealed class StepRecorder(StageInstructions code, IReadOnlyList<Group> 
     /// <summary>Of the collective that starts.</summary>
     public CollectiveTimes? Times { get; private set; }
 
+    /// <summary>The traced step begins; what was noted before counts as far as it is still under way.</summary>
+    public void BeginStep() => (_begin, _hostBegin, _first) = (DateTime.UtcNow, HostTime.Now, clock.Mark(0));
+
+    /// <summary>The traced step is over, on a GPU once it has come here. What is under way then is the next one's.</summary>
+    public void EndStep() => _last = clock.Mark(0);
+
+    public void Dispose() => clock.Dispose();
+
     /// <summary>A program begins.</summary>
     public void Enter(int program, Action action, Frame frame) => (_steps, _action, _frame) = (code.Programs[program], action, frame);
 
@@ -39,7 +50,10 @@ internal sealed class StepRecorder(StageInstructions code, IReadOnlyList<Group> 
     {
         switch (_steps[step])
         {
-            case Instruction.Launch:
+            case Instruction.Launch launch:
+                // what it waits for is no part of it
+                foreach (var input in launch.Inputs)
+                    _frame!.Slots[input].Settle();
                 _mark = clock.Mark(0);
                 break;
             case Instruction.Start:
@@ -82,13 +96,19 @@ internal sealed class StepRecorder(StageInstructions code, IReadOnlyList<Group> 
     /// <summary>All of it, once the device has finished.</summary>
     public StepTrace ToTrace(int rank, long step, string device)
     {
-        var length = HostTime.Nanoseconds(clock.Begin, HostTime.Now);
+        var from = clock.Since(_first);
+        var length = clock.Since(_last) - from;
         var events = new List<TraceEvent>(_noted.Count);
         foreach (var one in _noted)
         {
             var isHost = one.Lane == TraceLane.Host;
-            var begin = isHost ? HostTime.Nanoseconds(clock.Begin, one.Begin) : clock.Since(one.Begin);
-            var end = isHost ? HostTime.Nanoseconds(clock.Begin, one.End) : clock.Since(one.End);
+            var begin = isHost ? HostTime.Nanoseconds(_hostBegin, one.Begin) : clock.Since(one.Begin) - from;
+            var end = isHost ? HostTime.Nanoseconds(_hostBegin, one.End) : clock.Since(one.End) - from;
+
+            // of the step before, or of nothing but the next
+            if (end <= 0 || begin >= length)
+                continue;
+            (begin, end) = (Math.Max(0, begin), Math.Min(length, end));
             events.Add(new TraceEvent(one.Lane, one.Kind + one.Part, begin, Math.Max(begin, end))
             {
                 Kind = one.Kind,
@@ -100,8 +120,7 @@ internal sealed class StepRecorder(StageInstructions code, IReadOnlyList<Group> 
             });
         }
 
-        // the two clocks of a GPU's trace may differ by microseconds; of two events that begin at once, the one noted first comes first
-        length = events.Aggregate(length, (most, e) => Math.Max(most, e.End));
+        // of two events that begin at once, the one noted first comes first
         return new StepTrace(rank, step, device, _begin, length, [.. events.OrderBy(e => e.Begin)]);
     }
 

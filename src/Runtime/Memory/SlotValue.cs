@@ -78,7 +78,8 @@ public sealed class SlotValue : IDisposable
         _arriving = settle;
     }
 
-    private void Settle()
+    /// <summary>Makes the device wait for what still fills the storage.</summary>
+    public void Settle()
     {
         var settle = _arriving;
         _arriving = null;

@@ -111,6 +111,8 @@ public sealed class Trainer : IAsyncDisposable
             await OnAllAsync(
                 runner =>
                 {
+                    if (step + 1 == Options.TracedStep)
+                        runner.BeginTrace();
                     SetScalars(runner, step, rate, inputs.Count);
                     if (step == Options.TracedStep)
                     {
@@ -121,7 +123,7 @@ public sealed class Trainer : IAsyncDisposable
                     }
 
                     runner.RunStep(step, inputs);
-                    runner.Device.Finish();
+                    runner.Device.FinishCompute();
                 },
                 cancellationToken).ConfigureAwait(false);
             Step = step;
