@@ -25,7 +25,10 @@ measure "dsg clipped" 100 $BENCH --clip 1
 measure "dsg by kernel" 100 $BENCH --profile --repeats 5
 measure "PyTorch compiled" 150 python3 "$PEERS/torch_proxy.py" compile
 measure "transformers" 120 python3 "$PEERS/hf_proxy.py" grouped_mm
+# SKIP=equal leaves out the 20 steps beside the peer
+if [ "${SKIP:-}" != equal ]; then
 echo "== equal"
 timeout 150 $BENCH --like-peer --same --clip 1e9 --layers 3 --steps 20 --lr 1e-5 --repeats 1 --dump "$work/weights" --losses "$OUT/losses_dsg.txt" >"$OUT/equal_dsg.log" 2>&1 || tail -3 "$OUT/equal_dsg.log"
 timeout 150 python3 "$here/equal.py" "$PEERS/torch_proxy.py" "$work/weights" 3 20 "$OUT/losses_peer.txt" 2>"$OUT/equal_peer.log" || tail -3 "$OUT/equal_peer.log"
+fi
 python3 "$here/table.py" "$lines" "$OUT"

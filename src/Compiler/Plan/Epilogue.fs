@@ -34,6 +34,8 @@ type Input = {
     /// Elements of a bucket; 0: Megatron's.
     Bucket: int
     Gradients: Accumulated list
+    /// Do gradients and parameters have a lane of their own, where they hold nothing up?
+    Overlaps: bool
     /// Gradient slots that are reduced over data axes before the epilogue: a list for each R.
     Early: int list list
     Counts: Accumulated list
@@ -55,7 +57,8 @@ type private Move = {
 let bucket (given: int) (ranks: int) : int64 =
     if given > 0 then int64 given else max 40_000_000L (1_000_000L * int64 ranks)
 
-/// Moves that go together: of one kind, group and element type, in order, a bucket at a time.
+/// Moves that go together: of one kind, group and element type, in order, a bucket at a time. Small ones first: an fp32 gate of the first
+/// layer must not wait for all that is bf16.
 let private buckets (input: Input) (moves: Move list) : Move list list =
     let slot m = input.Slots[m.From]
     let elements m = (slot m).Extents |> Seq.fold (fun n e -> n * int64 e) 1L
@@ -69,6 +72,7 @@ let private buckets (input: Input) (moves: Move list) : Move list list =
 
     moves
     |> List.groupBy (fun m -> m.Kind, m.Group, (slot m).DType)
+    |> List.sortBy (snd >> List.sumBy elements)
     |> List.collect (snd >> cut)
     |> List.map (snd >> List.map fst)
 
@@ -218,6 +222,10 @@ let private overData (input: Input) (writer: Writer) along (g: Accumulated) =
 
 let private reducePath = "optimizer.reduce"
 
+/// The group along mesh axes for gradients and parameters.
+let private along (input: Input) =
+    if input.Overlaps then input.Groups.Beside else input.Groups.Along
+
 /// Is a gradient summed over ranks that see other data?
 let isReduced (input: Input) (g: Accumulated) : bool = not (shardOf input g).Data.IsEmpty
 
@@ -236,7 +244,7 @@ let private reduceEarly (input: Input) (writer: Writer) : struct (Step list list
     let programs = [
         for slots in input.Early do
             let struct (moved, begun) =
-                writer.EachBegun(slots, reducePath, (fun slot -> overData input writer input.Groups.Beside bySlot[slot]))
+                writer.EachBegun(slots, reducePath, (fun slot -> overData input writer (along input) bySlot[slot]))
 
             for from, result in moved do
                 into[from] <- result
@@ -275,7 +283,7 @@ let private reduce (input: Input) (writer: Writer) (begun: Begun) : Reduced list
             writer.Each(
                 List.map snd gradients,
                 path,
-                fun slot -> if late[slot].Slot = slot then overData input writer input.Groups.Along late[slot] else ValueNone
+                fun slot -> if late[slot].Slot = slot then overData input writer (along input) late[slot] else ValueNone
             )
 
     let rest =
@@ -431,7 +439,7 @@ let private adamW (input: Input) (writer: Writer) (scale: int) (g: Reduced) : Mo
     | ValueSome d ->
         ValueSome {
             Kind = Collective.AllGather d
-            Group = input.Groups.Along g.Shard.Data
+            Group = along input g.Shard.Data
             From = updated
             Into = parameter
             Ready = launch
@@ -488,19 +496,19 @@ let private update (input: Input) (writer: Writer) (begun: Begun) =
     let gathers = reduced |> List.rev |> List.map (adamW input writer scale)
     writer.Together([ for g in gathers |> List.filter _.IsSome -> g.Value ], "optimizer.gather")
 
-/// The R programs, and the epilogue: parameters, router biases, report. What generates has none of them.
+/// The R programs, and the epilogue: router biases, report, parameters; what generates has none to update. Parameters come last: what is
+/// gathered then may still be under way when the next step begins.
 let epilogue (input: Input) : struct (Step list list * Step list) =
     let writer = Writer input
     let struct (early, begun) = reduceEarly input writer
-
-    if input.Trains then
-        update input writer begun
-
     routerBiases input writer
     let sums = writer.Whole(input.Metrics |> List.map _.Slot, (fun _ -> allStages input), "metrics")
 
     for m, sum in List.zip input.Metrics sums do
         let into = input.Slots.Get(m.Name, SlotKind.Counter, scalar, Layout.replicated input.Mesh)
         writer.Launch(KernelId.Scale, [ Attribute.Float 1.0 ], [ sum ], [ into ], m.Name)
+
+    if input.Trains then
+        update input writer begun
 
     struct (early, writer.Close())

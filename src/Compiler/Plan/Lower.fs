@@ -195,6 +195,7 @@ let private accumulators
                 | true, g -> g
                 | false, _ -> ()
         ]
+        Overlaps = job.Recipe.OverlapGradReduce
         Early = []
         Counts = List.ofSeq counts
         Metrics = List.ofSeq metrics
