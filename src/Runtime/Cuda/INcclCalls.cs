@@ -65,6 +65,9 @@ internal interface INcclCalls
     /// <summary>A stream that works beside stream 0.</summary>
     nint NewStream();
 
+    /// <summary>Where the device does what is queued on a stream: itself, or 0 where ranks take turns on stream 0.</summary>
+    nint Where(nint stream);
+
     nint NewEvent();
 
     /// <summary>Puts an event behind what a stream was given.</summary>

@@ -173,6 +173,8 @@ internal sealed class LocalCalls(LocalFabric fabric, RankDevice device, Cancella
 
     public nint Pinned(long bytes) => device.IsCuda ? Driver.Pinned(bytes) : System.Runtime.InteropServices.Marshal.AllocHGlobal((nint)bytes);
 
+    public nint Where(nint stream) => 0;
+
     public nint NewStream()
     {
         _streams[++_handles] = [];

@@ -75,14 +75,14 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
                     call.Times?.Pack();
                 _nccl.Record(_begin, 0);
                 _nccl.Follow(lane.Stream, _begin);
-                call.Times?.Begin(lane.Stream);
+                call.Times?.Begin(_nccl.Where(lane.Stream));
                 foreach (var copy in launch.Copies)
                     copy(lane.Stream);
                 Queue(launch.Group, lane.Stream);
                 Queue(launch.Second, lane.Stream);
                 foreach (var copy in launch.ToHost)
                     copy(lane.Stream);
-                call.Times?.End(lane.Stream);
+                call.Times?.End(_nccl.Where(lane.Stream));
                 _nccl.Record(done, lane.Stream);
                 flight.State = FlightState.Queued;
                 var flying = new InFlight(this, launch, lane.Stream, call, flight, done, host);

@@ -225,6 +225,8 @@ internal sealed unsafe class NcclCalls(int device) : INcclCalls
 
     public nint NewStream() => Driver.NewStream();
 
+    public nint Where(nint stream) => stream;
+
     public nint NewEvent() => Driver.NewEvent();
 
     public void Record(nint @event, nint stream) => Driver.Record(@event, stream);
