@@ -35,7 +35,16 @@ let contentHash (plan: PlanSet) : byte[] = SHA256.HashData(UTF8Encoding(false, t
 
 let dtypeOf = DType.All
 let kindOf = kinds |> Array.map snd
-let phaseOf = [| Phase.Prologue; Phase.F; Phase.I; Phase.W 0; Phase.S; Phase.Epilogue; Phase.R 0 |]
+
+let phaseOf = [|
+    Phase.Prologue
+    Phase.F
+    Phase.I
+    Phase.W 0
+    Phase.S
+    Phase.Epilogue
+    Phase.R 0
+|]
 
 [<Sealed>]
 type private Writer() =

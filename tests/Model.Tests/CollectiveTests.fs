@@ -354,8 +354,7 @@ let private within (prefix: string) (line: CollectiveLine) =
     line.Path = prefix || line.Path.StartsWith(prefix + ".", StringComparison.Ordinal)
 
 /// Gradients whose reduction begins beside the backward pass stand in the epilogue's table.
-let private programOf (line: CollectiveLine) =
-    if line.Program.StartsWith('R') then "epilogue" else line.Program
+let private programOf (line: CollectiveLine) = if line.Program.StartsWith('R') then "epilogue" else line.Program
 
 let private key (path: string) (line: CollectiveLine) =
     let group = if line.Group.StartsWith("pp.0-1-", StringComparison.Ordinal) then "pp" else line.Group

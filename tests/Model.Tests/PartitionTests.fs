@@ -466,8 +466,15 @@ let private cover (job: Job) (c: Compiled) =
     count "no balance loss" (not job.Balance)
     count "several sequences a rank" (job.Batch > 1)
     count "every rank its own optimizer state" (not job.DistributedOptimizer)
-    count "gradients reduced beside the backward pass" (c.Plan.Stages |> Seq.exists (fun s -> s.Programs |> Seq.exists _.Phase.IsR))
-    count "weight gradients in parts" (c.Plan.Stages |> Seq.exists (fun s -> s.Programs |> Seq.exists (fun p -> p.Phase.Part > 0)))
+
+    count
+        "gradients reduced beside the backward pass"
+        (c.Plan.Stages |> Seq.exists (fun s -> s.Programs |> Seq.exists _.Phase.IsR))
+
+    count
+        "weight gradients in parts"
+        (c.Plan.Stages |> Seq.exists (fun s -> s.Programs |> Seq.exists (fun p -> p.Phase.Part > 0)))
+
     count "gradients and moments in bf16" job.NarrowStates
     count "masters as remainders" (job.Bf16 && job.Remainders)
 

@@ -136,7 +136,8 @@ let private differs =
 
 /// In bf16 logits differ by so much that two of them may change places.
 let private ties =
-    testCase "verify: a token whose logit is as near to the largest as logits are apart is a near-tie, where more than fp32's tolerance is given"
+    testCase
+        "verify: a token whose logit is as near to the largest as logits are apart is a near-tie, where more than fp32's tolerance is given"
     <| fun () ->
         let change (all: SafeTensorEntry list) =
             use file = SafeTensorsFile.Open(path "v3_tiny_plain" "reference.safetensors")
@@ -149,7 +150,11 @@ let private ties =
             |> on "generated_ids" (setId 20 ((ids[20] + 1L) % 512L))
 
         against "v3_tiny_plain" change (fun folder ->
-            let item = verify folder null (1, 1, 1) (Nullable 0.9) |> _.Items |> Seq.find (fun i -> i.Name = "generated_ids")
+            let item =
+                verify folder null (1, 1, 1) (Nullable 0.9)
+                |> _.Items
+                |> Seq.find (fun i -> i.Name = "generated_ids")
+
             Expect.isTrue item.IsWithin item.Remark
             Expect.stringContains item.Remark "by near-ties" "said")
 

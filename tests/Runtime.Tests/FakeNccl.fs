@@ -48,7 +48,7 @@ type internal FakeNccl(fabric: LocalFabric, stop: CancellationToken) =
         member _.Rows = calls.Rows
         member _.Pinned bytes = calls.Pinned bytes
         member _.NewStream() = calls.NewStream()
-        member _.Where stream = calls.Where stream
+        member _.Where stream = stream
         member _.NewEvent() = calls.NewEvent()
 
         member this.Record(recorded, stream) =

@@ -578,6 +578,13 @@ let private marks =
     let mark = [ "mark on 0" ]
 
     testList "marks of a traced step" [
+        testCase "what ranks of one device queue on a stream is marked on stream 0, where it is done" (fun () ->
+            use fabric = new LocalFabric()
+            let calls = LocalCalls(fabric, RankDevice.Cpu, CancellationToken.None)
+            let stream = calls.NewStream()
+            Expect.notEqual stream 0n "a handle of its own"
+            Expect.equal (calls.Where stream) 0n "the device knows stream 0 only")
+
         testCase
             "the lane's begin is behind what stream 0 has to do, its end before the event that is waited for"
             (fun () ->

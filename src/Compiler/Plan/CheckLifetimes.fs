@@ -324,7 +324,8 @@ let private complete (f: Findings) (stage: StagePlan) =
     let slotsOf pick =
         dict [
             for p in stage.Programs ->
-                struct (p.Phase, p.Chunk), p.Steps |> Seq.collect pick |> Seq.filter (fun id -> stage.Slots[id].Kind.IsGradient) |> HashSet
+                struct (p.Phase, p.Chunk),
+                p.Steps |> Seq.collect pick |> Seq.filter (fun id -> stage.Slots[id].Kind.IsGradient) |> HashSet
         ]
 
     let added =

@@ -325,7 +325,11 @@ let private checkPrograms (f: Findings) (plan: PlanSet) (stage: StagePlan) =
     let found = [ for p in stage.Programs -> struct (p.Phase, p.Chunk) ]
 
     if found <> expected then
-        let shown programs = programs |> List.truncate 40 |> List.map (fun struct (p: Phase, c) -> p.OfChunk c) |> String.concat " "
+        let shown programs =
+            programs
+            |> List.truncate 40
+            |> List.map (fun struct (p: Phase, c) -> p.OfChunk c)
+            |> String.concat " "
 
         f.Add(
             Codes.PlanShape,
@@ -390,7 +394,9 @@ let private checkTimetable (f: Findings) (plan: PlanSet) (stage: StagePlan) =
             last[key] <- action.Phase)
 
     let due =
-        int64 plan.Microbatches * (3L * int64 plan.Chunks + int64 (programs _.IsW)) + int64 (programs _.IsR) + 2L
+        int64 plan.Microbatches * (3L * int64 plan.Chunks + int64 (programs _.IsW))
+        + int64 (programs _.IsR)
+        + 2L
 
     if int64 count <> due then
         wrong $"it has %i{count} actions; %i{plan.Microbatches} microbatches in %i{plan.Chunks} chunks make %i{due}"

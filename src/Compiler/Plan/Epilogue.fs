@@ -223,8 +223,7 @@ let private overData (input: Input) (writer: Writer) along (g: Accumulated) =
 let private reducePath = "optimizer.reduce"
 
 /// The group along mesh axes for gradients and parameters.
-let private along (input: Input) =
-    if input.Overlaps then input.Groups.Beside else input.Groups.Along
+let private along (input: Input) = if input.Overlaps then input.Groups.Beside else input.Groups.Along
 
 /// Is a gradient summed over ranks that see other data?
 let isReduced (input: Input) (g: Accumulated) : bool = not (shardOf input g).Data.IsEmpty
@@ -283,7 +282,11 @@ let private reduce (input: Input) (writer: Writer) (begun: Begun) : Reduced list
             writer.Each(
                 List.map snd gradients,
                 path,
-                fun slot -> if late[slot].Slot = slot then overData input writer (along input) late[slot] else ValueNone
+                fun slot ->
+                    if late[slot].Slot = slot then
+                        overData input writer (along input) late[slot]
+                    else
+                        ValueNone
             )
 
     let rest =

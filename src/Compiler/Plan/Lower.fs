@@ -297,8 +297,7 @@ let private rank (job: Job) (p: Partitioned) work parameters groups home (r: int
             | Phase.R _
             | Phase.Epilogue -> phases[struct (phase, chunk)] <- steps)
 
-    let parts chunk =
-        phases.Keys |> Seq.filter (fun (struct (phase, c)) -> phase.IsW && c = chunk) |> Seq.length
+    let parts chunk = phases.Keys |> Seq.filter (fun (struct (phase, c)) -> phase.IsW && c = chunk) |> Seq.length
 
     let timetable = Reductions.spread parts timetable
     let stepsOf (a: Action) = phases[struct (a.Phase, a.Chunk)]

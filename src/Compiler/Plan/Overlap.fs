@@ -32,7 +32,12 @@ let clock (mesh: MeshInfo) (ranksPerNode: int) (groups: int -> Group) (slots: IR
         let axes = groups(group).MeshAxes
         let n = int64 (Mesh.extent mesh axes)
         // members lie as far apart as the slowest of their axes makes them
-        let reach = axes |> Seq.fold (fun far m -> max far (mesh.Axes |> Seq.truncate (m + 1) |> Seq.fold (fun r a -> r * a.Size) 1)) 1
+        let reach =
+            axes
+            |> Seq.fold
+                (fun far m -> max far (mesh.Axes |> Seq.truncate (m + 1) |> Seq.fold (fun r a -> r * a.Size) 1))
+                1
+
         let picoseconds = if reach > ranksPerNode then Dispatching.betweenNodes else Dispatching.insideNode
         let operand = bytes inputs
 
@@ -172,8 +177,7 @@ type private Scheduler(clock: Clock, steps: Step[]) =
         | Step.Free _ -> false
 
     /// Could it run now, if waits for what is over were written first?
-    let rec isReady i =
-        before[i] |> List.forall (fun p -> isDone[p] || isWait p && isOver p && isReady p)
+    let rec isReady i = before[i] |> List.forall (fun p -> isDone[p] || isWait p && isOver p && isReady p)
 
     let rec write i =
         if not isDone[i] then

@@ -34,9 +34,7 @@ let cut (bucket: int64) (size: int -> int64) (steps: Step list) : Step list list
             parts.Add(List())
             filled <- 0L
 
-    [
-        for part in parts -> List.ofSeq part
-    ]
+    [ for part in parts -> List.ofSeq part ]
 
 /// The timetable with every W in its parts; `parts` of a chunk.
 let spread (parts: int -> int) (table: Action list) : Action list = [

@@ -134,6 +134,7 @@ let private counts =
         <| fun () ->
             let plan = plan (base'.WithParallelism(1, 1, 1, 2).WithGradBucketSize 64)
             let stage = plan.Stages[0]
+
             let slots (phase: Phase) pick = [
                 for program in stage.Programs do
                     if program.Phase = phase then

@@ -120,7 +120,8 @@ let others = [
                 .WithVirtualPipeline(2)
                 .WithLayout("Et|t|t|mL")
                 .WithOverlapGradReduce(true)
-                .WithGradBucketSize 64)
+                .WithGradBucketSize
+                64)
     "nothing fused", lazy compile 2 (base'.WithParallelism(2, 2, 2, 2).WithFusion false)
     "bf16, recomputed",
     lazy compile 2 (base'.WithParallelism(2, 2, 4, 4).WithDType(DType.BFloat16).WithRecompute "core_attn")

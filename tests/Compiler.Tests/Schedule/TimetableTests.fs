@@ -269,7 +269,10 @@ let tests =
                     16, 64, 4, 203.25
                 ] do
                 let shape = interleaved p m v p
-                let whole = float (makespan (Phase.W 0) false shape (Timetable.build Schedule.Interleaved shape)) / float v
+
+                let whole =
+                    float (makespan (Phase.W 0) false shape (Timetable.build Schedule.Interleaved shape)) / float v
+
                 Expect.equal whole t $"interleaved p %i{p} m %i{m} v %i{v}"
 
         testCase "waits for sent cotangents cost no time, though a send ends only when it is received"
