@@ -22,6 +22,7 @@ let main argv =
             PathTests.tests
             BundleTests.tests
             OptimizerTests.tests
+            OverlapTests.tests
             CheckTests.tests
             ByteTests.tests
         ])
