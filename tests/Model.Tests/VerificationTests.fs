@@ -101,18 +101,22 @@ let private setId i (value: int64) (e: SafeTensorEntry) =
     MemoryMarshal.Cast<byte, int64>(bytes.AsSpan())[i] <- value
     SafeTensorEntry(e.Name, e.DType, e.Shape, ReadOnlyMemory bytes)
 
+/// A reference with a logit that is off by so much of the largest, and another token at place 20.
+let private wrong (by: float32) (all: SafeTensorEntry list) =
+    use file = SafeTensorsFile.Open(path "v3_tiny_plain" "reference.safetensors")
+    let ids = file.ReadInt64 "generated_ids"
+    let logits = file.ReadFloat32 "logits"
+    let largest = logits |> Array.map abs |> Array.max
+
+    all
+    |> on "logits" (setFloat 1000 (logits[1000] + by * largest))
+    |> on "generated_ids" (setId 20 ((ids[20] + 1L) % 512L))
+
 let private differs =
     testCase "verify: one wrong logit, one wrong token, a misspelt item and a wrong shape are told by name"
     <| fun () ->
         let change (all: SafeTensorEntry list) =
-            use file = SafeTensorsFile.Open(path "v3_tiny_plain" "reference.safetensors")
-            let ids = file.ReadInt64 "generated_ids"
-            let logits = file.ReadFloat32 "logits"
-            let largest = logits |> Array.map abs |> Array.max
-
-            all
-            |> on "logits" (setFloat 1000 (logits[1000] + 0.01f * largest))
-            |> on "generated_ids" (setId 20 ((ids[20] + 1L) % 512L))
+            wrong 0.01f all
             |> on "hidden_1" (fun e -> SafeTensorEntry(e.Name, e.DType, [| 1L; 192L; 64L |], e.Data))
             |> List.map (fun e -> if e.Name = "loss" then SafeTensorEntry("lose", e.DType, e.Shape, e.Data) else e)
 
@@ -139,17 +143,7 @@ let private ties =
     testCase
         "verify: a token whose logit is as near to the largest as logits are apart is a near-tie, where more than fp32's tolerance is given"
     <| fun () ->
-        let change (all: SafeTensorEntry list) =
-            use file = SafeTensorsFile.Open(path "v3_tiny_plain" "reference.safetensors")
-            let ids = file.ReadInt64 "generated_ids"
-            let logits = file.ReadFloat32 "logits"
-            let largest = logits |> Array.map abs |> Array.max
-
-            all
-            |> on "logits" (setFloat 1000 (logits[1000] + 0.8f * largest))
-            |> on "generated_ids" (setId 20 ((ids[20] + 1L) % 512L))
-
-        against "v3_tiny_plain" change (fun folder ->
+        against "v3_tiny_plain" (wrong 0.8f) (fun folder ->
             let item =
                 verify folder null (1, 1, 1) (Nullable 0.9)
                 |> _.Items
