@@ -57,11 +57,14 @@ type private Move = {
 let bucket (given: int) (ranks: int) : int64 =
     if given > 0 then int64 given else max 40_000_000L (1_000_000L * int64 ranks)
 
+/// Elements of a slot on one rank.
+let elements (slot: SlotInfo) : int64 = slot.Extents |> Seq.fold (fun n e -> n * int64 e) 1L
+
 /// Moves that go together: of one kind, group and element type, in order, a bucket at a time. Small ones first: an fp32 gate of the first
 /// layer must not wait for all that is bf16.
 let private buckets (input: Input) (moves: Move list) : Move list list =
     let slot m = input.Slots[m.From]
-    let elements m = (slot m).Extents |> Seq.fold (fun n e -> n * int64 e) 1L
+    let elements m = elements (slot m)
 
     let cut (moves: Move list) =
         let axes = input.Groups[moves.Head.Group].MeshAxes

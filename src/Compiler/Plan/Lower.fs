@@ -279,7 +279,7 @@ let private rank (job: Job) (p: Partitioned) work parameters groups home (r: int
 
         slots.Contains
 
-    let size slot = if isReduced slot then slots[slot].Extents |> Seq.fold (fun n e -> n * int64 e) 1L else 0L
+    let size slot = if isReduced slot then Epilogue.elements slots[slot] else 0L
     let bucket = Epilogue.bucket input.Bucket (Mesh.extent job.Mesh (Mesh.axesOf job.Mesh "dp"))
     let phases = Dictionary<struct (Phase * int), Step list>()
 

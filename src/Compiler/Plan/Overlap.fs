@@ -30,7 +30,7 @@ let clock (mesh: MeshInfo) (ranksPerNode: int) (groups: int -> Group) (slots: IR
 
     let collective (kind: Collective) group inputs =
         let axes = groups(group).MeshAxes
-        let n = int64 (Mesh.extent mesh axes)
+        let n = Mesh.extent mesh axes
         // members lie as far apart as the slowest of their axes makes them
         let reach =
             axes
@@ -41,20 +41,13 @@ let clock (mesh: MeshInfo) (ranksPerNode: int) (groups: int -> Group) (slots: IR
         let picoseconds = if reach > ranksPerNode then Dispatching.betweenNodes else Dispatching.insideNode
         let operand = bytes inputs
 
+        // fused exchanges, whose traffic depends on the routing, as if every row went
         let sent =
-            match kind with
-            | Collective.AllGather _ -> operand * (n - 1L)
-            | Collective.AllReduceSum
-            | Collective.AllReduceMax -> 2L * operand * (n - 1L) / n
-            | Collective.ReduceScatter _
-            | Collective.AllToAll _
-            | Collective.RouteToExperts
-            | Collective.RowsToExperts
-            | Collective.RowsToTokens
-            | Collective.Dispatch _
-            | Collective.Combine _ -> operand * (n - 1L) / n
-            | Collective.Send _
-            | Collective.Recv _ -> operand
+            if kind.IsDispatch || kind.IsCombine then
+                operand * int64 (n - 1) / int64 n
+            else
+                let struct (bytes, _) = PlanTraffic.sent kind operand n 0
+                bytes
 
         20_000L + sent * picoseconds / 1000L
 

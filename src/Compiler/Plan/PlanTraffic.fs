@@ -55,7 +55,7 @@ module PlanTraffic =
         | Collective.Recv _ -> "recv"
 
     /// Bytes that one rank sends, and of these to other nodes, of `bytes` operand bytes in groups of `n` with `away` peers elsewhere.
-    let private sent (kind: Collective) (bytes: int64) (n: int) (away: int) : struct (int64 * int64) =
+    let sent (kind: Collective) (bytes: int64) (n: int) (away: int) : struct (int64 * int64) =
         let peers = int64 (n - 1)
 
         match kind with

@@ -8,17 +8,19 @@ open DeepSeekGraph
 /// Parts of a chunk's W: more would not hide more, and each is a program.
 let private most = 16L
 
+/// Accumulators that a step adds to.
+let private added (step: Step) : int seq =
+    match step with
+    | Step.Launch(KernelId.Accumulate, _, _, outputs, _) -> outputs :> int seq
+    | Step.Launch _
+    | Step.Start _
+    | Step.Wait _
+    | Step.Free _ -> Seq.empty
+
 /// W in parts: a part ends behind the sum with which its gradients reach a bucket. `size`: elements of a gradient that are reduced over
 /// data axes; 0 for what is not.
 let cut (bucket: int64) (size: int -> int64) (steps: Step list) : Step list list =
-    let completes (step: Step) =
-        match step with
-        | Step.Launch(KernelId.Accumulate, _, _, outputs, _) -> outputs |> Seq.sumBy size
-        | Step.Launch _
-        | Step.Start _
-        | Step.Wait _
-        | Step.Free _ -> 0L
-
+    let completes step = added step |> Seq.sumBy size
     let all = steps |> List.sumBy completes
     let bucket = max bucket ((all + most - 1L) / most)
     let parts = List [ List<Step>() ]
@@ -55,6 +57,8 @@ let spread (parts: int -> int) (table: Action list) : Action list = [
 type Early = {
     Chunk: int
     Part: int
+    /// The entry of the timetable that it comes behind: the last run of its part.
+    Behind: int
     /// Accumulators, in the order in which they are complete.
     Gradients: int list
 }
@@ -62,58 +66,42 @@ type Early = {
 /// Gradients by the part of W whose last run completes them, in the order of the timetable, which has W in parts. `steps` of a program;
 /// `isReduced`: the gradients that are meant. Others, and what F or I adds to last, are left to the epilogue.
 let early (steps: Action -> Step list) (isReduced: int -> bool) (table: Action list) : Early list =
+    let lastRuns =
+        table
+        |> List.indexed
+        |> List.filter (fun (_, action) -> not action.Phase.IsOnce)
+        |> List.groupBy (fun (_, action) -> struct (action.Phase, action.Chunk))
+        |> List.map (snd >> List.last)
+        |> List.sortBy fst
+
+    // what is added to in several programs is complete with the last of them
     let completed = Dictionary<int, int>()
 
-    for i, action in List.indexed table do
-        if not action.Phase.IsOnce then
-            for step in steps action do
-                match step with
-                | Step.Launch(KernelId.Accumulate, _, _, outputs, _) ->
-                    for slot in outputs do
-                        if isReduced slot then
-                            completed[slot] <- i
-                | Step.Launch _
-                | Step.Start _
-                | Step.Wait _
-                | Step.Free _ -> ()
+    let sums = [
+        for at, action in lastRuns ->
+            let slots = steps action |> List.collect (added >> List.ofSeq) |> List.filter isReduced
+
+            for slot in slots do
+                completed[slot] <- at
+
+            at, action, List.distinct slots
+    ]
 
     [
-        for i, action in List.indexed table do
-            let mine = HashSet()
-
-            for KeyValue(slot, at) in completed do
-                if at = i then
-                    mine.Add slot |> ignore
-
-            if action.Phase.IsW && mine.Count > 0 then
-                {
-                    Chunk = action.Chunk
-                    Part = action.Phase.Part
-                    Gradients = [
-                        for step in steps action do
-                            match step with
-                            | Step.Launch(KernelId.Accumulate, _, _, outputs, _) ->
-                                for slot in outputs do
-                                    if mine.Remove slot then
-                                        slot
-                            | Step.Launch _
-                            | Step.Start _
-                            | Step.Wait _
-                            | Step.Free _ -> ()
-                    ]
-                }
+        for at, action, slots in sums do
+            match slots |> List.filter (fun slot -> completed[slot] = at) with
+            | gradients when action.Phase.IsW && not gradients.IsEmpty -> {
+                Chunk = action.Chunk
+                Part = action.Phase.Part
+                Behind = at
+                Gradients = gradients
+              }
+            | _none -> ()
     ]
 
 /// The timetable with each R behind the last run of its part.
 let place (early: Early list) (table: Action list) : Action list =
-    let last = Dictionary<struct (int * int), int>()
-
-    table
-    |> List.iteri (fun i action ->
-        if action.Phase.IsW then
-            last[struct (action.Chunk, action.Phase.Part)] <- i)
-
-    let behind = dict [ for e in early -> last[struct (e.Chunk, e.Part)], e ]
+    let behind = dict [ for e in early -> e.Behind, e ]
 
     [
         for i, action in List.indexed table do

@@ -178,7 +178,7 @@ public sealed class Verification : IDisposable
             {
                 var ours = chosen[((_batch.Inputs.Rows + row) * _batch.SeqLength) + s - 1];
                 compared++;
-                if (ours != generated[row, s] && Gap(ours, generated[row, s]) <= tie)
+                if (ours != generated[row, s] && tie > 0 && Gap(ours, generated[row, s]) <= tie)
                     ties++;
                 else if (ours != generated[row, s])
                 {

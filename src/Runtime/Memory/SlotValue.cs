@@ -72,14 +72,14 @@ public sealed class SlotValue : IDisposable
     /// Something still fills the storage: whoever touches it next calls `settle` first, which makes the device wait for it. A parameter
     /// that is gathered at the end of a step arrives while the next one begins.
     /// </summary>
-    public void ArriveBy(System.Action settle)
+    internal void ArriveBy(System.Action settle)
     {
         Settle();
         _arriving = settle;
     }
 
     /// <summary>Makes the device wait for what still fills the storage.</summary>
-    public void Settle()
+    internal void Settle()
     {
         var settle = _arriving;
         _arriving = null;
