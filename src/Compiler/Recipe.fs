@@ -170,6 +170,7 @@ type Recipe = private {
     overlapGradReduce: bool
     gradBucketSize: int
     overlap: bool
+    overlapMoeExpertParallelComm: bool
     stateTypes: StateTypes
     facts: string list
 } with
@@ -212,6 +213,7 @@ type Recipe = private {
         overlapGradReduce = true
         gradBucketSize = 0
         overlap = true
+        overlapMoeExpertParallelComm = false
         stateTypes = StateTypes.Full
         facts = []
     }
@@ -272,6 +274,8 @@ type Recipe = private {
     member this.GradBucketSize = this.gradBucketSize
     /// Are a program's steps put in an order in which collectives run beside what does not need them?
     member this.Overlap = this.overlap
+    /// Does a forward take turns with the backward of another microbatch, so that one's collectives run beside the other's launches?
+    member this.OverlapMoeExpertParallelComm = this.overlapMoeExpertParallelComm
     member this.StateTypes = this.stateTypes
     /// What else a plan records, as `key=value`: the model's sizes. No pass reads them.
     member this.Facts = this.facts :> IReadOnlyList<string>
@@ -371,6 +375,13 @@ type Recipe = private {
     member this.WithOverlapGradReduce(on: bool) = { this with overlapGradReduce = on }
     member this.WithGradBucketSize(elements: int) = { this with gradBucketSize = elements }
     member this.WithOverlap(on: bool) = { this with overlap = on }
+
+    /// Megatron's name; all collectives of F, I and W are hidden so, not those of experts alone. Takes schedule 1F1B on one pipeline rank,
+    /// or a virtual pipeline, and memory for one more microbatch of a chunk.
+    member this.WithOverlapMoeExpertParallelComm(on: bool) = {
+        this with
+            overlapMoeExpertParallelComm = on
+    }
 
     member this.WithStateTypes(mainParams: MainParams, mainGrads: DType, expAvg: DType, expAvgSq: DType) = {
         this with

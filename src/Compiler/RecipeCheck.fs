@@ -161,6 +161,7 @@ let pipeline (recipe: Recipe) (mesh: MeshInfo) : Result<struct (Schedule * Pipel
             Chunks = recipe.VirtualPipeline
             Microbatches = microbatches
             Group = recipe.MicrobatchGroup
+            Pairs = recipe.OverlapMoeExpertParallelComm && recipe.Mode.IsTrain
         }
 
         match Timetable.check recipe.Schedule shape with

@@ -13,8 +13,9 @@ module PlanSchema =
     /// 6: caches.
     /// 7: remainders: i16, and the weight that an update reads beside one.
     /// 8: W in parts, R, lanes; which code a GPU runs for attention and grouped products.
+    /// 9: F and I in parts.
     [<Literal>]
-    let Version = 8
+    let Version = 9
 
 /// How a value lies along one mesh axis.
 [<RequireQualifiedAccess; Struct>]
@@ -134,15 +135,16 @@ type Step =
     /// The slot's memory is given back (this microbatch's instance).
     | Free of Slot: int
 
-/// The programs of a chunk: once a step (Prologue, R, Epilogue) or once a microbatch (F, I, W, S).
+/// The programs of a chunk: once a step (Prologue, R, Epilogue) or once a microbatch (F, I, W, S). F, I and W may be in parts: cut where
+/// another microbatch's parts come between, W also where enough gradients are complete to be reduced.
 [<RequireQualifiedAccess>]
 type Phase =
     | Prologue
     /// Forward.
-    | F
+    | F of Part: int
     /// Cotangents that leave the chunk.
-    | I
-    /// Gradients of parameters, cut into parts where enough of them are complete to be reduced.
+    | I of Part: int
+    /// Gradients of parameters.
     | W of Part: int
     /// Waits until what I and W sent has arrived, and gives its memory back; late enough to hold nobody up.
     | S
@@ -154,29 +156,43 @@ type Phase =
     member this.Word =
         match this with
         | Prologue -> "prologue"
-        | F -> "F"
-        | I -> "I"
+        | F _ -> "F"
+        | I _ -> "I"
         | W _ -> "W"
         | S -> "S"
         | R _ -> "R"
         | Epilogue -> "epilogue"
 
-    /// The part of W and R; 0 of the others, which are one piece.
+    /// The part of F, I, W and R; 0 of the others, which are one piece.
     member this.Part =
         match this with
+        | F part
+        | I part
         | W part
         | R part -> part
         | Prologue
-        | F
-        | I
         | S
         | Epilogue -> 0
+
+    /// Another part of the same; what is one piece stays as it is.
+    member this.WithPart(part: int) =
+        match this with
+        | F _ -> F part
+        | I _ -> I part
+        | W _ -> W part
+        | R _ -> R part
+        | Prologue
+        | S
+        | Epilogue -> this
+
+    /// May it be in parts?
+    member this.HasParts = this.IsF || this.IsI || this.IsW || this.IsR
 
     /// As printed: F, or W.2 for a later part.
     member this.Name = if this.Part = 0 then this.Word else $"%s{this.Word}.%i{this.Part}"
 
     /// Each phase in its first part, in the order of programs.
-    static member All = [| Prologue; F; I; W 0; S; R 0; Epilogue |]
+    static member All = [| Prologue; F 0; I 0; W 0; S; R 0; Epilogue |]
 
     /// Does it run once a step?
     member this.IsOnce = this.IsPrologue || this.IsR || this.IsEpilogue

@@ -213,10 +213,8 @@ let private slot (r: Reader) : SlotInfo =
 
 let private stage (r: Reader) : StagePlan =
     let phase () =
-        match r.OneOf("phase", phaseOf) with
-        | Phase.W _ -> Phase.W(r.Int())
-        | Phase.R _ -> Phase.R(r.Int())
-        | whole -> whole
+        let phase = r.OneOf("phase", phaseOf)
+        if phase.HasParts then phase.WithPart(r.Int()) else phase
 
     let number = r.Int()
     let units = r.Text()

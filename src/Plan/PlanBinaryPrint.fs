@@ -38,8 +38,8 @@ let kindOf = kinds |> Array.map snd
 
 let phaseOf = [|
     Phase.Prologue
-    Phase.F
-    Phase.I
+    Phase.F 0
+    Phase.I 0
     Phase.W 0
     Phase.S
     Phase.Epilogue
@@ -198,19 +198,9 @@ let private writeSlot (w: Writer) (s: SlotInfo) =
     writeLayout w s.Layout
 
 let private writePhase (w: Writer) (phase: Phase) =
-    let inFirstPart =
-        match phase with
-        | Phase.W _ -> Phase.W 0
-        | Phase.R _ -> Phase.R 0
-        | Phase.Prologue
-        | Phase.F
-        | Phase.I
-        | Phase.S
-        | Phase.Epilogue -> phase
+    w.Count(indexOf phaseOf (phase.WithPart 0))
 
-    w.Count(indexOf phaseOf inFirstPart)
-
-    if phase.IsW || phase.IsR then
+    if phase.HasParts then
         w.Int phase.Part
 
 let private writeStage (w: Writer) (s: StagePlan) =

@@ -176,15 +176,12 @@ let private action (word: string) : struct (Phase * int * int) =
     let name = front.TrimEnd([| '0' .. '9' |])
     let digits = front.Substring name.Length
 
-    let phase =
-        match lookup "phase" phases name with
-        | Phase.W _ -> Phase.W part
-        | Phase.R _ -> Phase.R part
-        | whole ->
-            if front.Length < word.Length && word.Contains '.' then
-                raise (malformed $"'%s{word}' names a part, and %s{whole.Word} is one piece" "W and R have parts")
+    let whole = lookup "phase" phases name
 
-            whole
+    if word.Contains '.' && not whole.HasParts then
+        raise (malformed $"'%s{word}' names a part, and %s{whole.Word} is one piece" "F, I, W and R have parts")
+
+    let phase = whole.WithPart part
 
     struct (phase, (if digits = "" then -1 else number "microbatch" digits), chunk)
 

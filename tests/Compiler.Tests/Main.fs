@@ -23,6 +23,7 @@ let main argv =
             BundleTests.tests
             OptimizerTests.tests
             OverlapTests.tests
+            WeaveTests.tests
             CheckTests.tests
             ByteTests.tests
         ])

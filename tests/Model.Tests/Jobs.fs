@@ -63,6 +63,8 @@ type Job = {
     Bucket: int
     /// Steps in the order of the graph.
     InOrder: bool
+    /// A forward takes turns with the backward of another microbatch.
+    Paired: bool
     Microbatches: int
     /// Sequences of a microbatch on one data rank.
     Batch: int
@@ -141,6 +143,7 @@ type Job = {
             .WithOverlapGradReduce(not this.LateReduce)
             .WithGradBucketSize(this.Bucket)
             .WithOverlap(not this.InOrder)
+            .WithOverlapMoeExpertParallelComm(this.Paired)
             .WithStateTypes(this.Masters, this.States, this.States, this.States)
             .WithBatch(this.Microbatches * this.Batch * this.Data, this.Batch, this.SeqLength)
             .WithRecompute(Array.ofList this.Recompute)
@@ -165,6 +168,7 @@ type Job = {
             Virtual = 1
             Group = 0
             GPipe = false
+            Paired = false
             Recompute = []
             Padding = 1
             Batch = this.Batch * this.Data
@@ -270,6 +274,7 @@ let plain: Job = {
     LateReduce = false
     Bucket = 0
     InOrder = false
+    Paired = false
     Microbatches = 2
     Batch = 1
     SeqLength = 8
@@ -336,6 +341,8 @@ let private jobs (pipelines: int list) (chunks: int list) = gen {
     let! late = some [ false; false; true ]
     let! bucket = some [ 0; 1; 100; 1000 ]
     let! inOrder = some [ false; false; true ]
+    let! paired = some [ false; false; true ]
+    let paired = paired && (pipeline = 1 || chunks > 1) && microbatches > 1
 
     let job = {
         Layers = layers
@@ -363,7 +370,7 @@ let private jobs (pipelines: int list) (chunks: int list) = gen {
         Virtual = chunks
         Group = if chunks = 1 then 0 else group
         Cuts = cuts |> List.ofSeq |> List.truncate (pipeline * chunks - 1)
-        GPipe = gpipe && chunks = 1
+        GPipe = gpipe && chunks = 1 && not paired
         Recompute = recompute
         Fusions = fusions
         Bf16 = bf16
@@ -375,6 +382,7 @@ let private jobs (pipelines: int list) (chunks: int list) = gen {
         LateReduce = late
         Bucket = bucket
         InOrder = inOrder
+        Paired = paired
         Microbatches = if chunks = 1 then microbatches else max microbatches pipeline
         Batch = batch
         SeqLength = seqLength
@@ -413,6 +421,7 @@ let size (job: Job) =
         chosen job.LateReduce
         chosen (job.Bucket > 0)
         chosen job.InOrder
+        chosen job.Paired
     ]
 
 /// Ways to keep `n` of the cuts; the last, behind each of the first units, is legal whatever the model.
@@ -570,6 +579,9 @@ let shrink (job: Job) : Job seq =
 
         if job.InOrder then
             { job with InOrder = false }
+
+        if job.Paired then
+            { job with Paired = false }
 
         if not job.DistributedOptimizer then
             { job with DistributedOptimizer = true }

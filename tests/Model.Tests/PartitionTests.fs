@@ -475,6 +475,13 @@ let private cover (job: Job) (c: Compiled) =
         "weight gradients in parts"
         (c.Plan.Stages |> Seq.exists (fun s -> s.Programs |> Seq.exists (fun p -> p.Phase.Part > 0)))
 
+    let isTurn (a: Action, b: Action) =
+        not a.Phase.IsOnce && not b.Phase.IsOnce && a.Microbatch <> b.Microbatch && b.Phase.Part > 0
+
+    count
+        "microbatches that take turns"
+        (c.Plan.Stages |> Seq.exists (fun s -> s.Timetable |> Seq.pairwise |> Seq.exists isTurn))
+
     count "gradients and moments in bf16" job.NarrowStates
     count "masters as remainders" (job.Bf16 && job.Remainders)
 
@@ -606,6 +613,7 @@ let private covered () =
             "several sequences a rank", 0.1
             "every rank its own optimizer state", 0.1
             "gradients and moments in bf16", 0.2
+            "microbatches that take turns", 0.05
         ] do
         let share = total name / total "cases"
         printfn $"coverage: %s{name} %.0f{100.0 * share} %%"
@@ -670,10 +678,10 @@ let tests =
                             | Step.Free _ -> ()
             ]
 
-            let sent, received = messages 1 Phase.F _.IsSend, messages 2 Phase.F _.IsRecv
+            let sent, received = messages 1 (Phase.F 0) _.IsSend, messages 2 (Phase.F 0) _.IsRecv
             Expect.equal (List.sumBy snd sent) 3 "the states of the last layer and of both depths"
             Expect.equal received sent "in the order of sending"
-            Expect.isEmpty (messages 2 Phase.I _.IsRecv) "nothing later"
+            Expect.isEmpty (messages 2 (Phase.I 0) _.IsRecv) "nothing later"
 
             let reads (stage: StagePlan) (phase: Phase) kernel = [
                 for program in stage.Programs do
@@ -687,9 +695,9 @@ let tests =
                             | Step.Free _ -> ()
             ]
 
-            let losses = reads plan.Stages[2] Phase.I KernelId.LinearCrossEntropyGrad
+            let losses = reads plan.Stages[2] (Phase.I 0) KernelId.LinearCrossEntropyGrad
             Expect.equal losses.Length 3 "three losses with their gradients"
-            Expect.isEmpty (reads plan.Stages[2] Phase.F KernelId.LinearCrossEntropy) "none in F"
+            Expect.isEmpty (reads plan.Stages[2] (Phase.F 0) KernelId.LinearCrossEntropy) "none in F"
 
         testCase "recomputed attention is not kept: less is live, and nothing else changes"
         <| fun () ->

@@ -269,7 +269,7 @@ let private faults (executor: Executor) =
                 TinyPlan.plan 2 2 4
                 |> changed
                     1
-                    Phase.F
+                    Phase.F 0
                     (List.map (function
                         | Step.Launch(KernelId.Contract, _, inputs, outputs, path) ->
                             Step.Launch(
@@ -297,7 +297,7 @@ let private faults (executor: Executor) =
         testCase "a collective whose value does not fit names its instruction" (fun () ->
             let broken =
                 TinyPlan.plan 1 1 4
-                |> changed 1 Phase.F (fun steps ->
+                |> changed 1 (Phase.F 0) (fun steps ->
                     let spare =
                         steps
                         |> List.pick (function
@@ -327,7 +327,7 @@ let private faults (executor: Executor) =
             // stage 0 waits for a gradient that nobody sends
             let stuck =
                 TinyPlan.plan 2 2 4
-                |> changed 1 Phase.I (List.filter (fun step -> not step.IsStart && not step.IsWait))
+                |> changed 1 (Phase.I 0) (List.filter (fun step -> not step.IsStart && not step.IsWait))
 
             task {
                 use! trainer = Trainer.StartAsync(stuck, options executor 8)
@@ -382,7 +382,7 @@ let private chooser: PlanSet =
                     |]
                     Programs = [|
                         {
-                            Phase = Phase.F
+                            Phase = Phase.F 0
                             Chunk = 0
                             Steps = [|
                                 Step.Launch(
@@ -397,7 +397,7 @@ let private chooser: PlanSet =
                             |]
                         }
                     |]
-                    Timetable = [| TinyPlan.action Phase.F 0 |]
+                    Timetable = [| TinyPlan.action (Phase.F 0) 0 |]
                 }
             |]
     }

@@ -125,7 +125,7 @@ let plan data microbatches batch : PlanSet =
         slots.All,
         [
             Phase.Prologue, prologue slots "embed"
-            Phase.F,
+            Phase.F 0,
             [
                 launch
                     KernelId.Slice
@@ -139,7 +139,7 @@ let plan data microbatches batch : PlanSet =
                 yield! move slots 1 (Collective.Send 1) 1 [ "x" ] []
                 yield! free slots [ "x" ]
             ]
-            Phase.I, move slots 1 (Collective.Recv 1) 2 [] [ "dx" ]
+            Phase.I 0, move slots 1 (Collective.Recv 1) 2 [] [ "dx" ]
             Phase.W 0,
             [
                 launch KernelId.EmbeddingGrad [] [ "ids"; "dx"; "range" ] [ "dE" ] "embed"
@@ -173,7 +173,7 @@ let plan data microbatches batch : PlanSet =
         slots.All,
         [
             Phase.Prologue, prologue slots "head"
-            Phase.F,
+            Phase.F 0,
             [
                 yield! move slots 1 (Collective.Recv 0) 1 [] [ "x" ]
                 launch KernelId.Contract (text "b s k+, n k+ -> b s n") [ "x"; "head" ] [ "z" ] "head"
@@ -183,7 +183,7 @@ let plan data microbatches batch : PlanSet =
                 launch KernelId.Accumulate [] [ "l1" ] [ "metric:loss" ] "loss"
                 yield! free slots [ "q"; "l"; "l1" ]
             ]
-            Phase.I,
+            Phase.I 0,
             [
                 launch KernelId.Scale [ Attribute.Float 2.0 ] [ "z" ] [ "dz" ] "loss"
                 launch KernelId.Mul [ Attribute.Ints [||] ] [ "dz"; "inv_tokens" ] [ "g" ] "loss"
@@ -215,9 +215,9 @@ let plan data microbatches batch : PlanSet =
         Timetable = [|
             action Phase.Prologue 0
             for m in 0 .. microbatches - 1 do
-                action Phase.F m
+                action (Phase.F 0) m
             for m in 0 .. microbatches - 1 do
-                action Phase.I m
+                action (Phase.I 0) m
                 action (Phase.W 0) m
                 action Phase.S m
             action Phase.Epilogue 0

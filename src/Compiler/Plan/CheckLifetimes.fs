@@ -163,7 +163,7 @@ type private Walk(f: Findings, stage: StagePlan) =
 
                 if not slots[id].Kind.IsCache || inputs.Count = 0 || inputs[0] <> id then
                     wrong $"%s{name id} is no cache that is written in place"
-                elif phase <> Phase.F then
+                elif not phase.IsF then
                     wrong $"%s{name id} is written outside the forward pass"
                 elif not (written.Add id) then
                     wrong $"%s{name id} is written twice"

@@ -293,7 +293,7 @@ let private checkSteps (f: Findings) (plan: PlanSet) (stage: StagePlan) =
             | Step.Wait _ -> ()
             | Step.Free slot -> slots [| slot |])
 
-/// Prologue; F, I, W in parts, S and R in parts of each chunk; epilogue.
+/// Prologue; F, I and W in parts, S and R in parts of each chunk; epilogue.
 let private checkPrograms (f: Findings) (plan: PlanSet) (stage: StagePlan) =
     let parts is chunk =
         stage.Programs
@@ -307,11 +307,9 @@ let private checkPrograms (f: Findings) (plan: PlanSet) (stage: StagePlan) =
         struct (Phase.Prologue, 0)
 
         for chunk in 0 .. plan.Chunks - 1 do
-            struct (Phase.F, chunk)
-            struct (Phase.I, chunk)
-
-            for part in 0 .. max 1 (parts _.IsW chunk).Length - 1 do
-                struct (Phase.W part, chunk)
+            for whole: Phase in [ Phase.F 0; Phase.I 0; Phase.W 0 ] do
+                for part in 0 .. max 1 (parts (fun phase -> phase.Word = whole.Word) chunk).Length - 1 do
+                    struct (whole.WithPart part, chunk)
 
             struct (Phase.S, chunk)
 
@@ -344,13 +342,19 @@ let private checkTimetable (f: Findings) (plan: PlanSet) (stage: StagePlan) =
 
     /// What a microbatch runs in a chunk before this; the prologue before F.
     let before (phase: Phase) chunk =
+        let last (whole: Phase) =
+            let parts = stage.Programs |> Seq.filter (fun p -> p.Phase.Word = whole.Word && p.Chunk = chunk)
+            whole.WithPart(Seq.length parts - 1)
+
         match phase with
-        | Phase.I -> Phase.F
-        | Phase.W 0 -> Phase.I
+        | Phase.F part when part > 0 -> Phase.F(part - 1)
+        | Phase.I 0 -> last (Phase.F 0)
+        | Phase.I part -> Phase.I(part - 1)
+        | Phase.W 0 -> last (Phase.I 0)
         | Phase.W part -> Phase.W(part - 1)
-        | Phase.S -> Phase.W((stage.Programs |> Seq.filter (fun p -> p.Phase.IsW && p.Chunk = chunk) |> Seq.length) - 1)
+        | Phase.S -> last (Phase.W 0)
         | Phase.Prologue
-        | Phase.F
+        | Phase.F _
         | Phase.R _
         | Phase.Epilogue -> Phase.Prologue
 
@@ -378,8 +382,8 @@ let private checkTimetable (f: Findings) (plan: PlanSet) (stage: StagePlan) =
                 wrong $"there is no program %s{action.Name}"
             elif not (reduced.Add(struct (action.Chunk, part))) || microbatch <> 0 then
                 wrong $"%s{action.Name} comes twice"
-        | Phase.F
-        | Phase.I
+        | Phase.F _
+        | Phase.I _
         | Phase.W _
         | Phase.S ->
             let before = before action.Phase action.Chunk
@@ -394,7 +398,7 @@ let private checkTimetable (f: Findings) (plan: PlanSet) (stage: StagePlan) =
             last[key] <- action.Phase)
 
     let due =
-        int64 plan.Microbatches * (3L * int64 plan.Chunks + int64 (programs _.IsW))
+        int64 plan.Microbatches * int64 (programs (fun phase -> not phase.IsOnce))
         + int64 (programs _.IsR)
         + 2L
 

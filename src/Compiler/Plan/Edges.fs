@@ -120,8 +120,8 @@ let phases (graph: Graph) (work: StageWork) (stage: int) : IReadOnlyDictionary<i
 
     for n in work.Nodes[stage] do
         phases[n] <-
-            if graph.Nodes[n].Origin.Pass.IsForward then Phase.F
-            elif needed.Contains n then Phase.I
+            if graph.Nodes[n].Origin.Pass.IsForward then Phase.F 0
+            elif needed.Contains n then Phase.I 0
             else Phase.W 0
 
     phases :> IReadOnlyDictionary<int, Phase>

@@ -281,26 +281,25 @@ let private rank (job: Job) (p: Partitioned) work parameters groups home (r: int
 
     let size slot = if isReduced slot then Epilogue.elements slots[slot] else 0L
     let bucket = Epilogue.bucket input.Bucket (Mesh.extent job.Mesh (Mesh.axesOf job.Mesh "dp"))
-    let phases = Dictionary<struct (Phase * int), Step list>()
+    let clock = Overlap.clock job.Mesh job.Recipe.RanksPerNode (fun group -> groups[group]) (slots.ToArray())
+    let phases = Dictionary<struct (string * int), Step list list>()
 
     programs
     |> Array.iteri (fun chunk built ->
         for phase, steps in built do
-            match phase with
-            | Phase.W _ ->
-                Reductions.cut bucket size steps
-                |> List.iteri (fun part steps -> phases[struct (Phase.W part, chunk)] <- steps)
-            | Phase.Prologue
-            | Phase.F
-            | Phase.I
-            | Phase.S
-            | Phase.R _
-            | Phase.Epilogue -> phases[struct (phase, chunk)] <- steps)
+            phases[struct (phase.Word, chunk)] <-
+                match phase with
+                | Phase.W _ -> Reductions.cut bucket size steps
+                | Phase.F _
+                | Phase.I _
+                | Phase.Prologue
+                | Phase.S
+                | Phase.R _
+                | Phase.Epilogue -> [ steps ])
 
-    let parts chunk = phases.Keys |> Seq.filter (fun (struct (phase, c)) -> phase.IsW && c = chunk) |> Seq.length
-
-    let timetable = Reductions.spread parts timetable
-    let stepsOf (a: Action) = phases[struct (a.Phase, a.Chunk)]
+    let pieces (phase: Phase) chunk = phases.GetValueOrDefault(struct (phase.Word, chunk), [ [] ])
+    let struct (parts, timetable) = Weave.run clock job.Shape.Pairs pieces timetable
+    let stepsOf (a: Action) = (parts a.Phase a.Chunk)[a.Phase.Part]
     let early = Reductions.early stepsOf isReduced timetable
     let timetable = Reductions.place early timetable
 
@@ -321,13 +320,10 @@ let private rank (job: Job) (p: Partitioned) work parameters groups home (r: int
         program Phase.Prologue 0 once[0]
 
         for chunk in 0 .. chunks - 1 do
-            program Phase.F chunk (find Phase.F chunk)
-            program Phase.I chunk (find Phase.I chunk)
-
-            for part in 0 .. parts chunk - 1 do
-                program (Phase.W part) chunk (find (Phase.W part) chunk)
-
-            program Phase.S chunk (find Phase.S chunk)
+            for phase in [ Phase.F 0; Phase.I 0; Phase.W 0; Phase.S ] do
+                for part in 0 .. (parts phase chunk).Length - 1 do
+                    let phase = phase.WithPart part
+                    program phase chunk (find phase chunk)
 
             for i, e in List.indexed early |> List.sortBy (fun (_, e) -> e.Part) do
                 if e.Chunk = chunk then

@@ -72,10 +72,10 @@ let private arrival (c: StageContext) (value: int) =
         && graph.Nodes[n].Inputs |> Array.exists (fun v -> root graph v = value)
 
     if (graph.NodeOf value).Origin.Pass.IsForward then
-        Phase.F
+        Phase.F 0
     else
         let phases = c.Work.Nodes[c.Stage] |> Array.filter reads |> Array.map (fun n -> c.Phases[n])
-        [ Phase.I; Phase.W 0 ] |> List.find (fun p -> Array.contains p phases)
+        [ Phase.I 0; Phase.W 0 ] |> List.find (fun p -> Array.contains p phases)
 
 /// Steps of one program under construction: starts remember which slots they fill, so that the first reader waits.
 [<Sealed>]
@@ -152,10 +152,10 @@ let build (c: StageContext) : (Phase * Step list) list =
     // forward sends have arrived when the gradient comes back; cotangents may take until S
     let forward, back = List<int>(), List<int>()
 
-    [ Phase.F; Phase.I; Phase.W 0; Phase.S ]
+    [ Phase.F 0; Phase.I 0; Phase.W 0; Phase.S ]
     |> List.map (fun phase ->
         let writer = Writer c.NextToken
-        let open' = if phase = Phase.F then forward else back
+        let open' = if phase.IsF then forward else back
 
         if phase.IsW then
             for t in forward do

@@ -1,5 +1,5 @@
 /// Gradients are reduced while the backward pass goes on: W is cut where enough of them are complete, and an R behind each part of its last run.
-/// before: steps of W and a timetable; after: parts of W, the timetable of parts, and which gradients each R takes. Law: the same sums.
+/// before: steps of W and a timetable of parts; after: pieces of W, and which gradients each R takes. Law: the same sums.
 module DeepSeekGraph.Compiler.Lowering.Reductions
 
 open System.Collections.Generic
@@ -37,21 +37,6 @@ let cut (bucket: int64) (size: int -> int64) (steps: Step list) : Step list list
             filled <- 0L
 
     [ for part in parts -> List.ofSeq part ]
-
-/// The timetable with every W in its parts; `parts` of a chunk.
-let spread (parts: int -> int) (table: Action list) : Action list = [
-    for action in table do
-        match action.Phase with
-        | Phase.W _ ->
-            for part in 0 .. parts action.Chunk - 1 do
-                yield { action with Phase = Phase.W part }
-        | Phase.Prologue
-        | Phase.F
-        | Phase.I
-        | Phase.S
-        | Phase.R _
-        | Phase.Epilogue -> yield action
-]
 
 /// What one R reduces.
 type Early = {

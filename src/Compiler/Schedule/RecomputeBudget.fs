@@ -103,7 +103,7 @@ let private inFlight (stage: StagePlan) (chunk: int) =
 
     for action in stage.Timetable do
         if action.Chunk = chunk then
-            if action.Phase.IsF then
+            if action.Phase = Phase.F 0 then
                 now <- now + 1
                 most <- max most now
             elif action.Phase = Phase.W 0 then

@@ -31,6 +31,9 @@ type PipelineShape = {
     Microbatches: int
     /// Microbatches that a chunk runs before the next chunk of its rank has its turn (g); 0: p, or with one chunk none.
     Group: int
+    /// Does each forward go with the backward of another microbatch, so that one's collectives run beside the other's launches? A rank then
+    /// holds one microbatch more.
+    Pairs: bool
 }
 
 [<RequireQualifiedAccess>]
@@ -82,6 +85,15 @@ module Timetable =
             }
         ]
 
+        let apart message help = [
+            {
+                Code = Codes.ScheduleShape
+                At = "recipe.overlap_moe_expert_parallel_comm"
+                Message = message
+                Help = help + ", or leave overlap_moe_expert_parallel_comm out"
+            }
+        ]
+
         let choose wanted =
             match groups shape wanted |> List.truncate 5 |> List.sort with
             | [] ->
@@ -113,6 +125,13 @@ module Timetable =
             wrong
                 $"%i{shape.Microbatches} microbatches in groups of %i{shape.Group} leave a last group of %i{rest}, fewer than pipeline %i{shape.Ranks}"
                 (choose shape.Group)
+        | Schedule.GPipe when shape.Pairs -> apart "schedule GPipe runs no forward beside a backward" "choose schedule 1F1B"
+        | Schedule.OneFOneB when shape.Pairs && shape.Ranks > 1 ->
+            apart
+                $"with one chunk on each of %i{shape.Ranks} pipeline ranks a forward and the backward beside it wait for each other's neighbours"
+                "choose a virtual_pipeline of 2 or more"
+        | _any when shape.Pairs && shape.Microbatches = 1 ->
+            apart "there is one microbatch, and no other to go beside it" "choose a global batch of 2 microbatches or more"
         | Schedule.GPipe
         | Schedule.OneFOneB
         | Schedule.Interleaved -> []
@@ -130,11 +149,13 @@ module Timetable =
     /// Forwards of a rank before its first backward.
     let warmup (schedule: Schedule) (shape: PipelineShape) (rank: int) =
         let all = shape.Microbatches * shape.Chunks
+        let more = if shape.Pairs then 1 else 0
 
         match schedule with
         | Schedule.GPipe -> all
-        | Schedule.OneFOneB -> min all (shape.Ranks - 1 - rank)
-        | Schedule.Interleaved -> min all (2 * (shape.Ranks - rank - 1) + (shape.Chunks - 1) * (grouped shape).Group)
+        | Schedule.OneFOneB -> min all (shape.Ranks - 1 - rank + more)
+        | Schedule.Interleaved ->
+            min all (2 * (shape.Ranks - rank - 1) + (shape.Chunks - 1) * (grouped shape).Group + more)
 
     /// Backwards between a cotangent's send and the wait for it: the receiving rank comes to its I up to that much later when chunks are
     /// interleaved. Found by replay with rendezvous messages: less makes ranks wait for each other, and none at all is a deadlock.
@@ -166,13 +187,13 @@ module Timetable =
         }
 
         let order = order shape
-        let forwards = [ for turn in order -> [ action Phase.F turn ] ]
+        let forwards = [ for turn in order -> [ action (Phase.F 0) turn ] ]
 
         // chunks go back in reverse
         let backwards = [
             for chunk, microbatch in order do
                 let turn = shape.Chunks - 1 - chunk, microbatch
-                [ action Phase.I turn; action (Phase.W 0) turn ], action Phase.S turn
+                [ action (Phase.I 0) turn; action (Phase.W 0) turn ], action Phase.S turn
         ]
 
         let before, during = List.splitAt (warmup schedule shape rank) forwards
@@ -196,4 +217,5 @@ module Timetable =
         Chunks = 1
         Microbatches = microbatches
         Group = 0
+        Pairs = false
     }

@@ -100,6 +100,8 @@ let private subjects = [
     Subjects.interleaved
     Subjects.remainders
     Subjects.reduced
+    Subjects.paired
+    Subjects.pairedChunks
 ]
 
 let private refusedOrHarmless name (make: PlanSet -> Mutations.Mutant seq) =
@@ -208,7 +210,7 @@ let private messages =
             let program = plan.Stages[1].Programs |> Seq.find (fun p -> p.Phase.IsI)
             let sends = program.Steps |> Seq.filter isSend |> Array.ofSeq
             Expect.isNonEmpty sends "stage 1 sends gradients"
-            Expect.isEmpty (Check.run (edited plan 1 Phase.I late)) "a late send is still in time"
+            Expect.isEmpty (Check.run (edited plan 1 (Phase.I 0) late)) "a late send is still in time"
 
             // GPipe on one stage and 1F1B on its neighbour: one waits for gradients, the other for activations
             let table =
@@ -269,7 +271,7 @@ let private messages =
         testCase "a read before the wait is told"
         <| fun () ->
             let plan = Subjects.experts.Value
-            let steps = edited plan 0 Phase.F (Array.filter (fun s -> not s.IsWait))
+            let steps = edited plan 0 (Phase.F 0) (Array.filter (fun s -> not s.IsWait))
             onlyCode Codes.PlanLifetime "before the wait" steps
 
         testCase "one byte more or less anywhere in the memory table is told"
@@ -419,7 +421,7 @@ let private messages =
 
         testCase "an id beyond the list is told, not followed"
         <| fun () ->
-            let plan = edited Subjects.experts.Value 0 Phase.F (Array.insertAt 0 (Step.Free 999_999))
+            let plan = edited Subjects.experts.Value 0 (Phase.F 0) (Array.insertAt 0 (Step.Free 999_999))
             onlyCode Codes.PlanShape "999999" plan
     ]
 
@@ -579,6 +581,8 @@ let tests =
                 "fourteen stages", Subjects.deep
                 "two chunks on each of two ranks", Subjects.interleaved
                 "three chunks on one rank", Subjects.folded
+                "forwards beside backwards", Subjects.paired
+                "forwards beside backwards, by chunks", Subjects.pairedChunks
             ]
             @ Subjects.others do
             legal name plan

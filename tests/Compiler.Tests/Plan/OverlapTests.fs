@@ -10,6 +10,7 @@ open DeepSeekGraph.Models
 let private clock launch collective : Overlap.Clock = {
     Launch = fun _ _ _ _ -> launch
     Collective = fun _ _ _ -> collective
+    Reaction = fun _ -> 0L
 }
 
 let private launch inputs output path = Step.Launch(KernelId.Add, [||], Array.ofList inputs, [| output |], path)

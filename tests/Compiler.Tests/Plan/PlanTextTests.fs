@@ -21,7 +21,7 @@ let private sample = {
                 Slots = [||]
                 Programs = [|
                     {
-                        Phase = Phase.F
+                        Phase = Phase.F 0
                         Chunk = 1
                         Steps = [|
                             Step.Launch(
@@ -44,7 +44,7 @@ let private sample = {
                         Microbatch = 0
                     }
                     {
-                        Phase = Phase.F
+                        Phase = Phase.F 0
                         Chunk = 0
                         Microbatch = 3
                     }
@@ -84,7 +84,7 @@ let private large =
                 }
         |]
         Programs = [|
-            for phase in [ Phase.F; Phase.I; Phase.W 0; Phase.S ] ->
+            for phase in [ Phase.F 0; Phase.I 0; Phase.W 0; Phase.S ] ->
                 {
                     Phase = phase
                     Chunk = 0
@@ -103,7 +103,7 @@ let private large =
         Timetable = [|
             for i in 0..63 ->
                 {
-                    Phase = Phase.F
+                    Phase = Phase.F 0
                     Chunk = 0
                     Microbatch = i
                 }

@@ -147,15 +147,7 @@ let private phase = gen {
     let! phase = Gen.elements Phase.All
     let! part = number
 
-    return
-        match phase with
-        | Phase.W _ -> Phase.W part
-        | Phase.R _ -> Phase.R part
-        | Phase.Prologue
-        | Phase.F
-        | Phase.I
-        | Phase.S
-        | Phase.Epilogue -> phase
+    return phase.WithPart part
 }
 
 let private stage = gen {

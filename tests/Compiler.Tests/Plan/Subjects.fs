@@ -70,6 +70,27 @@ let remainders =
                 .WithDType(DType.BFloat16)
                 .WithStateTypes(MainParams.Remainder, DType.Float32, DType.Float32, DType.Float32))
 
+/// Forwards that take turns with backwards: on one pipeline rank, where gradients are reduced meanwhile, and over chunks of two.
+let paired =
+    lazy
+        compile
+            2
+            (base'
+                .WithParallelism(2, 1, 2, 2)
+                .WithOverlapGradReduce(true)
+                .WithGradBucketSize(64)
+                .WithOverlapMoeExpertParallelComm true)
+
+let pairedChunks =
+    lazy
+        compile
+            3
+            (base'
+                .WithParallelism(1, 2, 2, 2)
+                .WithVirtualPipeline(2)
+                .WithLayout("Et|t|t|mL")
+                .WithOverlapMoeExpertParallelComm true)
+
 /// Four stages, one rank each.
 let four = lazy compile 3 (base'.WithParallelism(1, 4, 1, 1).WithLayout "Et|t|t|mL")
 /// Four stages, all forwards first.

@@ -15,6 +15,7 @@ let private interleaved ranks microbatches chunks group = {
     Chunks = chunks
     Microbatches = microbatches
     Group = group
+    Pairs = false
 }
 
 let private plain = [
@@ -75,8 +76,8 @@ let private makespan (sent: Phase) (rendezvous: bool) (shape: PipelineShape) (ta
         let stage = a.Chunk * shape.Ranks + rank
 
         match a.Phase with
-        | Phase.F -> if stage = 0 then Some 0 else found ended (struct (stage - 1, Phase.F, a.Microbatch))
-        | Phase.I ->
+        | Phase.F _ -> if stage = 0 then Some 0 else found ended (struct (stage - 1, Phase.F 0, a.Microbatch))
+        | Phase.I _ ->
             // the receive is posted as soon as the rank is here
             begun.TryAdd(struct (stage, a.Microbatch), clock[rank]) |> ignore
             if stage = last then Some 0 else found ended (struct (stage + 1, sent, a.Microbatch))
@@ -111,9 +112,9 @@ let private makespan (sent: Phase) (rendezvous: bool) (shape: PipelineShape) (ta
 let private peak (table: Action list) =
     let change (a: Action) =
         match a.Phase with
-        | Phase.F -> 1
+        | Phase.F _ -> 1
         | Phase.W _ -> -1
-        | Phase.I
+        | Phase.I _
         | Phase.S
         | Phase.R _
         | Phase.Prologue
@@ -200,6 +201,32 @@ let private combinations =
                 "a last group of 3"
                 "a global batch of 4 microbatches or more (there are 3)"
 
+        testCase "a forward beside a backward: not in GPipe, not over ranks of one chunk, not of one microbatch"
+        <| fun () ->
+            let paired shape = { shape with Pairs = true }
+            refused Schedule.GPipe (paired (Timetable.plain 1 8)) "no forward beside a backward" "schedule 1F1B"
+            refused Schedule.OneFOneB (paired (Timetable.plain 4 8)) "on each of 4 pipeline ranks" "virtual_pipeline of 2"
+            refused Schedule.OneFOneB (paired (Timetable.plain 1 1)) "there is one microbatch" "a global batch of 2"
+            Expect.isEmpty (Timetable.check Schedule.OneFOneB (paired (Timetable.plain 1 2))) "one rank"
+            Expect.isEmpty (Timetable.check Schedule.Interleaved (paired (interleaved 4 8 2 4))) "chunks"
+
+        testCase "one more forward before the first backward, so that no forward stands beside its own backward"
+        <| fun () ->
+            for schedule, shape in (Schedule.OneFOneB, Timetable.plain 1 8) :: woven do
+                let tables = Timetable.build schedule { shape with Pairs = true }
+                makespan (Phase.I 0) true shape tables |> ignore
+
+                for rank, table in List.indexed tables do
+                    let before = table |> List.takeWhile (fun a -> not a.Phase.IsI) |> List.filter _.Phase.IsF
+                    let expected = Timetable.warmup schedule shape rank + 2
+                    Expect.equal before.Length (min expected (shape.Microbatches * shape.Chunks)) "forwards"
+
+                    for a, b in List.pairwise table do
+                        if a.Phase.IsF && b.Phase.IsI then
+                            Expect.isTrue
+                                (a.Microbatch <> b.Microbatch || before.Length = shape.Microbatches * shape.Chunks)
+                                "another microbatch"
+
         Properties.property
             "what the help of a refused group offers is legal"
             (fun (p: FsCheck.PositiveInt) (m: FsCheck.PositiveInt) (g: FsCheck.PositiveInt) ->
@@ -239,7 +266,7 @@ let tests =
                             let at phase = place[struct (phase, c, i)]
 
                             Expect.isTrue
-                                (at Phase.F < at Phase.I && at Phase.I < at (Phase.W 0) && at (Phase.W 0) < at Phase.S)
+                                (at (Phase.F 0) < at (Phase.I 0) && at (Phase.I 0) < at (Phase.W 0) && at (Phase.W 0) < at Phase.S)
                                 "order"
 
         golden
@@ -254,7 +281,7 @@ let tests =
                     Expect.equal (makespan (Phase.W 0) false shape tables) t $"%s{schedule.Name} p %i{p} m %i{m}"
                     // a cotangent that goes on before the weight gradients saves one W a stage
                     Expect.equal
-                        (makespan Phase.I false shape tables)
+                        (makespan (Phase.I 0) false shape tables)
                         (t - (p - 1))
                         $"%s{schedule.Name} p %i{p} m %i{m}"
 
@@ -283,8 +310,8 @@ let tests =
                     let tables = Timetable.build (Timetable.resolve Schedule.OneFOneB shape) shape
 
                     Expect.equal
-                        (makespan Phase.I true shape tables)
-                        (makespan Phase.I false shape tables)
+                        (makespan (Phase.I 0) true shape tables)
+                        (makespan (Phase.I 0) false shape tables)
                         $"p %i{p} g %i{g} v %i{v}"
 
         testCase "every interleaved order runs to its end, with rendezvous too"
@@ -292,7 +319,7 @@ let tests =
             Expect.isGreaterThan woven.Length 50 "shapes"
 
             for schedule, shape in woven do
-                makespan Phase.I true shape (Timetable.build schedule shape) |> ignore
+                makespan (Phase.I 0) true shape (Timetable.build schedule shape) |> ignore
 
         testCase "1F1B holds p - r microbatches, GPipe all, interleaved what the replay table says"
         <| fun () ->

@@ -201,8 +201,8 @@ public sealed class CodeWriter
         => phase.Tag switch
         {
             Phase.Tags.Prologue => "Prologue",
-            Phase.Tags.F => "F",
-            Phase.Tags.I => "I",
+            Phase.Tags.F => "F" + Of(phase.Part),
+            Phase.Tags.I => "I" + Of(phase.Part),
             Phase.Tags.W => "W" + Of(phase.Part),
             Phase.Tags.S => "S",
             Phase.Tags.R => "R" + Of(phase.Part),
