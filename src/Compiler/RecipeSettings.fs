@@ -167,10 +167,7 @@ module RecipeSettings =
         flag "overlap_grad_reduce" _.OverlapGradReduce _.WithOverlapGradReduce
         number "grad_bucket_size" _.GradBucketSize _.WithGradBucketSize
         flag "overlap" _.Overlap _.WithOverlap
-        flag
-            "overlap_moe_expert_parallel_comm"
-            _.OverlapMoeExpertParallelComm
-            _.WithOverlapMoeExpertParallelComm
+        flag "overlap_moe_expert_parallel_comm" _.OverlapMoeExpertParallelComm _.WithOverlapMoeExpertParallelComm
         choice "optimizer.main_params_dtype" MainParams.All _.Name _.StateTypes.MainParams (fun r kept ->
             let t = r.StateTypes
             r.WithStateTypes(kept, t.MainGrads, t.ExpAvg, t.ExpAvgSq))

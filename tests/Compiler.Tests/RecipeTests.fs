@@ -57,6 +57,7 @@ let tests =
                         "Et|L"
                         "generate"
                         "exact"
+                        "true"
                     ]
                     |> List.choose (setting.Write base')
                     |> List.filter (fun r -> setting.Read r <> before)

@@ -269,7 +269,7 @@ let private faults (executor: Executor) =
                 TinyPlan.plan 2 2 4
                 |> changed
                     1
-                    Phase.F 0
+                    (Phase.F 0)
                     (List.map (function
                         | Step.Launch(KernelId.Contract, _, inputs, outputs, path) ->
                             Step.Launch(

@@ -2,7 +2,7 @@
 
 DSG="dotnet .../dsg.dll" BENCH="dotnet .../DeepSeekGraph.GpuBenchmarks.dll" OUT=DIR python3 benchmarks/gpu/multi/run.py [N]
 
-N: 2 (the default), 4 or 8. PARTS="equal kill nccl speed restart" chooses parts and their order; SECONDS_IN_ALL (470) ends the script
+N: 2 (the default), 4 or 8. PARTS="equal kill nccl speed beside restart" chooses parts and their order; SECONDS_IN_ALL (470) ends the script
 in time: a part that no longer fits is skipped and said so. DEVICE=cpu runs all parts but nccl without a GPU, to test the script.
 """
 
@@ -33,6 +33,8 @@ DATA = os.path.join(WORK, "data.txt")
 FLOPS_A_TOKEN = 71.4e12 / 4096
 ROWS, RESULTS = [], {"gpus": GPUS, "commit": os.environ.get("COMMIT", ""), "device": "", "parts": []}
 
+PAIRS = "--set recipe.overlap_moe_expert_parallel_comm=true"
+
 # fp32 tiny: layouts of N ranks, each beside one GPU
 LAYOUTS = {
     2: [
@@ -44,6 +46,8 @@ LAYOUTS = {
         ("EP 2, allgather", "--ep 2 --set recipe.dispatcher=allgather"),
         ("TP 2 in EP 2", "--tp 2 --ep 2"),
         ("EP 2, flex", "--ep 2 --set recipe.dispatcher=flex"),
+        ("EP 2, F beside W", f"--ep 2 {PAIRS}"),
+        ("PP 2, interleaved, F beside W", f"--pp 2 --vp 2 {PAIRS}"),
     ],
     4: [
         ("TP 2 x DP 2, EP 4", "--tp 2 --dp 2 --ep 4"),
@@ -51,6 +55,7 @@ LAYOUTS = {
         ("PP 2 x DP 2, EP 2", "--pp 2 --dp 2 --ep 2"),
         ("DP 4, EP 4", "--dp 4 --ep 4"),
         ("DP 4, EP 4, flex", "--dp 4 --ep 4 --set recipe.dispatcher=flex"),
+        ("DP 4, EP 4, flex, F beside W", f"--dp 4 --ep 4 --set recipe.dispatcher=flex {PAIRS}"),
         ("TP 2 x DP 2, EP 2, ETP 2", "--tp 2 --dp 2 --ep 2 --etp 2"),
     ],
     8: [
@@ -59,6 +64,7 @@ LAYOUTS = {
         ("TP 2 x DP 4, EP 8, flex", "--tp 2 --dp 4 --ep 8 --set recipe.dispatcher=flex"),
         ("TP 2 x DP 4, EP 4, ETP 2", "--tp 2 --dp 4 --ep 4 --etp 2"),
         ("PP 2 x DP 4, EP 4, interleaved", "--pp 2 --vp 2 --dp 4 --ep 4"),
+        ("PP 2 x DP 4, EP 4, interleaved, F beside W", f"--pp 2 --vp 2 --dp 4 --ep 4 {PAIRS}"),
     ],
 }[GPUS]
 
@@ -301,59 +307,80 @@ def nccl():
         say("nccl", "", "", problem.strip().splitlines()[-1][:160] if problem.strip() else "no output", "FAILED")
 
 
+SPEED_STEPS = 8
+# figures of a processor say nothing, but that the script works
+SPEED = (f"deepseek_v3_proxy --dtype bf16 --steps {SPEED_STEPS}" if DEVICE == "cuda"
+         else f"deepseek_v3_tiny --dtype fp32 --seq-length 32 --steps {SPEED_STEPS}")
+
+
+def traced(name, processes, options):
+    """A run whose last two steps are recorded, so that none that counts is. Its weights hardly move: a router in training sends more rows
+    to one GPU than to the other, which is no matter of communication."""
+    folder = os.path.join(OUT, name_of(name) + ".trace")
+    shutil.rmtree(folder, ignore_errors=True)
+    result = train(name, processes, f"{SPEED} --lr 1e-9 {options} --trace {shlex.quote(folder)} --trace-step {SPEED_STEPS}", 130)
+    return {**result, "overlap": overlaps(folder)}
+
+
+def rate(result):
+    late = [line["tokens_per_s"] for line in result["metrics"][2:SPEED_STEPS - 2]]
+    return statistics.median(late) if late else None
+
+
+def report(part, name, result, gpus, one):
+    """Tokens a second and GPU beside one GPU's, memory, and what is hidden."""
+    tokens = rate(result)
+    if tokens is None:
+        say(part, name, f"{len(result['metrics'])} of {SPEED_STEPS} steps", f"exit {result['code']}", "FAILED")
+        RESULTS["parts"].append({"part": part, "name": name, "failed": True, "exit": result["code"]})
+        return
+    predicted, counted = table_of_memory(result["log"])
+    waited = re.findall(r"host wait for rows: ([\d.]+) ms", result["log"])
+    used = max(result["memory"].values(), default=None)
+    share = tokens / gpus / one if one else 1.0
+    tflops = tokens / gpus * FLOPS_A_TOKEN / 1e12 if DEVICE == "cuda" else None
+    say(part, name, f"{tokens / gpus:.0f} tokens/s a GPU" + (f", {tflops:.0f} TFLOP/s" if tflops else "") + f", {share:.1%} of one",
+        f"MB predicted {predicted}, counted {counted}; nvidia-smi {used and round(used, 1)} GB" + (f"; host waits {waited[0]} ms a step" if waited else ""), "")
+    if gpus > 1:
+        say_hidden(part, name, result["overlap"])
+    RESULTS["parts"].append({
+        "part": part, "name": name, "tokens_per_s_per_gpu": tokens / gpus, "tflops_per_gpu": tflops, "share_of_one": share, "predicted_mb": predicted, "counted_mb": counted,
+        "nvidia_smi_gb": result["memory"], "host_wait_ms": waited[:1], "overlap": result["overlap"], "seconds": result["seconds"],
+        "metrics": [{k: m[k] for k in ("step", "loss", "grad_norm", "seconds")} for m in result["metrics"]],
+    })
+
+
+def measured(part, batch, jobs):
+    """Jobs of N GPUs beside one GPU that has as many sequences a step."""
+    what = "a sequence" if batch == 1 else f"{batch} sequences"
+    one = traced(f"{part} one", 1, f"--tp 1 --global-batch {batch}")
+    report(part, f"one GPU, {what} a step", one, 1, rate(one))
+    for name, options in jobs:
+        if left() > 60:
+            result = traced(f"{part} {name}", GPUS, f"--dp {GPUS} --global-batch {batch * GPUS} {options}")
+            report(part, f"{name}, {what} a GPU", result, GPUS, rate(one))
+        else:
+            say(part, name, "", "no time left", "skipped")
+
+
 def speed():
-    steps = 8
-    # figures of a processor say nothing, but that the script works
-    recipe = f"deepseek_v3_proxy --dtype bf16 --steps {steps}" if DEVICE == "cuda" else f"deepseek_v3_tiny --dtype fp32 --seq-length 32 --steps {steps}"
-    # weights that hardly move: a router in training sends more rows to one GPU than to the other, which is no matter of communication
-    shape = recipe + " --lr 1e-9"
-
-    def traced(name, processes, options):
-        """A run whose last two steps are recorded, so that none that counts is."""
-        folder = os.path.join(OUT, name_of(name) + ".trace")
-        shutil.rmtree(folder, ignore_errors=True)
-        result = train(name, processes, f"{shape} {options} --trace {shlex.quote(folder)} --trace-step {steps}", 130)
-        return {**result, "overlap": overlaps(folder)}
-
-    def rate(result):
-        late = [line["tokens_per_s"] for line in result["metrics"][2:steps - 2]]
-        return statistics.median(late) if late else None
-
-    def report(name, result, gpus, one):
-        tokens = rate(result)
-        if tokens is None:
-            say("speed", name, f"{len(result['metrics'])} of {steps} steps", f"exit {result['code']}", "FAILED")
-            RESULTS["parts"].append({"part": "speed", "name": name, "failed": True, "exit": result["code"]})
-            return
-        predicted, counted = table_of_memory(result["log"])
-        waited = re.findall(r"host wait for rows: ([\d.]+) ms", result["log"])
-        used = max(result["memory"].values(), default=None)
-        share = tokens / gpus / one if one else 1.0
-        tflops = tokens / gpus * FLOPS_A_TOKEN / 1e12 if DEVICE == "cuda" else None
-        say("speed", name, f"{tokens / gpus:.0f} tokens/s a GPU" + (f", {tflops:.0f} TFLOP/s" if tflops else "") + f", {share:.1%} of one",
-            f"MB predicted {predicted}, counted {counted}; nvidia-smi {used and round(used, 1)} GB" + (f"; host waits {waited[0]} ms a step" if waited else ""), "")
-        if gpus > 1:
-            say_hidden("speed", name, result["overlap"])
-        RESULTS["parts"].append({
-            "part": "speed", "name": name, "tokens_per_s_per_gpu": tokens / gpus, "tflops_per_gpu": tflops, "share_of_one": share, "predicted_mb": predicted, "counted_mb": counted,
-            "nvidia_smi_gb": result["memory"], "host_wait_ms": waited[:1], "overlap": result["overlap"], "seconds": result["seconds"],
-            "metrics": [{k: m[k] for k in ("step", "loss", "grad_norm", "seconds")} for m in result["metrics"]],
-        })
-
-    one = traced("speed one", 1, "--tp 1 --global-batch 1")
-    report("one GPU, a sequence a step", one, 1, rate(one))
-    split = traced("speed ep", GPUS, f"--dp {GPUS} --ep {GPUS} --global-batch {GPUS}")
-    report(f"EP {GPUS}, a sequence a GPU", split, GPUS, rate(one))
-    if left() > 60:
-        copies = traced("speed dp", GPUS, f"--dp {GPUS} --global-batch {GPUS}")
-        report(f"DP {GPUS}, a sequence a GPU", copies, GPUS, rate(one))
-    if left() > 60:
-        flex = traced("speed flex", GPUS, f"--dp {GPUS} --ep {GPUS} --global-batch {GPUS} --set recipe.dispatcher=flex")
-        report(f"EP {GPUS} by flex, a sequence a GPU", flex, GPUS, rate(one))
+    expert, flex = f"--ep {GPUS}", "--set recipe.dispatcher=flex"
+    measured("speed", 1, [(f"EP {GPUS}", expert), (f"DP {GPUS}", ""), (f"EP {GPUS} by flex", f"{expert} {flex}")])
     if left() > 90:
-        several = train("equal proxy", GPUS, f"{recipe} --lr 1e-5 --dp {GPUS} --ep {GPUS} --global-batch {GPUS}", 130)
-        again = train("equal proxy one", 1, f"{recipe} --lr 1e-5 --tp 1 --global-batch {GPUS}", 130)
-        compare("equal", f"{recipe.split()[0]}, EP {GPUS}", several, again, (5e-3, 5e-2))
+        several = train("equal proxy", GPUS, f"{SPEED} --lr 1e-5 --dp {GPUS} --ep {GPUS} --global-batch {GPUS}", 130)
+        again = train("equal proxy one", 1, f"{SPEED} --lr 1e-5 --tp 1 --global-batch {GPUS}", 130)
+        compare("equal", f"{SPEED.split()[0]}, EP {GPUS}", several, again, (5e-3, 5e-2))
+
+
+def beside():
+    """Several microbatches a step: a forward beside the backward of another, and not."""
+    expert, flex = f"--ep {GPUS}", "--set recipe.dispatcher=flex"
+    measured("beside", 4, [
+        (f"EP {GPUS} by flex, F beside W", f"{expert} {flex} {PAIRS}"),
+        (f"EP {GPUS}, F beside W", f"{expert} {PAIRS}"),
+        (f"EP {GPUS} by flex", f"{expert} {flex}"),
+        (f"EP {GPUS}", expert),
+    ])
 
 
 def main():
@@ -365,8 +392,8 @@ def main():
     if DEVICE == "cuda":
         names = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True).stdout
         RESULTS["device"] = "; ".join(names.splitlines())
-    parts = {"equal": equal, "kill": kill, "nccl": nccl, "speed": speed, "restart": restart}
-    for part in os.environ.get("PARTS", "equal kill nccl speed restart").split():
+    parts = {"equal": equal, "kill": kill, "nccl": nccl, "speed": speed, "beside": beside, "restart": restart}
+    for part in os.environ.get("PARTS", "equal kill nccl speed beside restart").split():
         if left() < 20:
             say(part, "", "", "no time left", "skipped")
             continue

@@ -223,7 +223,16 @@ let private program phase chunk steps = {
 }
 
 /// One pipeline rank: its chunks' programs over one table of slots.
-let private rank (job: Job) (p: Partitioned) work parameters groups home (r: int) (timetable: Action list) : StagePlan =
+let private rank
+    (job: Job)
+    (p: Partitioned)
+    work
+    parameters
+    groups
+    home
+    (r: int)
+    (timetable: Action list list)
+    : StagePlan =
     let graph = p.Graph
     let ranks, chunks = job.Shape.Ranks, job.Shape.Chunks
 
@@ -298,7 +307,7 @@ let private rank (job: Job) (p: Partitioned) work parameters groups home (r: int
                 | Phase.Epilogue -> [ steps ])
 
     let pieces (phase: Phase) chunk = phases.GetValueOrDefault(struct (phase.Word, chunk), [ [] ])
-    let struct (parts, timetable) = Weave.run clock job.Shape.Pairs pieces timetable
+    let struct (parts, timetable) = Weave.run clock pieces timetable
     let stepsOf (a: Action) = (parts a.Phase a.Chunk)[a.Phase.Part]
     let early = Reductions.early stepsOf isReduced timetable
     let timetable = Reductions.place early timetable
@@ -354,7 +363,7 @@ let run (job: Job) (p: Partitioned) : PlanSet =
     let groups = GroupTable job.Mesh
 
     let stages =
-        Timetable.build job.Schedule job.Shape
+        Timetable.groups job.Schedule job.Shape
         |> List.mapi (rank job p work parameters groups home)
         |> Array.ofList
 

@@ -126,13 +126,12 @@ let private turns (clock: Overlap.Clock) (forward: Atom list) (backward: Atom li
             onForward
     ]
 
-/// The parts of every program, and the timetable of parts. `pieces` of a phase of a chunk: where its parts begin in any case. With `pairs`,
-/// an F and the I and W of another microbatch that follow it take turns.
+/// The parts of every program, and the timetable of parts. `pieces` of a phase of a chunk: where its parts begin in any case. `table`: one
+/// action after the other, but for an F with the I and W of another microbatch, which take turns.
 let run
     (clock: Overlap.Clock)
-    (pairs: bool)
     (pieces: Phase -> int -> Step list list)
-    (table: Action list)
+    (table: Action list list)
     : struct ((Phase -> int -> Step list list) * Action list) =
     let remembered make =
         let known = Dictionary<struct (string * int), 'a>()
@@ -145,6 +144,8 @@ let run
                 known[struct (phase.Word, chunk)] <- made
                 made
 
+    let pairs = table |> List.exists (fun group -> group.Length > 1)
+
     let atoms =
         remembered (fun phase chunk ->
             if pairs then
@@ -152,17 +153,6 @@ let run
             else
                 [| for steps in pieces phase chunk -> { Steps = steps; Opens = true } |])
 
-    /// Pairs of actions that take turns, and the rest.
-    let rec grouped (table: Action list) =
-        match table with
-        | f :: i :: w :: rest when
-            pairs && f.Phase.IsF && i.Phase.IsI && w.Phase.IsW && f.Microbatch <> i.Microbatch
-            ->
-            [ f; i; w ] :: grouped rest
-        | action :: rest -> [ action ] :: grouped rest
-        | [] -> []
-
-    let grouped = grouped table
     let known = Dictionary<struct (int * int), bool list>()
 
     /// Atoms of a group in the order in which they run: action and atom.
@@ -195,7 +185,7 @@ let run
                     yield struct (true, struct (a, k))
     ]
 
-    let orders = grouped |> List.map order
+    let orders = table |> List.map order
     let opened = HashSet<struct (string * int * int)>()
 
     for order in orders do

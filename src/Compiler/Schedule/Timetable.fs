@@ -67,7 +67,7 @@ module Timetable =
         if shape.Group = 0 && shape.Chunks > 1 then { shape with Group = shape.Ranks } else shape
 
     /// Group sizes that leave no group of fewer than p microbatches, the one nearest to `wanted` first.
-    let private groups (shape: PipelineShape) (wanted: int) =
+    let private sizes (shape: PipelineShape) (wanted: int) =
         [ shape.Ranks .. shape.Microbatches ]
         |> List.filter (fun g -> shape.Microbatches % g = 0 || shape.Microbatches % g >= shape.Ranks)
         |> List.sortBy (fun g -> abs (g - wanted), g)
@@ -95,7 +95,7 @@ module Timetable =
         ]
 
         let choose wanted =
-            match groups shape wanted |> List.truncate 5 |> List.sort with
+            match sizes shape wanted |> List.truncate 5 |> List.sort with
             | [] ->
                 $"choose a global batch of %i{shape.Ranks} microbatches or more (there are %i{shape.Microbatches}), or virtual_pipeline 1"
             | some -> $"""choose microbatch_group from %s{some |> List.map string |> String.concat " "}"""
@@ -125,13 +125,16 @@ module Timetable =
             wrong
                 $"%i{shape.Microbatches} microbatches in groups of %i{shape.Group} leave a last group of %i{rest}, fewer than pipeline %i{shape.Ranks}"
                 (choose shape.Group)
-        | Schedule.GPipe when shape.Pairs -> apart "schedule GPipe runs no forward beside a backward" "choose schedule 1F1B"
+        | Schedule.GPipe when shape.Pairs ->
+            apart "schedule GPipe runs no forward beside a backward" "choose schedule 1F1B"
         | Schedule.OneFOneB when shape.Pairs && shape.Ranks > 1 ->
             apart
                 $"with one chunk on each of %i{shape.Ranks} pipeline ranks a forward and the backward beside it wait for each other's neighbours"
                 "choose a virtual_pipeline of 2 or more"
         | _any when shape.Pairs && shape.Microbatches = 1 ->
-            apart "there is one microbatch, and no other to go beside it" "choose a global batch of 2 microbatches or more"
+            apart
+                "there is one microbatch, and no other to go beside it"
+                "choose a global batch of 2 microbatches or more"
         | Schedule.GPipe
         | Schedule.OneFOneB
         | Schedule.Interleaved -> []
@@ -179,7 +182,7 @@ module Timetable =
         ]
 
     /// One rank: prologue, warm-up, one forward and one backward in turn, cool-down, epilogue. Weight gradients follow at once.
-    let private ofRank schedule (shape: PipelineShape) rank : Action list =
+    let private ofRank schedule (shape: PipelineShape) rank : Action list list =
         let action phase (chunk, microbatch) = {
             Phase = phase
             Chunk = chunk
@@ -199,17 +202,33 @@ module Timetable =
         let before, during = List.splitAt (warmup schedule shape rank) forwards
         let paired, after = settled (lag schedule shape) backwards |> List.splitAt during.Length
 
+        let alone = List.map List.singleton
+
+        /// A forward and a backward in turn: two microbatches, of which neither waits for the other.
+        let pair (forward: Action list) (backward: Action list) =
+            let settles, work = backward |> List.partition _.Phase.IsS
+
+            if shape.Pairs && forward.Head.Microbatch <> work.Head.Microbatch then
+                (forward @ work) :: alone settles
+            else
+                alone (forward @ backward)
+
         [
-            action Phase.Prologue (0, 0)
-            yield! List.concat before
-            yield! List.concat (List.map2 (@) during paired)
-            yield! List.concat after
-            action Phase.Epilogue (0, 0)
+            [ action Phase.Prologue (0, 0) ]
+            yield! alone (List.concat before)
+            yield! List.concat (List.map2 pair during paired)
+            yield! alone (List.concat after)
+            [ action Phase.Epilogue (0, 0) ]
         ]
 
-    /// What each rank runs, in order. `schedule` must pass `check`.
-    let build (schedule: Schedule) (shape: PipelineShape) : Action list list =
+    /// What each rank runs, in order: one action after the other, but for an F with the I and W of another microbatch, whose parts may take
+    /// turns. `schedule` must pass `check`.
+    let groups (schedule: Schedule) (shape: PipelineShape) : Action list list list =
         List.init shape.Ranks (ofRank schedule shape)
+
+    /// What each rank runs, in order, without turns. `schedule` must pass `check`.
+    let build (schedule: Schedule) (shape: PipelineShape) : Action list list =
+        groups schedule shape |> List.map List.concat
 
     /// A pipeline of one chunk a rank.
     let plain (ranks: int) (microbatches: int) : PipelineShape = {

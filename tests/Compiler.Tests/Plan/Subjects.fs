@@ -79,7 +79,8 @@ let paired =
                 .WithParallelism(2, 1, 2, 2)
                 .WithOverlapGradReduce(true)
                 .WithGradBucketSize(64)
-                .WithOverlapMoeExpertParallelComm true)
+                .WithOverlapMoeExpertParallelComm
+                true)
 
 let pairedChunks =
     lazy
@@ -89,7 +90,8 @@ let pairedChunks =
                 .WithParallelism(1, 2, 2, 2)
                 .WithVirtualPipeline(2)
                 .WithLayout("Et|t|t|mL")
-                .WithOverlapMoeExpertParallelComm true)
+                .WithOverlapMoeExpertParallelComm
+                true)
 
 /// Four stages, one rank each.
 let four = lazy compile 3 (base'.WithParallelism(1, 4, 1, 1).WithLayout "Et|t|t|mL")

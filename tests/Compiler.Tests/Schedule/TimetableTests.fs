@@ -205,7 +205,13 @@ let private combinations =
         <| fun () ->
             let paired shape = { shape with Pairs = true }
             refused Schedule.GPipe (paired (Timetable.plain 1 8)) "no forward beside a backward" "schedule 1F1B"
-            refused Schedule.OneFOneB (paired (Timetable.plain 4 8)) "on each of 4 pipeline ranks" "virtual_pipeline of 2"
+
+            refused
+                Schedule.OneFOneB
+                (paired (Timetable.plain 4 8))
+                "on each of 4 pipeline ranks"
+                "virtual_pipeline of 2"
+
             refused Schedule.OneFOneB (paired (Timetable.plain 1 1)) "there is one microbatch" "a global batch of 2"
             Expect.isEmpty (Timetable.check Schedule.OneFOneB (paired (Timetable.plain 1 2))) "one rank"
             Expect.isEmpty (Timetable.check Schedule.Interleaved (paired (interleaved 4 8 2 4))) "chunks"
@@ -221,11 +227,14 @@ let private combinations =
                     let expected = Timetable.warmup schedule shape rank + 2
                     Expect.equal before.Length (min expected (shape.Microbatches * shape.Chunks)) "forwards"
 
-                    for a, b in List.pairwise table do
-                        if a.Phase.IsF && b.Phase.IsI then
-                            Expect.isTrue
-                                (a.Microbatch <> b.Microbatch || before.Length = shape.Microbatches * shape.Chunks)
-                                "another microbatch"
+                for groups, plain in List.zip (Timetable.groups schedule { shape with Pairs = true }) tables do
+                    Expect.equal (List.concat groups) plain "the same actions"
+
+                    for group in groups |> List.filter (fun g -> g.Length > 1) do
+                        let phases = group |> List.map (fun a -> a.Phase.Word) |> String.concat ""
+                        Expect.equal phases "FIW" "a forward and a backward"
+                        Expect.notEqual group[0].Microbatch group[1].Microbatch "of two microbatches"
+                        Expect.equal group[1].Microbatch group[2].Microbatch "one backward"
 
         Properties.property
             "what the help of a refused group offers is legal"
@@ -266,7 +275,9 @@ let tests =
                             let at phase = place[struct (phase, c, i)]
 
                             Expect.isTrue
-                                (at (Phase.F 0) < at (Phase.I 0) && at (Phase.I 0) < at (Phase.W 0) && at (Phase.W 0) < at Phase.S)
+                                (at (Phase.F 0) < at (Phase.I 0)
+                                 && at (Phase.I 0) < at (Phase.W 0)
+                                 && at (Phase.W 0) < at Phase.S)
                                 "order"
 
         golden
