@@ -149,18 +149,67 @@ def table_of_memory(text):
     return (max(row[5] for row in numbers), max(row[7] for row in numbers)) if numbers else (None, None)
 
 
+def union(pieces):
+    """Disjoint pieces in order."""
+    merged = []
+    for begin, end in sorted(pieces):
+        if merged and begin <= merged[-1][1]:
+            merged[-1][1] = max(merged[-1][1], end)
+        else:
+            merged.append([begin, end])
+    return merged
+
+
+def common(a, b):
+    """Time that two unions have in common."""
+    i, j, total = 0, 0, 0.0
+    while i < len(a) and j < len(b):
+        total += max(0.0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
+        i, j = (i + 1, j) if a[i][1] < b[j][1] else (i, j + 1)
+    return total
+
+
+def joint_shares(traces):
+    """Of each rank the hidden share of communication proper. A collective is over for all its members at once, so the one that comes last
+    sees it shortest: what others see before that is waiting for it. (All groups of these jobs but messages have all ranks.)"""
+    moved = {}
+    for rank, data in traces.items():
+        events = [e for e in data["traceEvents"] if e.get("ph") == "X"]
+        compute = union([(e["ts"], e["ts"] + e["dur"]) for e in events if e["cat"] == "compute"])
+        groups = {}
+        for e in sorted((e for e in events if e["cat"] == "communication"), key=lambda e: e["ts"]):
+            groups.setdefault((e["args"]["group"], e["name"]), []).append(e)
+        moved[rank] = (compute, groups)
+    shares = {}
+    for rank, (compute, groups) in moved.items():
+        proper = []
+        for key, events in groups.items():
+            peers = [other[1].get(key, []) for other in moved.values()]
+            if key[0].startswith("pp.") or any(len(peer) != len(events) for peer in peers):
+                continue
+            for k, e in enumerate(events):
+                end = e["ts"] + e["dur"]
+                proper.append((end - min(peer[k]["dur"] for peer in peers), end))
+        proper = union(proper)
+        length = sum(end - begin for begin, end in proper)
+        shares[rank] = {"communication_ms": length / 1e3, "hidden_share": common(proper, compute) / length if length else None}
+    return shares
+
+
 def overlaps(folder):
-    """What a trace says of each rank: {rank: overlap}."""
-    found = {}
+    """What a trace says of each rank: {rank: overlap}, with what remains where waiting for other ranks is left out."""
+    traces = {}
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
         with open(os.path.join(folder, name)) as f:
-            data = json.load(f)["otherData"]
-        found[data["rank"]] = data["overlap"]
-    return dict(sorted(found.items()))
+            data = json.load(f)
+        traces[data["otherData"]["rank"]] = data
+    joint = joint_shares(traces)
+    return {rank: {**data["otherData"]["overlap"], "joint": joint[rank]} for rank, data in sorted(traces.items())}
 
 
 def say_hidden(part, name, found):
-    """The share of communication that each rank hides, and the collectives that most of the worst rank's exposed time is of."""
+    """The share of communication that each rank hides, without and with waiting for others, and the collectives that most of the worst
+    rank's exposed time is of."""
     if not found:
         say(part, name + ", hidden", "", "no trace was written", "FAILED")
         return
@@ -170,9 +219,11 @@ def say_hidden(part, name, found):
         return
     worst = min(shares, key=shares.get)
     most = [f"{one['exposed_ms']:.1f} ms {one['kind']} of {one['path']} ({one['count']})" for one in found[worst]["collectives"][:3]]
-    say(part, name + ", hidden", ", ".join(f"{share:.1%}" for share in shares.values()),
-        f"aim 95 %; rank {worst}: {found[worst]['communication_ms']:.1f} ms communication, {found[worst]['compute_ms']:.1f} compute"
-        f" of {found[worst]['step_ms']:.1f}; exposed: " + "; ".join(most), "")
+    joint = ", ".join(f"{one['joint']['hidden_share']:.1%} of {one['joint']['communication_ms']:.1f} ms" for one in found.values() if one["joint"]["hidden_share"] is not None)
+    compute = ", ".join(f"{one['compute_ms']:.1f}" for one in found.values())
+    say(part, name + ", hidden", joint + "; with waiting for the other " + ", ".join(f"{share:.1%}" for share in shares.values()),
+        f"aim 95 %; compute {compute} of {found[worst]['step_ms']:.1f} ms; rank {worst}: {found[worst]['communication_ms']:.1f} ms communication"
+        "; exposed: " + "; ".join(most), "")
 
 
 def relative(a, b):
@@ -384,11 +435,12 @@ def beside():
 
 
 def main():
+    # a token is a byte: text of few letters would send most tokens to the same experts
     random.seed(1)
-    words = ["".join(random.choices("etaoinshrdlucm", k=random.randint(2, 9))) for _ in range(2000)]
-    with open(DATA, "w") as f:
-        for _ in range(4000):
-            f.write(" ".join(random.choices(words, k=80)) + ".\n")
+    alphabets = [(0x21, 0x7E), (0xA1, 0x7FF), (0x1000, 0xD7FF)]
+    with open(DATA, "w", encoding="utf-8") as f:
+        for _ in range(20000):
+            f.write("".join(chr(random.randint(*random.choice(alphabets))) for _ in range(80)) + "\n")
     if DEVICE == "cuda":
         names = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True).stdout
         RESULTS["device"] = "; ".join(names.splitlines())
