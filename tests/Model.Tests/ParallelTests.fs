@@ -161,6 +161,13 @@ let private gpus =
         "ETP 2, allgather",
         batch.WithParallelism(2, 1, 2, 2).WithExpertTensorParallel(2).WithDispatcher Dispatcher.AllGather
         "ETP 2, flex", flex.WithParallelism(2, 1, 2, 2).WithExpertTensorParallel 2
+        "EP 2, F beside W", batch.WithParallelism(1, 1, 2, 2).WithOverlapMoeExpertParallelComm true
+        "EP 2 on two stages, interleaved, flex, F beside W",
+        flex
+            .WithParallelism(1, 2, 2, 2)
+            .WithVirtualPipeline(2)
+            .WithLayout("Et|t|t|tmL")
+            .WithOverlapMoeExpertParallelComm true
     ]
 
     testList "ranks that share a GPU, in the processor's memory: the bits of the loopback" [
@@ -244,11 +251,31 @@ let private layouts =
                 for a, b in Array.zip gradients[name] gradients'[name] do
                     Expect.isLessThan (abs (a - b)) (1e-6f + 1e-5f * abs a) name
 
+/// A forward that takes turns with the backward of another microbatch: nothing is computed otherwise.
+let private besides =
+    testList "forwards beside backwards: the bits of one after the other" [
+        let batch = Recipe.Default.WithBatch(8, 1, 16)
+
+        for name, recipe in
+            [
+                "TP 2, EP 2", batch.WithParallelism(2, 1, 2, 2)
+                "EP 4, flex, gradients reduced in many buckets",
+                batch.WithParallelism(1, 1, 4, 4).WithDispatcher(Dispatcher.Flex).WithGradBucketSize 1000
+                "chunks on two ranks, EP 2",
+                batch.WithParallelism(1, 2, 2, 2).WithVirtualPipeline(2).WithLayout "Et|t|t|tmL"
+            ] do
+            testCase name (fun () ->
+                let paired = recipe.WithOverlapMoeExpertParallelComm true
+                Expect.equal (oneStep Presets.Tiny paired) (oneStep Presets.Tiny recipe) "losses and gradients"
+                Expect.equal (train Presets.Tiny paired) (train Presets.Tiny recipe) "steps")
+    ]
+
 let tests =
     testSequenced
     <| testList "parallel" [
         covered
         layouts
+        besides
         gpus
 
         for i, job in Array.indexed drawn do

@@ -98,17 +98,23 @@ let private sameSteps name (recipe: Recipe) =
 
         Expect.isGreaterThan moved 0 "some programs change"
 
-/// Launches of a kernel between the start and the wait of collectives of a kind, in W.
-let private beside (plan: PlanSet) (isKind: Collective -> bool) (kernel: KernelId) =
+/// Launches between the start and the wait of collectives of a kind, in a phase.
+let private beside
+    (plan: PlanSet)
+    (isPhase: Phase -> bool)
+    (isKind: Collective -> bool)
+    (isMeant: KernelId -> string -> bool)
+    =
     let mutable flying, found = Set.empty<int>, 0
 
     for program in plan.Stages[0].Programs do
-        if program.Phase.IsW then
+        if isPhase program.Phase then
             for step in program.Steps do
                 match step with
                 | Step.Start(token, kind, _, _, _, _) when isKind kind -> flying <- flying.Add token
                 | Step.Wait token -> flying <- flying.Remove token
-                | Step.Launch(k, _, _, _, _) when k = kernel && not flying.IsEmpty -> found <- found + 1
+                | Step.Launch(kernel, _, _, _, path) when not flying.IsEmpty && isMeant kernel path ->
+                    found <- found + 1
                 | Step.Launch _
                 | Step.Start _
                 | Step.Free _ -> ()
@@ -122,10 +128,32 @@ let private hidden =
             DeepSeekV3(Presets.Proxy)
                 .Compile(Recipes.Proxy.Recipe.WithParallelism(1, 1, 2, 2).WithBatch(2, 1, 4096).WithOverlap overlap)
 
-        let count overlap = beside (compile overlap) _.IsRowsToTokens KernelId.GroupedWeightGrad
+        let count overlap =
+            beside (compile overlap) _.IsW _.IsRowsToTokens (fun kernel _ -> kernel = KernelId.GroupedWeightGrad)
+
         // the graph happens to have those of gate and up there; of down, those that are needed to fill the time
         Expect.equal (count false) 3 "in the order of the graph"
         Expect.isGreaterThan (count true) 3 "ordered"
+
+/// The host reads the counts and begins the exchange, which takes it about half a millisecond.
+let private counted (dispatcher: Dispatcher) =
+    testCase $"%s{dispatcher.Name}: the shared expert computes while counts of rows come to the host"
+    <| fun () ->
+        let plan =
+            DeepSeekV3(Presets.Proxy)
+                .Compile(
+                    Recipes.Proxy.Recipe
+                        .WithParallelism(1, 1, 2, 2)
+                        .WithDispatcher(dispatcher)
+                        .WithBatch(2, 1, 4096)
+                )
+
+        let products =
+            beside plan _.IsF _.IsRouteToExperts (fun kernel path ->
+                kernel = KernelId.Contract && path.Contains ".shared_experts")
+
+        // of three layers; what is not needed to fill the time runs beside the exchange
+        Expect.isGreaterThanOrEqual products 3 "products of shared experts"
 
 let tests =
     testList "Overlap" [
@@ -135,4 +163,6 @@ let tests =
             sameSteps name recipe
 
         hidden
+        counted Dispatcher.AllToAll
+        counted Dispatcher.Flex
     ]
