@@ -45,6 +45,7 @@ type internal FakeNccl(fabric: LocalFabric, stop: CancellationToken) =
         member _.Receive(handle, into, bytes, peer, stream) = calls.Receive(handle, into, bytes, peer, stream)
         member _.Copy(from, into, bytes, stream) = calls.Copy(from, into, bytes, stream)
         member _.ToHost(from, into, bytes, stream) = calls.ToHost(from, into, bytes, stream)
+        member _.Then(stream, work) = calls.Then(stream, work)
         member _.Rows = calls.Rows
         member _.Pinned bytes = calls.Pinned bytes
         member _.NewStream() = calls.NewStream()

@@ -691,11 +691,11 @@ let private faults =
             let record = FlightRecord 3
 
             for i in 1..5 do
-                record.Add("kind", $"g%i{i}", int64 i).State <- FlightState.Done
+                record.Add(Collective.AllReduceMax, $"g%i{i}", int64 i).State <- FlightState.Done
 
             let lines = record.Text(4).Split '\n'
             Expect.equal lines.Length 4 "three, below a heading"
-            Expect.stringContains lines[1] "#3 kind on g3, 3 bytes, done" "the oldest first"
+            Expect.stringContains lines[1] "#3 AllReduceMax on g3, 3 bytes, done" "the oldest first"
             Expect.all lines (fun line -> line.StartsWith "rank 4:") "each with its rank")
     ]
 

@@ -63,7 +63,8 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
         var launch = new NcclLaunch();
         var lane = _lanes[call.Group.Id];
         var host = Prepare(call, lane, launch);
-        var flight = Record.Add(call.Kind.ToString(), call.Group.Name, launch.Bytes);
+        launch.QueueMoves(_nccl);
+        var flight = Record.Add(call.Kind, call.Group.Name, launch.Bytes);
         try
         {
             lock (Waiting)
@@ -80,6 +81,8 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
                     copy(lane.Stream);
                 Queue(launch.Group, lane.Stream);
                 Queue(launch.Second, lane.Stream);
+                foreach (var work in launch.Behind)
+                    work(lane.Stream);
                 foreach (var copy in launch.ToHost)
                     copy(lane.Stream);
                 call.Times?.End(_nccl.Where(lane.Stream));
