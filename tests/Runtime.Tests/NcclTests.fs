@@ -18,7 +18,7 @@ open DeepSeekGraph.Runtime.Tests.Slots
 open DeepSeekGraph.Runtime.Tests.CollectiveTests
 
 /// What all ranks get, whoever hands it in: they have no process to agree with.
-let private named (topic: string) = Func<byte[], byte[]>(fun _ -> Text.Encoding.UTF8.GetBytes topic)
+let internal named (topic: string) = Func<byte[], byte[]>(fun _ -> Text.Encoding.UTF8.GetBytes topic)
 
 /// A world whose ranks meet in a fabric; each group gets its communicators when the ranks first start something on it.
 type internal FabricWorld(ranks: int) =
@@ -74,7 +74,7 @@ let private fabric = {
 }
 
 /// A set of rows as a GPU has it: as many places as there may be, in blocks of `padding`.
-let private deviceRoute padding b s e (mask: float[]) width =
+let internal deviceRoute padding b s e (mask: float[]) width =
     let bytes = mask |> Array.map byte
     let host = RowSet.FromMask(ReadOnlySpan bytes, b * s, e, padding)
 
