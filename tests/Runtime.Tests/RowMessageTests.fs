@@ -78,14 +78,14 @@ let private heldOf (host: RowSet) width (slot: SlotValue) =
     Array.truncate (host.Rows * width) (read slot)
 
 /// Ranks over a fabric, each with calls that count its messages.
-let private counted peers (work: RankContext -> ICollectives -> FakeNccl -> 'a) =
+let private counted apart peers (work: RankContext -> ICollectives -> FakeNccl -> 'a) =
     use fabric = new LocalFabric()
 
     let results =
         together [ peers ] 1 (fun rank _ ->
             let nccl = FakeNccl(fabric, CancellationToken.None)
-            use collectives =
-                new NcclCollectives(nccl, rank, [| axesGroup 0 [ 0 ] |], named "id", NcclJob(peers, CancellationToken.None))
+            let job = NcclJob(peers, CancellationToken.None, Apart = apart)
+            use collectives = new NcclCollectives(nccl, rank, [| axesGroup 0 [ 0 ] |], named "id", job)
 
             work rank collectives nccl)
         |> values
@@ -172,7 +172,7 @@ let private gathered (case: Case) (rank: RankContext) collectives route (host: R
 
     forth, return', (read whole, heldOf host h back)
 
-let private sameBits name (work: Case -> RankContext -> ICollectives -> SlotValue -> RowSet -> int -> _) check =
+let private sameBits name apart (work: Case -> RankContext -> ICollectives -> SlotValue -> RowSet -> int -> _) check =
     testCase name (fun () ->
         for case in cases do
             let e = case.Experts
@@ -186,7 +186,7 @@ let private sameBits name (work: Case -> RankContext -> ICollectives -> SlotValu
                 |> values
 
             let asOnGpus =
-                counted case.Peers (fun rank collectives nccl ->
+                counted apart case.Peers (fun rank collectives nccl ->
                     let route, host = deviceRoute case.Here 1 case.Tokens e (case.Mask rank.Rank) e
                     let forth, return', bits = work case rank collectives route host route.DeviceRows.Rows (messages nccl)
                     check case rank.Rank forth return'
@@ -203,6 +203,7 @@ let tests =
         RowMoveTests.runs
         sameBits
             "rows to their experts and back: the loopback's bits, a message for each peer and operand"
+            Int64.MaxValue
             exchanged
             (fun case me forth return' ->
                 let give, take = expected case me 2
@@ -212,6 +213,7 @@ let tests =
 
         sameBits
             "rows gathered and summed back: the loopback's bits, a message for each peer"
+            Int64.MaxValue
             gathered
             (fun case me forth return' ->
                 let have = several case
@@ -221,10 +223,15 @@ let tests =
                 Expect.equal forth (give, take) $"gathered: %A{case}"
                 Expect.equal return' (take, give) $"scattered: %A{case}")
 
+        // 20 bytes: some ranges are long enough
+        for apart in [ 0L; 20L ] do
+            sameBits $"the same where ranges of %i{apart} bytes go apart" apart exchanged (fun _ _ _ _ -> ())
+            sameBits $"and are gathered, from %i{apart} bytes on" apart gathered (fun _ _ _ _ -> ())
+
         testCase "a fused dispatch has tokens, what becomes of them, and probabilities: three messages a peer" (fun () ->
             let s, e, h, peers = 5, 12, 8, 3
 
-            counted peers (fun rank collectives nccl ->
+            counted Int64.MaxValue peers (fun rank collectives nccl ->
                 let route, _ = deviceRoute 1 1 s e (Array.create (s * e) 1.0) e
                 let there = blockSlot 4 DType.Bool [ 1; s * peers; e / peers ]
                 perform collectives Collective.RouteToExperts group [ route ] [ there ]
@@ -245,7 +252,7 @@ let tests =
         testCase "a rank alone moves its rows, and sends none" (fun () ->
             let s, e, h = 6, 4, 8
 
-            counted 1 (fun _ collectives nccl ->
+            counted Int64.MaxValue 1 (fun _ collectives nccl ->
                 let route, host = deviceRoute 1 1 s e (randomMask 3 s e 2) e
                 let there = blockSlot 4 DType.Bool [ 1; s; e ]
                 perform collectives Collective.RouteToExperts group [ route ] [ there ]
@@ -262,7 +269,7 @@ let tests =
             |> ignore)
 
         testCase "the integers of a way are made once for two sets" (fun () ->
-            counted 2 (fun _ collectives _ ->
+            counted Int64.MaxValue 2 (fun _ collectives _ ->
                 let s, e = 4, 4
                 let route, host = deviceRoute 1 1 s e (Array.create (s * e) 1.0) e
                 let there = rowSlot DType.Bool [ 1; 2 * s; e / 2 ]
@@ -273,10 +280,10 @@ let tests =
                 for _ in 1..2 do
                     perform collectives Collective.RowsToExperts group [ own; route; there ] [ rowSlot DType.Float32 [ 1; 2 * s; e / 2; 1 ] ]
 
-                there.DeviceRows.Moves(RowWay.ToExperts, route.DeviceRows, Func<_>(never)) |> ignore
+                there.DeviceRows.Moves(RowWay.ToExperts, route.DeviceRows, Int64.MaxValue, Func<_>(never)) |> ignore
 
                 Expect.throws
-                    (fun () -> there.DeviceRows.Moves(RowWay.ToTokens, route.DeviceRows, Func<_>(never)) |> ignore)
+                    (fun () -> there.DeviceRows.Moves(RowWay.ToTokens, route.DeviceRows, Int64.MaxValue, Func<_>(never)) |> ignore)
                     "the way back is another one")
             |> ignore)
     ]

@@ -118,25 +118,25 @@ internal static class NcclRows
         }
     }
 
-    /// <summary>Rows of `width` bytes at `from`, of one set, to their places at `to`, of the other: a message to and from each peer.</summary>
+    /// <summary>Rows of `width` bytes at `from`, of one set, to their places at `to`, of the other. Rows that nothing comes for hold `fill`: 0, or -1.</summary>
     public static void Move(
         INcclCalls nccl, NcclLane lane, RowWay way, SlotValue source, SlotValue target, nint from, nint to, long width, int fill, NcclLaunch launch)
     {
-        var moves = MovesOf(nccl, lane, way, source, target);
+        var moves = MovesOf(nccl, lane, way, source, target, lane.Apart == long.MaxValue ? lane.Apart : (lane.Apart + width - 1) / width);
         var (sent, received) = (Staging(moves.SentStaging), Staging(moves.ReceivedStaging));
         for (var peer = 0; peer < moves.Sent.Length; peer++)
         {
-            var (other, give, take) = (peer, moves.Sent[peer], moves.Received[peer]);
-            if (give.Count * width is > 0 and var given)
+            var other = peer;
+            foreach (var run in moves.Sent[peer])
             {
-                var at = (give.IsStaged ? sent : from) + (nint)(give.At * width);
-                launch.Group.Add(stream => nccl.Send(lane.Communicator, at, given, other, stream));
+                var (at, bytes) = ((run.IsStaged ? sent : from) + (nint)(run.At * width), run.Count * width);
+                launch.Group.Add(stream => nccl.Send(lane.Communicator, at, bytes, other, stream));
             }
 
-            if (take.Count * width is > 0 and var taken)
+            foreach (var run in moves.Received[peer])
             {
-                var at = (take.IsStaged ? received : to) + (nint)(take.At * width);
-                launch.Group.Add(stream => nccl.Receive(lane.Communicator, at, taken, other, stream));
+                var (at, bytes) = ((run.IsStaged ? received : to) + (nint)(run.At * width), run.Count * width);
+                launch.Group.Add(stream => nccl.Receive(lane.Communicator, at, bytes, other, stream));
             }
         }
 
@@ -147,11 +147,11 @@ internal static class NcclRows
     }
 
     /// <summary>Kept with the set that the exchange of counts made.</summary>
-    private static RowMoves MovesOf(INcclCalls nccl, NcclLane lane, RowWay way, SlotValue source, SlotValue target)
+    private static RowMoves MovesOf(INcclCalls nccl, NcclLane lane, RowWay way, SlotValue source, SlotValue target, long apart)
     {
         var (from, to) = (source.DeviceRows, target.DeviceRows);
         var (made, other) = way is RowWay.ToExperts or RowWay.Gather ? (to, from) : (from, to);
-        return made.Moves(way, other, () =>
+        return made.Moves(way, other, apart, () =>
         {
             var (mine, theirs, n) = (Known(from, source), Known(to, target), lane.Members.Ranks.Length);
             var (ranges, places) = way switch
@@ -162,7 +162,7 @@ internal static class NcclRows
                 RowWay.Scatter => (ByExpert(mine), Whole(theirs, n, to.Rows)),
                 _ => throw new UnreachableException($"no way {way}"),
             };
-            return RowMoves.Of(ranges, places, lane.Members.Me, way == RowWay.Scatter ? [] : Filling(theirs), integers =>
+            return RowMoves.Of(ranges, places, lane.Members.Me, way == RowWay.Scatter ? [] : Filling(theirs), apart, integers =>
             {
                 var tables = empty(integers.Length, dtype: ScalarType.Int32, device: target.Device);
                 nccl.Rows.FromHost(integers, NcclLaunch.Address(tables));
