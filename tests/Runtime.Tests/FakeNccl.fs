@@ -44,6 +44,7 @@ type internal FakeNccl(fabric: LocalFabric, stop: CancellationToken) =
             calls.ReduceScatter(handle, from, into, count, kind, stream)
 
         member _.AllGather(handle, from, into, bytes, stream) = calls.AllGather(handle, from, into, bytes, stream)
+
         member this.Send(handle, from, bytes, peer, stream) =
             this.Sent.Add peer
             calls.Send(handle, from, bytes, peer, stream)

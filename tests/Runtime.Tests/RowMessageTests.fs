@@ -15,17 +15,16 @@ open DeepSeekGraph.Runtime.Tests.CollectiveTests
 open DeepSeekGraph.Runtime.Tests.NcclTests
 
 /// Extents of one exchange; `Here` and `There` are the paddings by token and by expert.
-type private Case =
-    {
-        Seed: int
-        Peers: int
-        Local: int
-        Tokens: int
-        Hidden: int
-        Type: DType
-        Here: int
-        There: int
-    }
+type private Case = {
+    Seed: int
+    Peers: int
+    Local: int
+    Tokens: int
+    Hidden: int
+    Type: DType
+    Here: int
+    There: int
+} with
 
     member this.Experts = this.Peers * this.Local
 
@@ -74,8 +73,7 @@ let private rowsIn dtype padding (extents: int list) most (host: RowSet) width (
     slot
 
 /// The rows by token, and what fills up.
-let private heldOf (host: RowSet) width (slot: SlotValue) =
-    Array.truncate (host.Rows * width) (read slot)
+let private heldOf (host: RowSet) width (slot: SlotValue) = Array.truncate (host.Rows * width) (read slot)
 
 /// Ranks over a fabric, each with calls that count its messages.
 let private counted apart peers (work: RankContext -> ICollectives -> FakeNccl -> 'a) =
@@ -119,17 +117,24 @@ let private exchanged (case: Case) (rank: RankContext) collectives route (host: 
     let count = Array.sum host.Counts
     let there = blockSlot case.There DType.Bool [ 1; all; e ]
     perform collectives Collective.RouteToExperts group [ route ] [ there ]
-    let own = random rank.Rank (count * h) |> rowsIn case.Type case.Here [ 1; case.Tokens; case.Experts; h ] most host h
+
+    let own =
+        random rank.Rank (count * h)
+        |> rowsIn case.Type case.Here [ 1; case.Tokens; case.Experts; h ] most host h
 
     let probs =
-        random (rank.Rank + 50) count |> rowsIn DType.Float32 case.Here [ 1; case.Tokens; case.Experts ] most host 1
+        random (rank.Rank + 50) count
+        |> rowsIn DType.Float32 case.Here [ 1; case.Tokens; case.Experts ] most host 1
 
     let rows = blockSlot case.There case.Type [ 1; all; e; h ]
     let ones = blockSlot case.There DType.Float32 [ 1; all; e ]
 
     let forth =
         measure (fun () ->
-            perform collectives Collective.RowsToExperts group [ own; route; there; probs; route; there ] [ rows; ones ])
+            perform collectives Collective.RowsToExperts group [ own; route; there; probs; route; there ] [
+                rows
+                ones
+            ])
 
     let back = blockSlot case.Here case.Type [ 1; case.Tokens; case.Experts; h ]
     let backOnes = blockSlot case.Here DType.Float32 [ 1; case.Tokens; case.Experts ]
@@ -164,7 +169,10 @@ let private gathered (case: Case) (rank: RankContext) collectives route (host: R
         |> rowsIn case.Type case.Here [ 1; case.Tokens; e; h ] most host h
 
     let whole = blockSlot case.There case.Type [ 1; all; e; h ]
-    let forth = measure (fun () -> perform collectives (Collective.AllGather 1) group [ own; route; joined ] [ whole ])
+
+    let forth =
+        measure (fun () -> perform collectives (Collective.AllGather 1) group [ own; route; joined ] [ whole ])
+
     let back = blockSlot case.Here case.Type [ 1; case.Tokens; e; h ]
 
     let return' =
@@ -181,22 +189,29 @@ let private sameBits name apart (work: Case -> RankContext -> ICollectives -> Sl
                 together [ case.Peers ] 1 (fun rank collectives ->
                     let route = blockSlot case.Here DType.Bool [ 1; case.Tokens; e ]
                     run KernelId.Route [] [ maskSlot 1 case.Tokens e (case.Mask rank.Rank) ] [ route ]
-                    let _, _, bits = work case rank collectives route route.Rows route.Rows.Rows (fun act -> act (); [], [])
+
+                    let _, _, bits =
+                        work case rank collectives route route.Rows route.Rows.Rows (fun act ->
+                            act ()
+                            [], [])
+
                     bits)
                 |> values
 
             let asOnGpus =
                 counted apart case.Peers (fun rank collectives nccl ->
                     let route, host = deviceRoute case.Here 1 case.Tokens e (case.Mask rank.Rank) e
-                    let forth, return', bits = work case rank collectives route host route.DeviceRows.Rows (messages nccl)
+
+                    let forth, return', bits =
+                        work case rank collectives route host route.DeviceRows.Rows (messages nccl)
+
                     check case rank.Rank forth return'
                     bits)
 
             if asOnGpus <> onHost then
                 failtest $"not the loopback's bits: %A{case}")
 
-let private several (case: Case) =
-    [ 0 .. case.Peers - 1 ] |> List.map (fun rank -> Array.sum (case.Mask rank) > 0.0)
+let private several (case: Case) = [ 0 .. case.Peers - 1 ] |> List.map (fun rank -> Array.sum (case.Mask rank) > 0.0)
 
 let tests =
     testList "Row messages" [
@@ -228,26 +243,40 @@ let tests =
             sameBits $"the same where ranges of %i{apart} bytes go apart" apart exchanged (fun _ _ _ _ -> ())
             sameBits $"and are gathered, from %i{apart} bytes on" apart gathered (fun _ _ _ _ -> ())
 
-        testCase "a fused dispatch has tokens, what becomes of them, and probabilities: three messages a peer" (fun () ->
-            let s, e, h, peers = 5, 12, 8, 3
+        testCase
+            "a fused dispatch has tokens, what becomes of them, and probabilities: three messages a peer"
+            (fun () ->
+                let s, e, h, peers = 5, 12, 8, 3
 
-            counted Int64.MaxValue peers (fun rank collectives nccl ->
-                let route, _ = deviceRoute 1 1 s e (Array.create (s * e) 1.0) e
-                let there = blockSlot 4 DType.Bool [ 1; s * peers; e / peers ]
-                perform collectives Collective.RouteToExperts group [ route ] [ there ]
-                let x, p = filled DType.BFloat16 [ 1; s; h ] (random 1 (s * h)), filled DType.Float32 [ 1; s; e ] (random 2 (s * e))
-                let rows = blockSlot 4 DType.BFloat16 [ 1; s * peers; e / peers; h ]
-                let ones = blockSlot 4 DType.Float32 [ 1; s * peers; e / peers ]
-                let others count = [ 0 .. peers - 1 ] |> List.except [ rank.Rank ] |> List.collect (List.replicate count)
-                let twice count = others count, others count
+                counted Int64.MaxValue peers (fun rank collectives nccl ->
+                    let route, _ = deviceRoute 1 1 s e (Array.create (s * e) 1.0) e
+                    let there = blockSlot 4 DType.Bool [ 1; s * peers; e / peers ]
+                    perform collectives Collective.RouteToExperts group [ route ] [ there ]
 
-                let dispatch () = perform collectives (Collective.Dispatch 8) group [ x; p; route; there ] [ rows; ones ]
-                Expect.equal (messages nccl dispatch) (twice 3) "the first by a set"
-                Expect.equal (messages nccl dispatch) (twice 2) "the next"
-                let y, back = slot DType.BFloat16 [ 1; s; h ], slot DType.Float32 [ 1; s; e ]
-                let combine () = perform collectives (Collective.Combine 8) group [ rows; ones; there; route ] [ y; back ]
-                Expect.equal (messages nccl combine) (twice 2) "back")
-            |> ignore)
+                    let x, p =
+                        filled DType.BFloat16 [ 1; s; h ] (random 1 (s * h)),
+                        filled DType.Float32 [ 1; s; e ] (random 2 (s * e))
+
+                    let rows = blockSlot 4 DType.BFloat16 [ 1; s * peers; e / peers; h ]
+                    let ones = blockSlot 4 DType.Float32 [ 1; s * peers; e / peers ]
+
+                    let others count =
+                        [ 0 .. peers - 1 ] |> List.except [ rank.Rank ] |> List.collect (List.replicate count)
+
+                    let twice count = others count, others count
+
+                    let dispatch () =
+                        perform collectives (Collective.Dispatch 8) group [ x; p; route; there ] [ rows; ones ]
+
+                    Expect.equal (messages nccl dispatch) (twice 3) "the first by a set"
+                    Expect.equal (messages nccl dispatch) (twice 2) "the next"
+                    let y, back = slot DType.BFloat16 [ 1; s; h ], slot DType.Float32 [ 1; s; e ]
+
+                    let combine () =
+                        perform collectives (Collective.Combine 8) group [ rows; ones; there; route ] [ y; back ]
+
+                    Expect.equal (messages nccl combine) (twice 2) "back")
+                |> ignore)
 
         testCase "a rank alone moves its rows, and sends none" (fun () ->
             let s, e, h = 6, 4, 8
@@ -278,12 +307,16 @@ let tests =
                 let never () = failwith "made again"
 
                 for _ in 1..2 do
-                    perform collectives Collective.RowsToExperts group [ own; route; there ] [ rowSlot DType.Float32 [ 1; 2 * s; e / 2; 1 ] ]
+                    perform collectives Collective.RowsToExperts group [ own; route; there ] [
+                        rowSlot DType.Float32 [ 1; 2 * s; e / 2; 1 ]
+                    ]
 
                 there.DeviceRows.Moves(RowWay.ToExperts, route.DeviceRows, Int64.MaxValue, Func<_>(never)) |> ignore
 
                 Expect.throws
-                    (fun () -> there.DeviceRows.Moves(RowWay.ToTokens, route.DeviceRows, Int64.MaxValue, Func<_>(never)) |> ignore)
+                    (fun () ->
+                        there.DeviceRows.Moves(RowWay.ToTokens, route.DeviceRows, Int64.MaxValue, Func<_>(never))
+                        |> ignore)
                     "the way back is another one")
             |> ignore)
     ]

@@ -9,29 +9,24 @@ open DeepSeekGraph.Runtime.Memory
 open DeepSeekGraph.Runtime.Native
 open DeepSeekGraph.Runtime.Tests.Slots
 
-let private work () : IRowWork =
-    if device.Value.IsCuda then CudaRowWork() else HostRowWork()
+let private work () : IRowWork = if device.Value.IsCuda then CudaRowWork() else HostRowWork()
 
 let private onDevice (bytes: byte[]) =
     use host = torch.tensor bytes
 
-    if device.Value.IsCuda then
-        host.``to`` device.Value.Torch
-    else
-        host.clone ()
+    if device.Value.IsCuda then host.``to`` device.Value.Torch else host.clone ()
 
 let private bytesOf (tensor: torch.Tensor) =
     use host = tensor.OnHost()
     host.data<byte>().ToArray()
 
 /// A segment as the table has it.
-type private Segment =
-    {
-        From: int
-        To: int
-        Rows: int
-        How: int
-    }
+type private Segment = {
+    From: int
+    To: int
+    Rows: int
+    How: int
+}
 
 /// Segments of a value of `size` rows and staging memory of as many, no row of a target twice.
 let private randomSegments (source: Random) count size =
@@ -69,8 +64,7 @@ let private integersOf (segments: Segment list) =
 
 /// Bytes of a value, of its staging memory and of its result, `odd` bytes behind where memory begins.
 type private Value(source: Random, size: int, width: int, odd: int, fill: int) =
-    let memory () =
-        Array.init (odd + size * width) (fun _ -> byte (source.Next 256))
+    let memory () = Array.init (odd + size * width) (fun _ -> byte (source.Next 256))
 
     let bytes = Array.init 3 (fun _ -> memory ())
     let tensors = bytes |> Array.map onDevice
@@ -128,8 +122,13 @@ let kernel =
                                 // the second table of a tensor
                                 let start = 2 * RowTable.Segment
                                 use tables = torch.tensor (Array.append (Array.create start 99) integers)
-                                use placed = tables.``to`` (Option.ofObj device.Value.Torch |> Option.defaultValue torch.CPU)
-                                let made = widths |> List.mapi (fun i width -> Value(source, size, width, odd, -(i + seed) % 2))
+
+                                use placed =
+                                    tables.``to`` (Option.ofObj device.Value.Torch |> Option.defaultValue torch.CPU)
+
+                                let made =
+                                    widths
+                                    |> List.mapi (fun i width -> Value(source, size, width, odd, -(i + seed) % 2))
 
                                 let table = RowTable(start, integers.Length / RowTable.Segment, rows)
                                 let moved = [| for value in made -> value.Moved |]
@@ -137,7 +136,8 @@ let kernel =
 
                                 for width, value in List.zip widths made do
                                     if value.Actual <> value.Expected segments then
-                                        failtest $"%i{segments.Length} segments, rows of %i{width} bytes, %i{odd} bytes off")
+                                        failtest
+                                            $"%i{segments.Length} segments, rows of %i{width} bytes, %i{odd} bytes off")
 
         testCase "no row is moved that no segment has" (fun () ->
             LibTorch.Load()
@@ -155,23 +155,36 @@ let kernel =
             let width, size = 65_536L, 70_000
 
             let many () =
-                torch.zeros ([| int64 size * width |], dtype = Nullable torch.ScalarType.Byte, device = device.Value.Torch)
+                torch.zeros (
+                    [| int64 size * width |],
+                    dtype = Nullable torch.ScalarType.Byte,
+                    device = device.Value.Torch
+                )
 
-            let rows first (tensor: torch.Tensor) =
-                tensor.narrow (0L, int64 first * width, 3L * width)
+            let rows first (tensor: torch.Tensor) = tensor.narrow (0L, int64 first * width, 3L * width)
 
             use from = many ()
             use result = many ()
             use last = rows (size - 3) from
             last.fill_ (TorchSharp.Scalar.op_Implicit 7) |> ignore
-            let integers, count = integersOf [ { From = size - 3; To = size - 5; Rows = 3; How = 0 } ]
+
+            let integers, count =
+                integersOf [
+                    {
+                        From = size - 3
+                        To = size - 5
+                        Rows = 3
+                        How = 0
+                    }
+                ]
+
             use tables = torch.tensor(integers).``to`` device.Value.Torch
             let moved = MovedRows(NcclLaunch.Address from, 0n, NcclLaunch.Address result, width, 0)
             (work ()).Move(NcclLaunch.Address tables, RowTable(0, 1, count), ReadOnlySpan [| moved |], 0n)
             use there = rows (size - 5) result
             Expect.isTrue (bytesOf there |> Array.forall ((=) 7uy)) "moved"
             use sum = result.sum (Nullable torch.ScalarType.Int64)
-            Expect.equal (sum.item<int64> ()) (3L * width * 7L) "and nothing else")
+            Expect.equal (sum.item<int64>()) (3L * width * 7L) "and nothing else")
     ]
 
 /// Ranges of one rank, me = 0, among three.
@@ -207,11 +220,11 @@ let runs =
             LibTorch.Load()
             // two experts a rank, by token; what comes is by expert, in blocks of 4
             let moves, tables =
-                movesOf
-                    Int64.MaxValue
-                    [ [ 0, 2; 2, 1 ]; [ 3, 0; 3, 4 ]; [ 7, 1; 8, 2 ] ]
-                    [ [ 0, 2; 8, 1 ]; [ 2, 1; 9, 1 ]; [ 3, 2; 10, 0 ] ]
-                    [ 5, 3; 10, 2 ]
+                movesOf Int64.MaxValue [ [ 0, 2; 2, 1 ]; [ 3, 0; 3, 4 ]; [ 7, 1; 8, 2 ] ] [
+                    [ 0, 2; 8, 1 ]
+                    [ 2, 1; 9, 1 ]
+                    [ 3, 2; 10, 0 ]
+                ] [ 5, 3; 10, 2 ]
 
             Expect.equal moves.Sent [| [||]; [| RowRun(3, 4, false) |]; [| RowRun(7, 3, false) |] |] "sent"
             Expect.equal moves.Received [| [||]; [| RowRun(0, 2, true) |]; [| RowRun(3, 2, false) |] |] "received"
@@ -237,11 +250,11 @@ let runs =
             LibTorch.Load()
 
             let moves, tables =
-                movesOf
-                    Int64.MaxValue
-                    [ [ 0, 2; 8, 1 ]; [ 2, 1; 9, 1 ]; [ 3, 2; 10, 0 ] ]
-                    [ [ 0, 2; 2, 1 ]; [ 3, 0; 3, 4 ]; [ 7, 1; 8, 2 ] ]
-                    []
+                movesOf Int64.MaxValue [ [ 0, 2; 8, 1 ]; [ 2, 1; 9, 1 ]; [ 3, 2; 10, 0 ] ] [
+                    [ 0, 2; 2, 1 ]
+                    [ 3, 0; 3, 4 ]
+                    [ 7, 1; 8, 2 ]
+                ] []
 
             Expect.equal moves.Sent [| [||]; [| RowRun(0, 2, true) |]; [| RowRun(3, 2, false) |] |] "sent"
             Expect.equal moves.Received [| [||]; [| RowRun(3, 4, false) |]; [| RowRun(7, 3, false) |] |] "received"
@@ -261,8 +274,19 @@ let runs =
 
             for apart, first, second in [ 0L, true, true; 2L, true, false; 3L, false, false ] do
                 let moves, _ = movesOf apart from into []
-                let split = if first then [| RowRun(1, 2, false); RowRun(3, 3, false) |] else [| RowRun(1, 5, false) |]
-                let last = if second then [| RowRun(6, 1, false); RowRun(7, 2, false) |] else [| RowRun(6, 3, false) |]
+
+                let split =
+                    if first then
+                        [| RowRun(1, 2, false); RowRun(3, 3, false) |]
+                    else
+                        [| RowRun(1, 5, false) |]
+
+                let last =
+                    if second then
+                        [| RowRun(6, 1, false); RowRun(7, 2, false) |]
+                    else
+                        [| RowRun(6, 3, false) |]
+
                 Expect.equal moves.Sent [| [||]; split; last |] $"sent, %i{apart}"
                 let counts (runs: RowRun[][]) = runs |> Array.map (Array.map _.Count)
                 Expect.equal (counts moves.Received) (counts moves.Sent) $"as many are received, %i{apart}"
@@ -279,5 +303,8 @@ let runs =
 
         testCase "a rank's own rows have as many places" (fun () ->
             LibTorch.Load()
-            Expect.throwsT<InvalidOperationException> (fun () -> movesOf Int64.MaxValue [ [ 0, 2 ] ] [ [ 0, 1 ] ] [] |> ignore) "two for one")
+
+            Expect.throwsT<InvalidOperationException>
+                (fun () -> movesOf Int64.MaxValue [ [ 0, 2 ] ] [ [ 0, 1 ] ] [] |> ignore)
+                "two for one")
     ]
