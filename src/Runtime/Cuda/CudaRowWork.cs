@@ -10,8 +10,13 @@ internal sealed unsafe class CudaRowWork : IRowWork
 
     public void FromHost(ReadOnlySpan<int> values, nint to)
     {
+        // the host does not wait for copies of 64 KiB at most (CUDA C++ programming guide, asynchronous concurrent execution)
+        const int AtOnce = (64 << 10) / sizeof(int);
         fixed (int* p = values)
-            Driver.FromHost(p, to, values.Length * sizeof(int), 0);
+        {
+            for (var first = 0; first < values.Length; first += AtOnce)
+                Driver.FromHost(p + first, to + (first * (nint)sizeof(int)), Math.Min(AtOnce, values.Length - first) * (long)sizeof(int), 0);
+        }
     }
 
     public void Move(nint tables, RowTable table, ReadOnlySpan<MovedRows> values, nint stream)
