@@ -14,6 +14,9 @@ type internal FakeNccl(fabric: LocalFabric, stop: CancellationToken) =
     member val Ended = List<string>()
     /// All-reduces.
     member val Sums = 0 with get, set
+    /// The peers of messages.
+    member val Sent = List<int>()
+    member val Received = List<int>()
     member val Stuck = false with get, set
     member val Broken: string | null = null with get, set
     member _.Groups = local.Communicators |> Seq.map (fun c -> c.Name, c.Size, c.Me) |> List.ofSeq
@@ -41,10 +44,18 @@ type internal FakeNccl(fabric: LocalFabric, stop: CancellationToken) =
             calls.ReduceScatter(handle, from, into, count, kind, stream)
 
         member _.AllGather(handle, from, into, bytes, stream) = calls.AllGather(handle, from, into, bytes, stream)
-        member _.Send(handle, from, bytes, peer, stream) = calls.Send(handle, from, bytes, peer, stream)
-        member _.Receive(handle, into, bytes, peer, stream) = calls.Receive(handle, into, bytes, peer, stream)
+
+        member this.Send(handle, from, bytes, peer, stream) =
+            this.Sent.Add peer
+            calls.Send(handle, from, bytes, peer, stream)
+
+        member this.Receive(handle, into, bytes, peer, stream) =
+            this.Received.Add peer
+            calls.Receive(handle, into, bytes, peer, stream)
+
         member _.Copy(from, into, bytes, stream) = calls.Copy(from, into, bytes, stream)
         member _.ToHost(from, into, bytes, stream) = calls.ToHost(from, into, bytes, stream)
+        member _.Then(stream, work) = calls.Then(stream, work)
         member _.Rows = calls.Rows
         member _.Pinned bytes = calls.Pinned bytes
         member _.NewStream() = calls.NewStream()

@@ -28,6 +28,7 @@ let main argv =
             FusedKernelTests.tests
             CollectiveTests.tests
             NcclTests.tests
+            RowMessageTests.tests
             LaunchTests.tests
             PaddingTests.tests
             RunnerTests.tests

@@ -18,7 +18,7 @@ open DeepSeekGraph.Runtime.Tests.Slots
 open DeepSeekGraph.Runtime.Tests.CollectiveTests
 
 /// What all ranks get, whoever hands it in: they have no process to agree with.
-let private named (topic: string) = Func<byte[], byte[]>(fun _ -> Text.Encoding.UTF8.GetBytes topic)
+let internal named (topic: string) = Func<byte[], byte[]>(fun _ -> Text.Encoding.UTF8.GetBytes topic)
 
 /// A world whose ranks meet in a fabric; each group gets its communicators when the ranks first start something on it.
 type internal FabricWorld(ranks: int) =
@@ -74,7 +74,7 @@ let private fabric = {
 }
 
 /// A set of rows as a GPU has it: as many places as there may be, in blocks of `padding`.
-let private deviceRoute padding b s e (mask: float[]) width =
+let internal deviceRoute padding b s e (mask: float[]) width =
     let bytes = mask |> Array.map byte
     let host = RowSet.FromMask(ReadOnlySpan bytes, b * s, e, padding)
 
@@ -685,17 +685,23 @@ let private faults =
                 (TimeSpan.FromSeconds 7.0, TimeSpan.FromSeconds 600.0)
                 "seconds"
 
+            for text in [ "-1"; "x"; "1.5" ] do
+                let wrong = diagnostic (fun () -> NcclJob.ApartOf text |> ignore)
+                Expect.equal (wrong.Code, wrong.At) (Codes.OptionValue, NcclJob.ApartVariable) text
+
+            Expect.equal (NcclJob.ApartOf "3", NcclJob.ApartOf null) (3L <<< 20, Int64.MaxValue) "bytes"
+
             Expect.equal (NcclLibrary.VersionOf 22809, NcclLibrary.VersionOf 2708) ("2.28.9", "2.7.8") "versions")
 
         testCase "a record keeps the last ones" (fun () ->
             let record = FlightRecord 3
 
             for i in 1..5 do
-                record.Add("kind", $"g%i{i}", int64 i).State <- FlightState.Done
+                record.Add(Collective.AllReduceMax, $"g%i{i}", int64 i).State <- FlightState.Done
 
             let lines = record.Text(4).Split '\n'
             Expect.equal lines.Length 4 "three, below a heading"
-            Expect.stringContains lines[1] "#3 kind on g3, 3 bytes, done" "the oldest first"
+            Expect.stringContains lines[1] "#3 AllReduceMax on g3, 3 bytes, done" "the oldest first"
             Expect.all lines (fun line -> line.StartsWith "rank 4:") "each with its rank")
     ]
 

@@ -453,4 +453,4 @@ let private step =
                 Expect.equal (read param) (rounded DType.BFloat16 (read master)) "param is the rounded master")
     ]
 
-let tests = testList "Row kernels" [ permutation; grouped; vocabulary; elementwise; step ]
+let tests = testList "Row kernels" [ permutation; grouped; vocabulary; elementwise; step; RowMoveTests.kernel ]

@@ -46,8 +46,16 @@ internal static class Gpu
     public static void Launch(string source, string name, long blocks, int threads, params ReadOnlySpan<Arg> arguments)
         => LaunchGrid(source, name, blocks, 1, threads, 0, arguments);
 
+    /// <summary>The same on a stream beside stream 0.</summary>
+    public static void LaunchOn(nint stream, string source, string name, long blocks, int threads, params ReadOnlySpan<Arg> arguments)
+        => LaunchOn(stream, source, name, blocks, 1, threads, 0, arguments);
+
     /// <summary>A grid of blocks by rows, each with some shared memory.</summary>
     public static void LaunchGrid(string source, string name, long blocks, long rows, int threads, int shared, params ReadOnlySpan<Arg> arguments)
+        => LaunchOn(0, source, name, blocks, rows, threads, shared, arguments);
+
+    private static void LaunchOn(
+        nint stream, string source, string name, long blocks, long rows, int threads, int shared, ReadOnlySpan<Arg> arguments)
     {
         if (blocks <= 0 || rows <= 0)
             return;
@@ -57,7 +65,7 @@ internal static class Gpu
         var function = DeviceModule.Kernel(Current, source, name);
         if (shared > 48 << 10)
             Driver.AllowShared(function, shared);
-        Driver.Launch(function, (uint)Math.Min(blocks, MostBlocks), (uint)rows, (uint)threads, (uint)shared, bits);
+        Driver.Launch(function, (uint)Math.Min(blocks, MostBlocks), (uint)rows, (uint)threads, (uint)shared, stream, bits);
     }
 
     /// <summary>Blocks of 256 threads for n elements, eight a thread if `vector`.</summary>

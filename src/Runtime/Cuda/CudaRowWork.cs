@@ -1,21 +1,31 @@
 // Routed rows of collectives on a GPU: kernels of Rows.cu, on the device that the calling thread has entered.
-using DeepSeekGraph.Runtime.Collectives;
 using static TorchSharp.torch;
 
 namespace DeepSeekGraph.Runtime.Cuda;
 
 internal sealed unsafe class CudaRowWork : IRowWork
 {
+    /// <summary>Rows that a block of move_rows moves at once.</summary>
+    private const int RowsOfBlock = 4;
+
     public void FromHost(ReadOnlySpan<int> values, nint to)
     {
+        // the host does not wait for copies of 64 KiB at most (CUDA C++ programming guide, asynchronous concurrent execution)
+        const int AtOnce = (64 << 10) / sizeof(int);
         fixed (int* p = values)
-            Driver.FromHost(p, to, values.Length * sizeof(int), 0);
+        {
+            for (var first = 0; first < values.Length; first += AtOnce)
+                Driver.FromHost(p + first, to + (first * (nint)sizeof(int)), Math.Min(AtOnce, values.Length - first) * (long)sizeof(int), 0);
+        }
     }
 
-    public void ClearPadding(Tensor rows, DeviceRows route)
+    public void Move(nint tables, RowTable table, ReadOnlySpan<MovedRows> values, nint stream)
     {
-        if (route.Padding > 1)
-            Gpu.Launch("Grouped", "clear_padding", route.Experts, 256, rows, route.Counts, route.Offsets, RowExchange.Width(rows));
+        var (a, b) = (values[0], values.Length > 1 ? values[1] : default);
+        var threads = Gpu.Threads(Math.Max(a.Width, b.Width) / 16, false);
+        Gpu.LaunchOn(
+            stream, "Moves", "move_rows", (table.Rows + RowsOfBlock - 1) / RowsOfBlock, threads, (long)tables + (table.Start * sizeof(int)), table.Count,
+            table.Rows, (long)a.From, (long)a.Staging, (long)a.To, a.Width, a.Fill, (long)b.From, (long)b.Staging, (long)b.To, b.Width, b.Fill);
     }
 
     public DeviceRows Route(Tensor mask, int width) => CudaRows.RowsOf(mask, width, 1);

@@ -10,6 +10,8 @@ namespace DeepSeekGraph.Runtime.Cuda;
 /// </summary>
 public sealed class DeviceRows : IDisposable
 {
+    private readonly List<(RowWay Way, DeviceRows Other, long Apart, RowMoves Moves)> _moves = [];
+
     internal DeviceRows(int rows, int tokens, int experts, int width, int padding, Tensor counts, Tensor offsets, Tensor flat, Tensor rowOf)
     {
         Rows = rows;
@@ -63,12 +65,11 @@ public sealed class DeviceRows : IDisposable
     /// <summary>Rows that came from several ranks, exactly as many as there are: by expert, then member, then token. `fill` copies integers to a tensor.</summary>
     internal static DeviceRows ByExpert(RowSet host, Device device, System.Action<int[], Tensor> fill)
     {
-        var counts = empty(host.Experts, dtype: ScalarType.Int32, device: device);
-        var offsets = empty(host.Experts + 1, dtype: ScalarType.Int32, device: device);
-        fill(host.Counts, counts);
-        fill(host.Offsets, offsets);
+        // one copy for both
+        using var both = empty((2 * host.Experts) + 1, dtype: ScalarType.Int32, device: device);
+        fill([.. host.Offsets, .. host.Counts], both);
         return new DeviceRows(
-            host.Rows, 0, host.Experts, 0, host.Padding, counts, offsets,
+            host.Rows, 0, host.Experts, 0, host.Padding, both.narrow(0, host.Experts + 1, host.Experts), both.narrow(0, 0, host.Experts + 1),
             empty(0, dtype: ScalarType.Int32, device: device), empty([0, 0], dtype: ScalarType.Int32, device: device))
         { Host = host };
     }
@@ -119,11 +120,27 @@ public sealed class DeviceRows : IDisposable
     /// <summary>How tokens cross to their experts' ranks, for a fused dispatch; null: their counts were not exchanged.</summary>
     internal Crossing? Crossing { get; set; }
 
+    /// <summary>How rows go between this set, which other ranks' counts made, and another one; made once.</summary>
+    internal RowMoves Moves(RowWay way, DeviceRows other, long apart, Func<RowMoves> make)
+    {
+        foreach (var made in _moves)
+        {
+            if (made.Way == way && made.Apart == apart && ReferenceEquals(made.Other, other))
+                return made.Moves;
+        }
+
+        var moves = make();
+        _moves.Add((way, other, apart, moves));
+        return moves;
+    }
+
     /// <summary>Bytes of the index tensors.</summary>
     public long Bytes => Counts.ByteCount() + Offsets.ByteCount() + Flat.ByteCount() + RowOf.ByteCount();
 
     public void Dispose()
     {
+        foreach (var made in _moves)
+            made.Moves.Dispose();
         Crossing?.Dispose();
         Ends.Dispose();
         Counts.Dispose();

@@ -84,15 +84,15 @@ internal static unsafe partial class Driver
     /// <summary>Waits for all work of the calling thread's context.</summary>
     public static void Synchronize() => Check(cuCtxSynchronize(), "cuCtxSynchronize");
 
-    /// <summary>Launches on the default stream, on which LibTorch works too; each argument fills 8 bytes or the first of them.</summary>
-    public static void Launch(nint function, uint gridX, uint gridY, uint block, uint shared, ReadOnlySpan<ulong> arguments)
+    /// <summary>Launches on a stream, 0 being the default one, on which LibTorch works too; each argument fills 8 bytes or the first of them.</summary>
+    public static void Launch(nint function, uint gridX, uint gridY, uint block, uint shared, nint stream, ReadOnlySpan<ulong> arguments)
     {
         fixed (ulong* values = arguments)
         {
             var pointers = stackalloc void*[arguments.Length];
             for (var i = 0; i < arguments.Length; i++)
                 pointers[i] = values + i;
-            Check(cuLaunchKernel(function, gridX, gridY, 1, block, 1, 1, shared, 0, pointers, null), "cuLaunchKernel");
+            Check(cuLaunchKernel(function, gridX, gridY, 1, block, 1, 1, shared, stream, pointers, null), "cuLaunchKernel");
         }
     }
 

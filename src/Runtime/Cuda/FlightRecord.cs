@@ -17,8 +17,11 @@ internal enum FlightState
     Done,
 }
 
-/// <summary>One collective: its number among those of the rank, from 1; `Bytes` that the rank brought.</summary>
-internal sealed class Flight(long number, string kind, string group, long bytes)
+/// <summary>
+/// One collective: its number among those of the rank, from 1; `bytes` that the rank brought. Its kind becomes text only where somebody reads
+/// it: F# takes more than 100 us for that.
+/// </summary>
+internal sealed class Flight(long number, Collective kind, string group, long bytes)
 {
     private readonly long _begin = Stopwatch.GetTimestamp();
 
@@ -46,7 +49,7 @@ internal sealed class FlightRecord(int length = FlightRecord.Length)
     private readonly Lock _lock = new();
     private long _count;
 
-    public Flight Add(string kind, string group, long bytes)
+    public Flight Add(Collective kind, string group, long bytes)
     {
         lock (_lock)
         {

@@ -11,8 +11,24 @@ internal sealed unsafe class HostRowWork : IRowWork
 {
     public void FromHost(ReadOnlySpan<int> values, nint to) => values.CopyTo(new Span<int>((void*)to, values.Length));
 
-    public void ClearPadding(Tensor rows, DeviceRows route)
-        => (route.Host ?? throw new InvalidOperationException("rows that nobody counted")).ClearPadding((byte*)rows.Pointer(), RowExchange.Width(rows));
+    public void Move(nint tables, RowTable table, ReadOnlySpan<MovedRows> values, nint stream)
+    {
+        var segments = new ReadOnlySpan<int>((int*)tables + table.Start, table.Count * RowTable.Segment);
+        foreach (var value in values)
+        {
+            for (var i = 0; i < segments.Length; i += RowTable.Segment)
+            {
+                var next = i + RowTable.Segment;
+                var (rows, how) = ((next < segments.Length ? segments[next] : table.Rows) - segments[i], segments[i + 3]);
+                var (from, to) = ((how & RowTable.FromStaging) != 0 ? value.Staging : value.From, (how & RowTable.ToStaging) != 0 ? value.Staging : value.To);
+                var target = (byte*)to + (segments[i + 2] * value.Width);
+                if ((how & RowTable.Fills) != 0)
+                    NativeMemory.Fill(target, (nuint)(rows * value.Width), (byte)value.Fill);
+                else
+                    Buffer.MemoryCopy((byte*)from + (segments[i + 1] * value.Width), target, rows * value.Width, rows * value.Width);
+            }
+        }
+    }
 
     public DeviceRows Route(Tensor mask, int width)
     {

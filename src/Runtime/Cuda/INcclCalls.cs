@@ -56,6 +56,9 @@ internal interface INcclCalls
     /// <summary>Bytes of this device's memory to memory of the processor that Pinned gave.</summary>
     void ToHost(nint from, nint to, long bytes, nint stream);
 
+    /// <summary>Work of our own behind what a stream was given; `work` gets the stream on which the device does it.</summary>
+    void Then(nint stream, System.Action<nint> work);
+
     /// <summary>Work on rows of tokens.</summary>
     IRowWork Rows { get; }
 

@@ -4,7 +4,7 @@ using static TorchSharp.torch;
 namespace DeepSeekGraph.Runtime.Cuda;
 
 /// <summary>
-/// Everything happens on stream 0. `flat` says of each row to which token it belongs, as token * per + something below `per`, and -1
+/// Everything but Move happens on stream 0. `flat` says of each row to which token it belongs, as token * per + something below `per`, and -1
 /// where there is none; `rowOf`, [tokens, width], lists the rows of each token, then -1.
 /// </summary>
 internal interface IRowWork
@@ -12,8 +12,8 @@ internal interface IRowWork
     /// <summary>Integers into this device's memory; `values` may change as soon as this returns.</summary>
     void FromHost(ReadOnlySpan<int> values, nint to);
 
-    /// <summary>Zeros in the rows that fill up experts' blocks.</summary>
-    void ClearPadding(Tensor rows, DeviceRows route);
+    /// <summary>Rows of one or two values from range to range, on a stream; `tables` is the address of the integers that the table is of.</summary>
+    void Move(nint tables, RowTable table, ReadOnlySpan<MovedRows> values, nint stream);
 
     /// <summary>The rows that a mask [tokens, columns] of bytes chooses, `width` a token at most, column by column without blocks.</summary>
     DeviceRows Route(Tensor mask, int width);

@@ -171,6 +171,8 @@ internal sealed class LocalCalls(LocalFabric fabric, RankDevice device, Cancella
             Driver.Synchronize();
         });
 
+    public void Then(nint stream, System.Action<nint> work) => Later(stream, () => work(0));
+
     public nint Pinned(long bytes) => device.IsCuda ? Driver.Pinned(bytes) : System.Runtime.InteropServices.Marshal.AllocHGlobal((nint)bytes);
 
     public nint Where(nint stream) => 0;

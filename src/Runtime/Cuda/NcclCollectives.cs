@@ -5,8 +5,11 @@ using DeepSeekGraph.Runtime.Kernels;
 
 namespace DeepSeekGraph.Runtime.Cuda;
 
-/// <summary>Where collectives of a group run; groups over the same axes share one. Without communicator: the rank is alone in it.</summary>
-internal sealed record NcclLane(GroupMembers Members, nint Communicator, nint Stream);
+/// <summary>
+/// Where collectives of a group run; groups over the same axes share one. Without communicator: the rank is alone in it. `Apart`: bytes from
+/// which a range of rows is a message of its own.
+/// </summary>
+internal sealed record NcclLane(GroupMembers Members, nint Communicator, nint Stream, long Apart);
 
 /// <summary>
 /// Start queues a collective on its group's stream, behind what stream 0 has to do; Wait makes stream 0 wait for it. The host waits for
@@ -63,7 +66,8 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
         var launch = new NcclLaunch();
         var lane = _lanes[call.Group.Id];
         var host = Prepare(call, lane, launch);
-        var flight = Record.Add(call.Kind.ToString(), call.Group.Name, launch.Bytes);
+        launch.QueueMoves(_nccl);
+        var flight = Record.Add(call.Kind, call.Group.Name, launch.Bytes);
         try
         {
             lock (Waiting)
@@ -80,6 +84,8 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
                     copy(lane.Stream);
                 Queue(launch.Group, lane.Stream);
                 Queue(launch.Second, lane.Stream);
+                foreach (var work in launch.Behind)
+                    work(lane.Stream);
                 foreach (var copy in launch.ToHost)
                     copy(lane.Stream);
                 call.Times?.End(_nccl.Where(lane.Stream));
@@ -139,7 +145,7 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
                 continue;
             if (!streams.TryGetValue(communicator, out var stream))
                 streams[communicator] = stream = _nccl.NewStream();
-            _lanes[one.Group.Id] = new NcclLane(one.Members, communicator, stream);
+            _lanes[one.Group.Id] = new NcclLane(one.Members, communicator, stream, _job.Apart);
             if (one is { IsMessage: true, Origin: Origin.Split })
                 Greet(one.Group.Id);
         }

@@ -56,8 +56,8 @@ internal static class NcclFused
     public static void AddDispatch(INcclCalls nccl, NcclLane lane, CollectiveCall call, NcclLaunch launch)
     {
         var values = call.Outputs.Count;
-        var (x, here, there) = (call.Inputs[0].Tensor, call.Inputs[values].DeviceRows, call.Inputs[values + 1].DeviceRows);
-        var (source, target) = (NcclRows.Known(here, call.Inputs[values]), NcclRows.Known(there, call.Inputs[values + 1]));
+        var (x, source, target) = (call.Inputs[0].Tensor, call.Inputs[values], call.Inputs[values + 1]);
+        var (here, there) = (source.DeviceRows, target.DeviceRows);
         var (crossing, work) = (Of(there, call), nccl.Rows);
         var rows = Typed(call.Outputs[0], x.dtype).Fill(there.Rows);
         var packed = Tokens(crossing.SentCounts, rows);
@@ -68,8 +68,8 @@ internal static class NcclFused
         if (crossing.Flat is null)
         {
             var places = work.Places(here, crossing.Sent, crossing.Shift, crossing.Width);
-            crossing.Flat = full(there.Rows, -1, dtype: ScalarType.Int32, device: x.device);
-            NcclRows.ToExperts(nccl, lane, launch.Own(places), source, NcclLaunch.Address(crossing.Flat), target, sizeof(int), launch);
+            crossing.Flat = empty(there.Rows, dtype: ScalarType.Int32, device: x.device);
+            NcclRows.Move(nccl, lane, RowWay.ToExperts, source, target, launch.Own(places), NcclLaunch.Address(crossing.Flat), sizeof(int), -1, launch);
         }
 
         if (values == 2)
@@ -77,8 +77,7 @@ internal static class NcclFused
             var one = empty(here.Rows, dtype: ScalarType.Float32, device: x.device);
             work.GatherOne(Float(call.Inputs[1]), here.Flat, one);
             var filled = Typed(call.Outputs[1], ScalarType.Float32).Fill(there.Rows);
-            NcclRows.ToExperts(nccl, lane, launch.Own(one), source, NcclLaunch.Address(filled), target, sizeof(float), launch);
-            launch.After.Add(() => work.ClearPadding(filled, there));
+            NcclRows.Move(nccl, lane, RowWay.ToExperts, source, target, launch.Own(one), NcclLaunch.Address(filled), sizeof(float), 0, launch);
         }
 
         launch.After.Add(() => work.Gather(received, crossing.Flat, crossing.Width, rows));
@@ -91,8 +90,8 @@ internal static class NcclFused
     public static void AddCombine(INcclCalls nccl, NcclLane lane, CollectiveCall call, int perNode, NcclLaunch launch)
     {
         var values = call.Outputs.Count;
-        var (rows, there, here) = (call.Inputs[0].Tensor, call.Inputs[values].DeviceRows, call.Inputs[values + 1].DeviceRows);
-        var (source, target) = (NcclRows.Known(there, call.Inputs[values]), NcclRows.Known(here, call.Inputs[values + 1]));
+        var (rows, source, target) = (call.Inputs[0].Tensor, call.Inputs[values], call.Inputs[values + 1]);
+        var (there, here) = (source.DeviceRows, target.DeviceRows);
         var (crossing, work) = (Of(there, call), nccl.Rows);
         int[] nodes = [.. lane.Members.Ranks.Select(rank => rank / perNode)];
         var sums = Tokens(crossing.ReceivedCounts, rows);
@@ -106,7 +105,8 @@ internal static class NcclFused
         {
             var one = empty(here.Rows, dtype: ScalarType.Float32, device: rows.device);
             var p = Typed(call.Outputs[1], ScalarType.Float32).Fill();
-            NcclRows.ToTokens(nccl, lane, launch.Read(Float(call.Inputs[1])), source, launch.Own(one), target, sizeof(float), launch);
+            NcclRows.Move(
+                nccl, lane, RowWay.ToTokens, source, target, launch.Read(Float(call.Inputs[1])), launch.Own(one), sizeof(float), 0, launch);
             launch.After.Add(() => work.ScatterOne(one, here.Flat, p));
         }
     }

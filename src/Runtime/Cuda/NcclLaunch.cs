@@ -8,8 +8,9 @@ namespace DeepSeekGraph.Runtime.Cuda;
 internal sealed class NcclLaunch : IDisposable
 {
     private readonly List<Tensor> _held = [];
+    private readonly List<(RowMoves Moves, MovedRows Before, MovedRows Behind)> _moved = [];
 
-    /// <summary>Calls that need no group, before it: copies to the rank itself.</summary>
+    /// <summary>Calls that need no group, before it: copies to the rank itself, and to staging memory.</summary>
     public List<System.Action<nint>> Copies { get; } = [];
 
     /// <summary>Calls of NCCL, all in one group.</summary>
@@ -20,6 +21,9 @@ internal sealed class NcclLaunch : IDisposable
 
     /// <summary>Fills the second group from what came to the host; null where nothing depends on that.</summary>
     public System.Action? Rest { get; set; }
+
+    /// <summary>Work behind the groups on the collective's own stream: rows that came together to their places.</summary>
+    public List<System.Action<nint>> Behind { get; } = [];
 
     /// <summary>Copies to the processor behind the group; the host waits for the collective when there is one.</summary>
     public List<System.Action<nint>> ToHost { get; } = [];
@@ -45,6 +49,28 @@ internal sealed class NcclLaunch : IDisposable
     {
         _held.Add(value);
         return Address(value);
+    }
+
+    /// <summary>Rows that are moved before the group and behind it; a bundle's, if they go alike, by one kernel.</summary>
+    public void Move(RowMoves moves, MovedRows before, MovedRows behind) => _moved.Add((moves, before, behind));
+
+    /// <summary>Once everything was put together: queues what moves rows.</summary>
+    public void QueueMoves(INcclCalls nccl)
+    {
+        foreach (var alike in _moved.Where(moved => moved.Moves.Tables is not null).GroupBy(moved => moved.Moves))
+        {
+            var (moves, tables) = (alike.Key, Own(alike.Key.Tables!.alias()));
+            foreach (var some in alike.Chunk(MovedRows.AtOnce))
+            {
+                MovedRows[] before = [.. some.Select(moved => moved.Before)], behind = [.. some.Select(moved => moved.Behind)];
+                if (moves.Before.Rows > 0)
+                    Copies.Add(stream => nccl.Rows.Move(tables, moves.Before, before, nccl.Where(stream)));
+                if (moves.Behind.Rows > 0)
+                    Behind.Add(stream => nccl.Then(stream, on => nccl.Rows.Move(tables, moves.Behind, behind, on)));
+            }
+        }
+
+        _moved.Clear();
     }
 
     /// <summary>The address of what a slot holds until the end.</summary>

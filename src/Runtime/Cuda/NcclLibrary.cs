@@ -219,6 +219,8 @@ internal sealed unsafe class NcclCalls(int device) : INcclCalls
 
     public void ToHost(nint from, nint to, long bytes, nint stream) => Driver.ToHost(from, to, bytes, stream);
 
+    public void Then(nint stream, System.Action<nint> work) => work(stream);
+
     public IRowWork Rows { get; } = new CudaRowWork();
 
     public nint Pinned(long bytes) => Driver.Pinned(bytes);

@@ -1,4 +1,4 @@
-// Rows of routed tokens between GPUs: counts are exchanged once for a set, then ranges of rows go straight to where they belong.
+// Rows of routed tokens between GPUs: counts are exchanged once for a set, then rows go in one message to each peer.
 using System.Diagnostics;
 using System.Runtime.InteropServices;
 using DeepSeekGraph.Runtime.Collectives;
@@ -7,7 +7,26 @@ using static TorchSharp.torch;
 
 namespace DeepSeekGraph.Runtime.Cuda;
 
-/// <summary>The order is that of RowSet: by local expert, then member, then token; so a member's rows of one expert are one range.</summary>
+/// <summary>Between which sets rows go.</summary>
+internal enum RowWay
+{
+    /// <summary>From the set by token to that by expert.</summary>
+    ToExperts,
+
+    /// <summary>Back.</summary>
+    ToTokens,
+
+    /// <summary>From each member's set to that of all.</summary>
+    Gather,
+
+    /// <summary>Back, to a place of its own for what each member brings.</summary>
+    Scatter,
+}
+
+/// <summary>
+/// The order is that of RowSet: by local expert, then member, then token. By token a member's rows lie together, since its experts are
+/// neighbours; by expert they do not.
+/// </summary>
 internal static class NcclRows
 {
     /// <summary>Is it a set of rows that is exchanged, so that the host waits for counts?</summary>
@@ -68,52 +87,28 @@ internal static class NcclRows
     /// <summary>Adds the calls for the rows of one output, whose operand tuple begins at input i.</summary>
     public static void AddRows(INcclCalls nccl, NcclLane lane, CollectiveCall call, int i, SlotValue output, NcclLaunch launch)
     {
-        var rows = call.Inputs[i].Tensor;
-        var (here, there) = (call.Inputs[i + 1].DeviceRows, call.Inputs[i + 2].DeviceRows);
-        var (source, target) = (Known(here, call.Inputs[i + 1]), Known(there, call.Inputs[i + 2]));
-        var width = RowExchange.Width(rows);
-        var type = rows.dtype;
-        if (output.ScalarType != type)
-            throw new InvalidOperationException($"slot {output.Info.Name} has elements of type {output.ScalarType}, the rows {type}");
-        var from = launch.Read(rows);
-        var (ranks, me) = lane.Members;
-        var n = ranks.Length;
-        var filled = output.Fill(there.Rows);
-        var to = NcclLaunch.Address(filled);
+        var (rows, here, there) = (call.Inputs[i].Tensor, call.Inputs[i + 1], call.Inputs[i + 2]);
+        if (output.ScalarType != rows.dtype)
+            throw new InvalidOperationException($"slot {output.Info.Name} has elements of type {output.ScalarType}, the rows {rows.dtype}");
+        var (from, width) = (launch.Read(rows), RowExchange.Width(rows));
+        var filled = output.Fill(there.DeviceRows.Rows);
         switch (call.Kind)
         {
             case var kind when kind.IsRowsToExperts:
-                ToExperts(nccl, lane, from, source, to, target, width, launch);
+                Move(nccl, lane, RowWay.ToExperts, here, there, from, NcclLaunch.Address(filled), width, 0, launch);
                 break;
             case var kind when kind.IsRowsToTokens:
-                ToTokens(nccl, lane, from, source, to, target, width, launch);
+                Move(nccl, lane, RowWay.ToTokens, here, there, from, NcclLaunch.Address(filled), width, 0, launch);
                 break;
             case Collective.AllGather:
-                for (var e = 0; e < source.Experts; e++)
-                {
-                    var expert = e;
-                    NcclDense.Exchange(
-                        nccl, lane, launch,
-                        _ => At(from, source.Offsets[expert], source.Counts[expert]),
-                        peer => At(to, RowExchange.Start(target, peer, expert), target.MemberCounts[peer][expert]));
-                }
-
+                Move(nccl, lane, RowWay.Gather, here, there, from, NcclLaunch.Address(filled), width, 0, launch);
                 break;
             case Collective.ReduceScatter:
                 {
-                    // everybody's part of my rows, one behind the other, added in member order
-                    long[] shape = [n, .. filled.shape];
-                    var parts = zeros(shape, dtype: type, device: rows.device);
-                    var (begin, size) = (launch.Own(parts), filled.ByteCount());
-                    for (var e = 0; e < source.Experts; e++)
-                    {
-                        var expert = e;
-                        NcclDense.Exchange(
-                            nccl, lane, launch,
-                            peer => At(from, RowExchange.Start(source, peer, expert), source.MemberCounts[peer][expert]),
-                            peer => At(begin + (peer * (nint)size), target.Offsets[expert], target.Counts[expert]));
-                    }
-
+                    // everybody's part of my rows, one behind the other, added in member order; zero where there are none
+                    long[] shape = [lane.Members.Ranks.Length, .. filled.shape];
+                    var parts = zeros(shape, dtype: rows.dtype, device: rows.device);
+                    Move(nccl, lane, RowWay.Scatter, here, there, from, launch.Own(parts), width, 0, launch);
                     launch.After.Add(() => Sum(parts, filled));
                     break;
                 }
@@ -121,40 +116,118 @@ internal static class NcclRows
             default:
                 throw new UnreachableException($"{call.Kind} moves no rows");
         }
-
-        if (target.Padding > 1)
-            launch.After.Add(() => nccl.Rows.ClearPadding(filled, there));
-
-        (nint, long) At(nint start, long row, long count) => Range(start, row, count, width);
     }
 
-    /// <summary>Ranges of my rows, by token, to the ranks of their experts; rows of `width` bytes at `from` and `to`.</summary>
-    public static void ToExperts(INcclCalls nccl, NcclLane lane, nint from, RowSet source, nint to, RowSet target, long width, NcclLaunch launch)
+    /// <summary>Rows of `width` bytes at `from`, of one set, to their places at `to`, of the other. Rows that nothing comes for hold `fill`: 0, or -1.</summary>
+    public static void Move(
+        INcclCalls nccl, NcclLane lane, RowWay way, SlotValue source, SlotValue target, nint from, nint to, long width, int fill, NcclLaunch launch)
     {
-        for (var e = 0; e < target.Experts; e++)
+        var moves = MovesOf(nccl, lane, way, source, target, lane.Apart == long.MaxValue ? lane.Apart : (lane.Apart + width - 1) / width);
+        var (sent, received) = (Staging(moves.SentStaging), Staging(moves.ReceivedStaging));
+        for (var peer = 0; peer < moves.Sent.Length; peer++)
         {
-            var expert = e;
-            NcclDense.Exchange(
-                nccl, lane, launch,
-                peer => Range(from, source.Offsets[(peer * target.Experts) + expert], source.Counts[(peer * target.Experts) + expert], width),
-                peer => Range(to, RowExchange.Start(target, peer, expert), target.MemberCounts[peer][expert], width));
+            var other = peer;
+            foreach (var run in moves.Sent[peer])
+            {
+                var (at, bytes) = ((run.IsStaged ? sent : from) + (nint)(run.At * width), run.Count * width);
+                launch.Group.Add(stream => nccl.Send(lane.Communicator, at, bytes, other, stream));
+            }
+
+            foreach (var run in moves.Received[peer])
+            {
+                var (at, bytes) = ((run.IsStaged ? received : to) + (nint)(run.At * width), run.Count * width);
+                launch.Group.Add(stream => nccl.Receive(lane.Communicator, at, bytes, other, stream));
+            }
+        }
+
+        launch.Move(moves, new MovedRows(from, sent, to, width, fill), new MovedRows(from, received, to, width, fill));
+
+        nint Staging(int rows)
+            => rows == 0 ? 0 : launch.Own(empty(rows * width, dtype: ScalarType.Byte, device: target.Device));
+    }
+
+    /// <summary>Kept with the set that the exchange of counts made.</summary>
+    private static RowMoves MovesOf(INcclCalls nccl, NcclLane lane, RowWay way, SlotValue source, SlotValue target, long apart)
+    {
+        var (from, to) = (source.DeviceRows, target.DeviceRows);
+        var (made, other) = way is RowWay.ToExperts or RowWay.Gather ? (to, from) : (from, to);
+        return made.Moves(way, other, apart, () =>
+        {
+            var (mine, theirs, n) = (Known(from, source), Known(to, target), lane.Members.Ranks.Length);
+            var (ranges, places) = way switch
+            {
+                RowWay.ToExperts => (ByToken(mine, n), ByExpert(theirs)),
+                RowWay.ToTokens => (ByExpert(mine), ByToken(theirs, n)),
+                RowWay.Gather => (Whole(mine, n, 0), ByExpert(theirs)),
+                RowWay.Scatter => (ByExpert(mine), Whole(theirs, n, to.Rows)),
+                _ => throw new UnreachableException($"no way {way}"),
+            };
+            return RowMoves.Of(ranges, places, lane.Members.Me, way == RowWay.Scatter ? [] : Filling(theirs), apart, integers =>
+            {
+                var tables = empty(integers.Length, dtype: ScalarType.Int32, device: target.Device);
+                nccl.Rows.FromHost(integers, NcclLaunch.Address(tables));
+                return tables;
+            });
+        });
+    }
+
+    /// <summary>Of a set whose experts are those of n members, one member after the other: each one's rows.</summary>
+    private static RowRange[][] ByToken(RowSet set, int n)
+    {
+        var (ranges, local) = (new RowRange[n][], set.Experts / n);
+        for (var member = 0; member < n; member++)
+        {
+            ranges[member] = new RowRange[local];
+            for (var e = 0; e < local; e++)
+                ranges[member][e] = new RowRange(set.Offsets[(member * local) + e], set.Counts[(member * local) + e]);
+        }
+
+        return ranges;
+    }
+
+    /// <summary>Of a set that members brought: each one's rows, expert by expert.</summary>
+    private static RowRange[][] ByExpert(RowSet set)
+    {
+        var ranges = new RowRange[set.MemberCounts.Length][];
+        for (var member = 0; member < ranges.Length; member++)
+            ranges[member] = new RowRange[set.Experts];
+        for (var e = 0; e < set.Experts; e++)
+        {
+            var at = set.Offsets[e];
+            for (var member = 0; member < ranges.Length; member++)
+            {
+                var count = set.MemberCounts[member][e];
+                ranges[member][e] = new RowRange(at, count);
+                at += count;
+            }
+        }
+
+        return ranges;
+    }
+
+    /// <summary>All rows of a set, for each of n members; those of a member `apart` rows behind those of the one before.</summary>
+    private static RowRange[][] Whole(RowSet set, int n, int apart)
+    {
+        var ranges = new RowRange[n][];
+        for (var member = 0; member < n; member++)
+        {
+            ranges[member] = new RowRange[set.Experts];
+            for (var e = 0; e < set.Experts; e++)
+                ranges[member][e] = new RowRange(checked((member * apart) + set.Offsets[e]), set.Counts[e]);
+        }
+
+        return ranges;
+    }
+
+    /// <summary>Rows that fill up experts' blocks.</summary>
+    private static IEnumerable<RowRange> Filling(RowSet set)
+    {
+        for (var e = 0; e < set.Experts && set.Padding > 1; e++)
+        {
+            var first = set.Offsets[e] + set.Counts[e];
+            yield return new RowRange(first, set.Offsets[e + 1] - first);
         }
     }
-
-    /// <summary>The way back.</summary>
-    public static void ToTokens(INcclCalls nccl, NcclLane lane, nint from, RowSet source, nint to, RowSet target, long width, NcclLaunch launch)
-    {
-        for (var e = 0; e < source.Experts; e++)
-        {
-            var expert = e;
-            NcclDense.Exchange(
-                nccl, lane, launch,
-                peer => Range(from, RowExchange.Start(source, peer, expert), source.MemberCounts[peer][expert], width),
-                peer => Range(to, target.Offsets[(peer * source.Experts) + expert], target.Counts[(peer * source.Experts) + expert], width));
-        }
-    }
-
-    private static (nint At, long Bytes) Range(nint start, long row, long count, long width) => (start + (nint)(row * width), count * width);
 
     /// <summary>What the members brought, in their order, in fp32, rounded once.</summary>
     private static void Sum(Tensor parts, Tensor into)
@@ -169,6 +242,6 @@ internal static class NcclRows
     }
 
     /// <summary>What the host knows of a set, once counts were exchanged.</summary>
-    public static RowSet Known(DeviceRows route, SlotValue slot)
+    private static RowSet Known(DeviceRows route, SlotValue slot)
         => route.Host ?? throw new InvalidOperationException($"how many rows {slot.Info.Name} has was not exchanged");
 }

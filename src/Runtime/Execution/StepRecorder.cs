@@ -71,7 +71,7 @@ internal sealed class StepRecorder(StageInstructions code, IReadOnlyList<Group> 
         switch (_steps[step])
         {
             case Instruction.Launch launch:
-                Add(new Noted(TraceLane.Compute, launch.Id.ToString(), _mark, clock.Mark(0), _action, launch.Path)
+                Add(new Noted(TraceLane.Compute, launch.Id, _mark, clock.Mark(0), _action, launch.Path)
                 {
                     Bytes = Bytes(launch.Inputs) + Bytes(launch.Outputs),
                 });
@@ -99,9 +99,10 @@ internal sealed class StepRecorder(StageInstructions code, IReadOnlyList<Group> 
         var from = clock.Since(_first);
         var length = clock.Since(_last) - from;
         var events = new List<TraceEvent>(_noted.Count);
+        var words = new Dictionary<object, string>();
         foreach (var one in _noted)
         {
-            var isHost = one.Lane == TraceLane.Host;
+            var isHost = one.Lane == TraceLane.Host && !clock.IsHost;
             var begin = isHost ? HostTime.Nanoseconds(_hostBegin, one.Begin) : clock.Since(one.Begin) - from;
             var end = isHost ? HostTime.Nanoseconds(_hostBegin, one.End) : clock.Since(one.End) - from;
 
@@ -109,9 +110,11 @@ internal sealed class StepRecorder(StageInstructions code, IReadOnlyList<Group> 
             if (end <= 0 || begin >= length)
                 continue;
             (begin, end) = (Math.Max(0, begin), Math.Min(length, end));
-            events.Add(new TraceEvent(one.Lane, one.Kind + one.Part, begin, Math.Max(begin, end))
+            if (!words.TryGetValue(one.Kind, out var kind))
+                words[one.Kind] = kind = Word(one.Kind);
+            events.Add(new TraceEvent(one.Lane, kind + one.Part, begin, Math.Max(begin, end))
             {
-                Kind = one.Kind,
+                Kind = kind,
                 Path = one.Path,
                 Program = one.Action.Name,
                 Microbatch = one.Action.Phase.IsOnce ? null : one.Action.Microbatch,
@@ -153,7 +156,7 @@ internal sealed class StepRecorder(StageInstructions code, IReadOnlyList<Group> 
     }
 
     private void Add(Flight flight, Action action, TraceLane lane, string part, long begin, long end)
-        => Add(new Noted(lane, Word(flight.Start.Kind), begin, end, action, flight.Start.Path)
+        => Add(new Noted(lane, flight.Start.Kind, begin, end, action, flight.Start.Path)
         {
             Part = part,
             Bytes = flight.Bytes,
@@ -164,13 +167,13 @@ internal sealed class StepRecorder(StageInstructions code, IReadOnlyList<Group> 
 
     private long Bytes(int[] places) => places.Sum(place => _frame!.Slots[place].Bytes);
 
-    /// <summary>The kind without its dims or stage.</summary>
-    private static string Word(Collective kind) => kind.ToString().Split(' ')[0];
+    /// <summary>A kernel, or a collective without its dims or stage; F# takes more than 100 us for the text of one, which is not to be in the step.</summary>
+    private static string Word(object kind) => kind.ToString()!.Split(' ')[0];
 
     private sealed record Flight(Instruction.Start Start, Action Action, CollectiveTimes Times, long Bytes);
 
-    /// <summary>Marks of the clock; HostTime for the lane Host.</summary>
-    private sealed record Noted(TraceLane Lane, string Kind, long Begin, long End, Action Action, string Path)
+    /// <summary>Marks of the clock; HostTime for the lane Host. `Kind`: a kernel or a collective.</summary>
+    private sealed record Noted(TraceLane Lane, object Kind, long Begin, long End, Action Action, string Path)
     {
         public string Part { get; init; } = "";
 
