@@ -235,6 +235,7 @@ let private rank (job: Job) (p: Partitioned) work parameters groups home (r: int
     let slots = SlotTable()
     let added, epilogue, observed = accumulators job p parameters slots r maker
     let input = epilogue groups
+    let router = Routing.first graph
     let mutable token = -1
 
     let next () =
@@ -263,7 +264,7 @@ let private rank (job: Job) (p: Partitioned) work parameters groups home (r: int
                 ]
                 Clock =
                     if job.Recipe.Overlap then
-                        ValueSome(Overlap.clock job.Mesh job.Recipe.RanksPerNode (fun group -> groups[group]))
+                        ValueSome(Overlap.clock job.Mesh job.Recipe.RanksPerNode router (fun group -> groups[group]))
                     else
                         ValueNone
             })

@@ -9,7 +9,7 @@ open DeepSeekGraph.Models
 
 let private clock launch collective : Overlap.Clock = {
     Launch = fun _ _ _ _ -> launch
-    Collective = fun _ _ _ -> collective
+    Collective = fun _ _ _ _ -> collective
 }
 
 let private launch inputs output path = Step.Launch(KernelId.Add, [||], Array.ofList inputs, [| output |], path)
