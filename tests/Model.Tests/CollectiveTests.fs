@@ -590,5 +590,8 @@ let tests =
 
         Documents.agrees
             "collectives.md"
-            (lazy (("flex", flexTable ()) :: ("inside", insideTable ()) :: [ for name, rows, found in tables.Value -> name, table rows found ]))
+            (lazy
+                (("flex", flexTable ())
+                 :: ("inside", insideTable ())
+                 :: [ for name, rows, found in tables.Value -> name, table rows found ]))
     ]

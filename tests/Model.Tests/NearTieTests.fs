@@ -79,7 +79,8 @@ let private firstOther (a: RoutingTrace) (b: RoutingTrace) =
                     for row in 0 .. sequences - 1 do
                         for position in 0 .. seqLength - 1 ->
                             let chosen (trace: RoutingTrace) =
-                                trace.Chosen(int64 step, $"model.layers.%i{layer}.mlp.gate", row, position) |> List.ofSeq
+                                trace.Chosen(int64 step, $"model.layers.%i{layer}.mlp.gate", row, position)
+                                |> List.ofSeq
 
                             chosen a <> chosen b
             }))
@@ -108,6 +109,13 @@ let tests =
 
                 Expect.isLessThan (List.max replayed) rounding "with the choices of one rank, all steps"
                 // a norm may be exact
-                Expect.isLessThan (List.max (0.0 :: List.truncate (first - 1) free)) rounding "before a token chooses otherwise"
-                Expect.equal recorded.Tokens (int64 (steps * sequences * seqLength * config.NumHiddenLayers)) "all choices are replayed"
+                Expect.isLessThan
+                    (List.max (0.0 :: List.truncate (first - 1) free))
+                    rounding
+                    "before a token chooses otherwise"
+
+                Expect.equal
+                    recorded.Tokens
+                    (int64 (steps * sequences * seqLength * config.NumHiddenLayers))
+                    "all choices are replayed"
     ]

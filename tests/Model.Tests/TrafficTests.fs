@@ -188,7 +188,9 @@ let private counted =
                 // one stage: what goes back goes in W
                 for program, kind, expected in
                     [
-                        "F", (if dispatcher.IsFlex then "dispatch" else "rows_to_experts"), values + rows * probBytes + places
+                        "F",
+                        (if dispatcher.IsFlex then "dispatch" else "rows_to_experts"),
+                        values + rows * probBytes + places
                         "F", (if dispatcher.IsFlex then "combine" else "rows_to_tokens"), values
                         "W", (if dispatcher.IsFlex then "dispatch" else "rows_to_experts"), values
                         "W", (if dispatcher.IsFlex then "combine" else "rows_to_tokens"), values + rows * probBytes
@@ -218,11 +220,7 @@ let private counted =
         printfn $"between nodes of a step: alltoall %i{between[0]}, flex %i{between[1]} bytes"
 
 let private flexOn expert =
-    Recipe.Default
-        .WithParallelism(2, 1, expert, 4)
-        .WithBatch(8, 1, seqLength)
-        .WithRanksPerNode(perNode)
-        .WithDispatcher
+    Recipe.Default.WithParallelism(2, 1, expert, 4).WithBatch(8, 1, seqLength).WithRanksPerNode(perNode).WithDispatcher
         Dispatcher.Flex
 
 /// Layouts that place tokens and experts otherwise.
@@ -326,8 +324,7 @@ let private cheapest =
                 for model, sequenceParallel in [ config, true; configOf 64, false ] do
                     let recipe = (job sizes).WithRanksPerNode(perNode).WithSequenceParallel sequenceParallel
 
-                    let priced dispatcher =
-                        cost perNode (DeepSeekV3(model).Compile(recipe.WithDispatcher dispatcher))
+                    let priced dispatcher = cost perNode (DeepSeekV3(model).Compile(recipe.WithDispatcher dispatcher))
 
                     let each = [
                         for d in [ Dispatcher.AllToAll; Dispatcher.AllGather; Dispatcher.Flex ] -> d, priced d

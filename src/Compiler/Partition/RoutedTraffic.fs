@@ -24,7 +24,14 @@ type Exchange = {
 let private placeBytes = 4.0
 
 /// The exchange that a collective makes; none for others. `brings`: is a dispatch the first of its row set?
-let ofCollective (slot: int -> SlotInfo) (choice: int -> RouterChoice option) brings kind (inputs: IReadOnlyList<int>) outputs =
+let ofCollective
+    (slot: int -> SlotInfo)
+    (choice: int -> RouterChoice option)
+    brings
+    kind
+    (inputs: IReadOnlyList<int>)
+    outputs
+    =
     let width (skipped: int) (s: SlotInfo) = Seq.skip skipped s.Extents |> Seq.fold (*) 1 |> (*) s.DType.Bytes |> float
 
     let make byToken byExpert toExperts ranks rows tokens =
@@ -61,7 +68,8 @@ let ofCollective (slot: int -> SlotInfo) (choice: int -> RouterChoice option) br
     | Collective.Recv _ -> None
 
 /// Does this collective bring a row set the places of its tokens' rows? `seen`: sets that have them, which it adds to.
-let brings (seen: HashSet<int>) (kind: Collective) (inputs: IReadOnlyList<int>) = kind.IsDispatch && seen.Add inputs[inputs.Count - 1]
+let brings (seen: HashSet<int>) (kind: Collective) (inputs: IReadOnlyList<int>) =
+    kind.IsDispatch && seen.Add inputs[inputs.Count - 1]
 
 /// What members of a group, and nodes of theirs, get of one member's tokens.
 type private Share = {
@@ -165,7 +173,14 @@ let private counted (mesh: MeshInfo) (seqLength: int) (routing: IRouting) microb
 
 /// Bytes of one run of an exchange in these groups. A token enters another node at the member with its sender's place there, and goes on
 /// from it to the others that hold experts of it; what comes back takes the same way. `routing`: none, or one and the microbatch.
-let run gpusPerNode (mesh: MeshInfo) seqLength (routing: (IRouting * int) option) (groups: int[][]) (e: Exchange) : Sent =
+let run
+    gpusPerNode
+    (mesh: MeshInfo)
+    seqLength
+    (routing: (IRouting * int) option)
+    (groups: int[][])
+    (e: Exchange)
+    : Sent =
     let all, away = Dictionary<int, float>(), Dictionary<int, float>()
 
     let put (sums: Dictionary<int, float>) rank bytes =

@@ -89,8 +89,7 @@ module Routing =
             match writers.TryGetValue slot with
             | true, Step.Launch(KernelId.Route, attributes, inputs, _, path) ->
                 match List.ofSeq attributes with
-                | [ Attribute.Int topK; Attribute.Int experts ] ->
-                    Maker.Set(path, int topK, int experts, inputs[0])
+                | [ Attribute.Int topK; Attribute.Int experts ] -> Maker.Set(path, int topK, int experts, inputs[0])
                 | _other -> Maker.Other []
             | true, Step.Launch((KernelId.Router | KernelId.GroupTopK), attributes, _, _, path) ->
                 match List.ofSeq attributes with
@@ -111,10 +110,11 @@ module Routing =
             let node = graph.NodeOf value
 
             match node.Op with
-            | Op.Route(topK, experts) -> Maker.Set(node.Origin.Path, topK, experts, node.Inputs[0])
+            | Op.Route(topK, experts) -> Some(Maker.Set(node.Origin.Path, topK, experts, node.Inputs[0]))
             | Op.Router { Choice = spec }
-            | Op.GroupTopK spec -> Maker.Router(node.Origin.Path, spec.Groups, spec.KeepGroups)
-            | _other -> Maker.Other node.Inputs
+            | Op.GroupTopK spec -> Some(Maker.Router(node.Origin.Path, spec.Groups, spec.KeepGroups))
+            | _other -> None
+            |> Option.defaultValue (Maker.Other node.Inputs)
 
         choice maker route
 

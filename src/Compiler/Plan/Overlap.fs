@@ -51,7 +51,8 @@ let clock
         let sent = RoutedTraffic.run ranksPerNode mesh 0 None [| group |] exchange
 
         sent.All
-        |> Seq.map (fun (KeyValue(rank, all)) -> Links.time (int64 all) (int64 (sent.Away.GetValueOrDefault(rank, 0.0))))
+        |> Seq.map (fun (KeyValue(rank, all)) ->
+            Links.time (int64 all) (int64 (sent.Away.GetValueOrDefault(rank, 0.0))))
         |> Seq.fold max 0L
 
     let collective (kind: Collective) group inputs outputs =

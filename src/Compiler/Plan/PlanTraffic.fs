@@ -170,9 +170,11 @@ module PlanTraffic =
         | Collective.RowsToExperts -> $"dispatch: rows to experts over %s{over}"
         | Collective.RowsToTokens when backward -> $"gradient of dispatch: rows to tokens over %s{over}"
         | Collective.RowsToTokens -> $"combine: rows to tokens over %s{over}"
-        | Collective.Dispatch _ when backward -> $"gradient of combine: tokens to experts, once a node and once a rank there, over %s{over}"
+        | Collective.Dispatch _ when backward ->
+            $"gradient of combine: tokens to experts, once a node and once a rank there, over %s{over}"
         | Collective.Dispatch _ -> $"dispatch: tokens to experts, once a node and once a rank there, over %s{over}"
-        | Collective.Combine _ when backward -> $"gradient of dispatch: rows summed on each rank, then in each node, over %s{over}"
+        | Collective.Combine _ when backward ->
+            $"gradient of dispatch: rows summed on each rank, then in each node, over %s{over}"
         | Collective.Combine _ -> $"combine: rows summed on each rank, then in each node, over %s{over}"
 
     /// What an exchange sends in a step: at most from a rank in a run, at most from it to other nodes, all of both.
@@ -306,7 +308,8 @@ module PlanTraffic =
                                 | Some exchange -> routed gpusPerNode plan routing instances exchange runs
                                 | None ->
                                     let each = [
-                                        for away, ranks in peers -> Links.sent kind bytes members away, int64 (ranks * runs)
+                                        for away, ranks in peers ->
+                                            Links.sent kind bytes members away, int64 (ranks * runs)
                                     ]
 
                                     let most part = each |> Seq.map (fst >> part) |> Seq.fold max 0L
