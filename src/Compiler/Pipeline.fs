@@ -102,8 +102,9 @@ module Pipeline =
 
     let private partition (progress: Progress) (joint: Graph) =
         let recipe = progress.Recipe
-        let dispatcher = Dispatching.choose recipe progress.Mesh joint
-        struct (dispatcher, Propagate.run (AxisMap.create recipe.SequenceParallel dispatcher progress.Mesh) joint)
+
+        Dispatching.choose recipe progress.Mesh joint (fun dispatcher ->
+            Propagate.run (AxisMap.create recipe.SequenceParallel dispatcher progress.Mesh) joint)
 
     let private dispatch (progress: Progress) (dispatcher: Dispatcher) (local: Partitioned) =
         if dispatcher.IsFlex then FusedDispatch.run progress.Recipe.RanksPerNode local else local

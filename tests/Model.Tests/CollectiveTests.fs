@@ -464,14 +464,14 @@ let private table (rows: Row list) found =
     ]
     |> String.concat "\n"
 
-/// One layer with experts of the published width, over the recipe's 64 ranks.
-let private exchanges (dispatcher: Dispatcher) =
+/// One layer with experts of the published width, experts over `expert` ranks of nodes of 8, TP 2.
+let private exchanges expert (dispatcher: Dispatcher) =
     let config = DeepSeekV3Config(NumHiddenLayers = 2, FirstKDenseReplace = 1, NumNextnPredictLayers = 0)
 
     let recipe =
         Recipe.Default
-            .WithParallelism(2, 1, 64, 32)
-            .WithBatch(32, 1, 4096)
+            .WithParallelism(2, 1, expert, expert / 2)
+            .WithBatch(expert / 2, 1, 4096)
             .WithDType(DType.BFloat16)
             .WithDispatcher(dispatcher)
             .WithRanksPerNode
@@ -481,23 +481,35 @@ let private exchanges (dispatcher: Dispatcher) =
     |> Seq.filter (fun l -> List.contains l.Kind [ "rows_to_experts"; "rows_to_tokens"; "dispatch"; "combine" ])
     |> List.ofSeq
 
-let private both = lazy (exchanges Dispatcher.AllToAll, exchanges Dispatcher.Flex)
+let private beside expert = exchanges expert Dispatcher.AllToAll, exchanges expert Dispatcher.Flex
+/// Over the recipe's 64 ranks, and over one node.
+let private both, private inside = lazy (beside 64), lazy (beside 8)
+
+let private share (a: int64) (b: int64) = (float b / float a).ToString("F2", CultureInfo.InvariantCulture)
+
+let private lineByLine line (plain: CollectiveLine list, flex: CollectiveLine list) =
+    List.zip3 [ "dispatch"; "combine"; "gradient of combine"; "gradient of dispatch" ] plain flex
+    |> List.map (fun (what, a, b) -> line what a b)
 
 let private flexTable () =
-    let plain, flex = both.Value
-
     let line what (a: CollectiveLine) (b: CollectiveLine) =
-        let share = float b.InterNode / float a.InterNode
-        let share = share.ToString("F2", CultureInfo.InvariantCulture)
-
-        $"| %s{what} | %s{number a.Sent} | %s{number a.InterNode} | %s{number b.Sent} | %s{number b.InterNode} | %s{share} |"
+        $"| %s{what} | %s{number a.Sent} | %s{number a.InterNode} | %s{number b.Sent} | %s{number b.InterNode} | %s{share a.InterNode b.InterNode} |"
 
     [
         "| for | alltoall sends | to other nodes | flex sends | to other nodes | flex / alltoall between nodes |"
         "|---|---|---|---|---|---|"
-        yield!
-            List.zip3 [ "dispatch"; "combine"; "gradient of combine"; "gradient of dispatch" ] plain flex
-            |> List.map (fun (what, a, b) -> line what a b)
+        yield! lineByLine line both.Value
+    ]
+    |> String.concat "\n"
+
+let private insideTable () =
+    let line what (a: CollectiveLine) (b: CollectiveLine) =
+        $"| %s{what} | %s{number a.Sent} | %s{number b.Sent} | %s{share a.Sent b.Sent} |"
+
+    [
+        "| for | alltoall sends | flex sends | flex / alltoall |"
+        "|---|---|---|---|"
+        yield! lineByLine line inside.Value
     ]
     |> String.concat "\n"
 
@@ -558,17 +570,28 @@ let tests =
             for i, (a, b) in List.indexed (List.zip plain flex) do
                 // probabilities go with the dispatch, and come back with its gradient
                 let one = if i = 0 || i = 3 then float fp32 else 0.0
+                // with the first dispatch each row says which token it is of
+                let more = if i = 0 then one + 4.0 else one
 
                 let near what (said: int64) expected =
                     Expect.floatClose { absolute = 1.0; relative = 0.0 } (float said) expected $"%i{i}: %s{what}"
 
                 near "alltoall" a.Sent (float rows * (row + one) * 63.0 / 64.0)
                 near "alltoall between nodes" a.InterNode (float rows * (row + one) * 56.0 / 64.0)
-                near "flex between nodes" b.InterNode (tokens * 7.0 * node * row + float rows * one * 7.0 / 8.0)
+                near "flex between nodes" b.InterNode (tokens * 7.0 * node * row + float rows * more * 7.0 / 8.0)
 
-                near "flex" b.Sent (tokens * (7.0 * node + 8.0 * 7.0 * rank) * row + float rows * one * 63.0 / 64.0)
+                near "flex" b.Sent (tokens * (7.0 * node + 8.0 * 7.0 * rank) * row + float rows * more * 63.0 / 64.0)
+
+                // a rank of one node has a group of 32 experts
+                let a, b = (fst inside.Value)[i], (snd inside.Value)[i]
+                near "alltoall in one node" a.Sent (float rows * (row + one) * 7.0 / 8.0)
+                near "flex in one node" b.Sent (tokens * 7.0 * node * row + float rows * more * 7.0 / 8.0)
+                Expect.equal (a.InterNode, b.InterNode) (0L, 0L) "one node"
 
         Documents.agrees
             "collectives.md"
-            (lazy (("flex", flexTable ()) :: [ for name, rows, found in tables.Value -> name, table rows found ]))
+            (lazy
+                (("flex", flexTable ())
+                 :: ("inside", insideTable ())
+                 :: [ for name, rows, found in tables.Value -> name, table rows found ]))
     ]

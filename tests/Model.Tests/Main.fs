@@ -20,6 +20,7 @@ let main argv =
             PartitionTests.tests
             Fp8Tests.tests
             ParallelTests.tests
+            NearTieTests.tests
             ExecutorTests.tests
             RecomputeTests.tests
             PaddingTests.tests

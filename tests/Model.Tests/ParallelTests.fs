@@ -167,7 +167,8 @@ let private gpus =
             .WithParallelism(1, 2, 2, 2)
             .WithVirtualPipeline(2)
             .WithLayout("Et|t|t|tmL")
-            .WithOverlapMoeExpertParallelComm true
+            .WithOverlapMoeExpertParallelComm
+            true
     ]
 
     testList "ranks that share a GPU, in the processor's memory: the bits of the loopback" [

@@ -14,7 +14,7 @@ open DeepSeekGraph.Models.Tests.ParallelTests
 let private experts, groups, keep, topK, hidden = 16, 4, 2, 4, 8
 let private tensor, data, perNode, seqLength = 2, 4, 2, 8
 
-let private config =
+let private configOf hidden =
     DeepSeekV3Config(
         VocabSize = 16,
         HiddenSize = hidden,
@@ -35,6 +35,8 @@ let private config =
         NGroup = groups,
         TopkGroup = keep
     )
+
+let private config = configOf hidden
 
 /// Eight ranks in four nodes of two; a group of experts lies on one node.
 let private compile (dispatcher: Dispatcher) microbatches =
@@ -139,9 +141,10 @@ let private isExchange (c: CollectiveLine) =
 let private explained routing plan =
     PlanExplanation(plan, perNode, routing).Collectives |> Seq.filter isExchange |> List.ofSeq
 
-/// One step of the plan in which tokens choose as the trace says.
-let private run (plan: PlanSet) (trace: RoutingTrace) =
+/// One step of the plan in which tokens choose as the trace says; as on GPUs: by NCCL's calls.
+let private runAs asOnGpus (plan: PlanSet) (trace: RoutingTrace) =
     let traffic = Traffic perNode
+    use world = new LoopbackWorld(Traffic = traffic, AsOnGpus = asOnGpus)
     // with those that the last positions predict
     let columns = plan.Inputs |> Seq.find (fun i -> i.Name = "tokens") |> fun i -> i.Extents[1]
 
@@ -150,7 +153,7 @@ let private run (plan: PlanSet) (trace: RoutingTrace) =
             Batches = RandomTokens(plan.Microbatches * plan.MicroBatch, columns, config.VocabSize),
             Executor = Executor.Interpreter,
             Trace = trace,
-            Traffic = traffic
+            World = world
         )
 
     task {
@@ -162,8 +165,10 @@ let private run (plan: PlanSet) (trace: RoutingTrace) =
     }
     |> _.GetAwaiter().GetResult()
 
-/// Bytes of a row's values, and of its probability; forward and backward send rows twice each, probabilities once.
-let private rowBytes, private probBytes = int64 hidden * 4L, 4L
+let private run plan trace = runAs false plan trace
+
+/// Bytes of a row's values, of its probability and of its place; forward and backward send rows twice each, probabilities once.
+let private rowBytes, private probBytes, private placeBytes = int64 hidden * 4L, 4L, 4L
 
 let private counted =
     testCase "from a routing: alltoall and flex, forward and backward, as counted here and as a run sends"
@@ -178,11 +183,14 @@ let private counted =
                 let rows, nodes = away routing
                 let travels = if dispatcher.IsFlex then nodes else rows
                 let values = travels * rowBytes
+                let places = if dispatcher.IsFlex then rows * placeBytes else 0L
 
                 // one stage: what goes back goes in W
                 for program, kind, expected in
                     [
-                        "F", (if dispatcher.IsFlex then "dispatch" else "rows_to_experts"), values + rows * probBytes
+                        "F",
+                        (if dispatcher.IsFlex then "dispatch" else "rows_to_experts"),
+                        values + rows * probBytes + places
                         "F", (if dispatcher.IsFlex then "combine" else "rows_to_tokens"), values
                         "W", (if dispatcher.IsFlex then "dispatch" else "rows_to_experts"), values
                         "W", (if dispatcher.IsFlex then "combine" else "rows_to_tokens"), values + rows * probBytes
@@ -210,6 +218,10 @@ let private counted =
 
         Expect.isLessThan between[1] between[0] "flex sends less between nodes"
         printfn $"between nodes of a step: alltoall %i{between[0]}, flex %i{between[1]} bytes"
+
+let private flexOn expert =
+    Recipe.Default.WithParallelism(2, 1, expert, 4).WithBatch(8, 1, seqLength).WithRanksPerNode(perNode).WithDispatcher
+        Dispatcher.Flex
 
 /// Layouts that place tokens and experts otherwise.
 let private layouts =
@@ -246,6 +258,83 @@ let private recorded =
                 (lines |> List.sumBy (fun c -> c.StepSent - c.StepInterNode))
                 traffic.Inside
                 $"%s{name}: inside nodes"
+
+/// Over NCCL a token goes straight to each rank that has experts for it: to a plan whose nodes have one rank each, that is the same.
+let private straight =
+    testCase "what NCCL is asked to send is what is predicted: flex once to each rank, also of other nodes"
+    <| fun () ->
+        let jobs = [
+            yield! layouts
+            "alltoall", Recipe.Default.WithParallelism(2, 1, 8, 4).WithBatch(8, 1, seqLength)
+            "flex", flexOn 8
+            "flex, recomputed", (flexOn 8).WithRecompute "full"
+        ]
+
+        for name, recipe in jobs do
+            let mesh = Compilation.Mesh recipe
+
+            // messages between stages, and rows gathered over etp, are sends too
+            if mesh.Pipeline = 1 && mesh.ExpertTensor = 1 then
+                let plan = DeepSeekV3(config).Compile recipe
+                let trace = RoutingTrace()
+                let traffic = runAs true plan trace
+                let direct = DeepSeekV3(config).Compile(recipe.WithRanksPerNode 1)
+                let lines = explained (TracedRouting(trace, plan, 1L)) direct
+
+                Expect.isFalse
+                    (PlanExplanation(plan, perNode).Collectives |> Seq.exists (fun c -> c.Kind = "all_to_all"))
+                    $"%s{name}: nothing else goes from rank to rank"
+
+                let between = lines |> List.sumBy _.StepInterNode
+                Expect.isGreaterThan between 0L name
+                Expect.equal traffic.Between between $"%s{name}: between nodes"
+                Expect.equal traffic.Inside ((lines |> List.sumBy _.StepSent) - between) $"%s{name}: inside nodes"
+
+/// What a plan's collectives cost by link, in a step.
+let private cost gpusPerNode (plan: PlanSet) =
+    PlanExplanation(plan, gpusPerNode).Collectives
+    |> Seq.sumBy (fun c -> Partition.Links.time c.StepSent c.StepInterNode)
+
+let private cheapest =
+    testCase "auto is the cheapest dispatcher of all, by what the three plans send"
+    <| fun () ->
+        let job (tensor, context, expert, expertTensor, data) =
+            Recipe.Default
+                .WithParallelism(tensor, 1, expert, data)
+                .WithContextParallel(context)
+                .WithExpertTensorParallel(expertTensor)
+                .WithBatch(data, 1, seqLength)
+
+        let degrees = [
+            1, 1, 1, 1, 2
+            1, 1, 2, 1, 2
+            1, 1, 4, 1, 4
+            1, 1, 8, 1, 8
+            2, 1, 8, 1, 4
+            2, 1, 4, 2, 4
+            2, 1, 2, 2, 2
+            1, 2, 4, 1, 2
+            1, 1, 4, 1, 8
+        ]
+
+        let won = Collections.Generic.HashSet<Dispatcher>()
+
+        for sizes in degrees do
+            for perNode in [ 2; 8 ] do
+                for model, sequenceParallel in [ config, true; configOf 64, false ] do
+                    let recipe = (job sizes).WithRanksPerNode(perNode).WithSequenceParallel sequenceParallel
+
+                    let priced dispatcher = cost perNode (DeepSeekV3(model).Compile(recipe.WithDispatcher dispatcher))
+
+                    let each = [
+                        for d in [ Dispatcher.AllToAll; Dispatcher.AllGather; Dispatcher.Flex ] -> d, priced d
+                    ]
+
+                    let best, least = List.minBy snd each
+                    won.Add best |> ignore
+                    Expect.equal (priced Dispatcher.Auto) least $"%A{sizes}, nodes of %i{perNode}: %A{each}"
+
+        Expect.equal won.Count 3 "each is the cheapest somewhere"
 
 /// Ranges of experts of a rank or node, in groups or across them.
 let private parts = [
@@ -335,4 +424,4 @@ let private assumed =
             "counted from the routing given"
             "with a routing"
 
-let tests = testSequenced <| testList "traffic" [ counted; recorded; closed; assumed ]
+let tests = testSequenced <| testList "traffic" [ counted; recorded; straight; cheapest; closed; assumed ]

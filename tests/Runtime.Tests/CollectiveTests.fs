@@ -471,7 +471,7 @@ let private routing (worlds: Worlds) =
                                 if once then (if away.IsEmpty then 0 else 1) else away.Length
                     ]
 
-                let rowBytes, probBytes = int64 (4 * h), 4L
+                let rowBytes, probBytes, placeBytes = int64 (4 * h), 4L, 4L
 
                 // the loopback counts what a network would carry
                 if Object.ReferenceEquals(worlds, threads) then
@@ -482,8 +482,9 @@ let private routing (worlds: Worlds) =
 
                     Expect.equal
                         fused.Between
-                        (2L * (int64 (pairs true true) * rowBytes + int64 (pairs true false) * probBytes))
-                        "flex: once a node (there is one other node)"
+                        (2L * (int64 (pairs true true) * rowBytes + int64 (pairs true false) * probBytes)
+                         + int64 (pairs true false) * placeBytes)
+                        "flex: once a node (there is one other node), and what token each row is of"
 
                     Expect.isLessThan fused.Between plain.Between "fewer bytes between nodes")
 

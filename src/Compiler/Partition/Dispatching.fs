@@ -2,42 +2,59 @@
 [<RequireQualifiedAccess>]
 module DeepSeekGraph.Compiler.Partition.Dispatching
 
+open System.Collections.Generic
 open DeepSeekGraph
 open DeepSeekGraph.Compiler
 
-/// Picoseconds a byte inside a node (NVLink, 160 GB/s reached) and between nodes (50 GB/s): DeepSeek-V3's own figures (arXiv 2412.19437,
-/// section 3.2.2). Integers, so that every machine chooses alike.
-let insideNode, betweenNodes = 6L, 20L
+/// Picoseconds that the ranks of a stage take, one after the other, to send what one microbatch needs, forward and backward; when any
+/// choice of experts is as likely. The first stage's ranks stand for those of all.
+let price (recipe: Recipe) (mesh: MeshInfo) (part: Partitioned) : int64 =
+    let graph, perNode = part.Graph, recipe.RanksPerNode
+    let slot v = Layout.slot v "" SlotKind.Temporary graph.Types[v] part.Layouts[v]
+    let placed = HashSet<int>()
+    let groups = Dictionary<int list, int[][]>()
 
-/// What one dispatcher sends per token and direction, weighed by link, in thousandths of a row. Balanced routing: the copies of
-/// a token are spread evenly over ranks, and at most min(top-k, nodes) nodes see it.
-let private cost (recipe: Recipe) (mesh: MeshInfo) (topK: int) (dispatcher: Dispatcher) : int64 =
-    let ep, etp, k, scale = int64 mesh.Expert, int64 mesh.ExpertTensor, int64 topK, 1000L
-    // consecutive ranks of the expert grid share a node
-    let inNode = max 1L (min ep (int64 recipe.RanksPerNode / etp))
-    let nodes = max 1L (ep / inNode)
-    let weigh inside between = inside * insideNode + between * betweenNodes
-    // rows gathered afterwards by the ranks that share an expert
-    let shared = weigh (k * scale * (etp - 1L)) 0L
+    let along axes =
+        match groups.TryGetValue axes with
+        | true, known -> known
+        | false, _ ->
+            let made = Mesh.groups mesh 0 axes
+            groups[axes] <- made
+            made
 
-    match dispatcher with
-    | Dispatcher.AllGather -> weigh ((inNode * etp - 1L) * scale) ((ep - inNode) * etp * scale)
-    | Dispatcher.Flex ->
-        weigh (k * scale * (inNode - 1L) / inNode) (min k nodes * scale * (nodes - 1L) / nodes) + shared
-    | Dispatcher.AllToAll
-    | Dispatcher.Auto -> weigh (k * scale * (inNode - 1L) / ep) (k * scale * (ep - inNode) / ep) + shared
+    let mutable sum = 0L
 
-/// The recipe's dispatcher; for `auto` the cheapest, the simpler of equal ones.
-let choose (recipe: Recipe) (mesh: MeshInfo) (graph: Graph) : Dispatcher =
-    let topK =
-        graph.Nodes
-        |> Array.tryPick (fun n ->
-            match n.Op with
-            | Op.Route(k, _) -> Some k
-            | _other -> None)
+    for node in graph.Nodes do
+        match node.Op with
+        | Op.Collective(kind, axes, _) ->
+            let brings = RoutedTraffic.brings placed kind node.Inputs
 
-    match recipe.Dispatcher, topK with
-    | Dispatcher.Auto, Some k ->
-        [ Dispatcher.AllToAll; Dispatcher.AllGather; Dispatcher.Flex ] |> List.minBy (cost recipe mesh k)
-    | Dispatcher.Auto, None -> Dispatcher.AllToAll
-    | named, _ -> named
+            match RoutedTraffic.ofCollective slot (Routing.choiceIn graph) brings kind node.Inputs node.Outputs with
+            | Some exchange ->
+                let sent = RoutedTraffic.run perNode mesh recipe.SeqLength None (along axes) exchange
+                let whole (bytes: Dictionary<int, float>) = int64 (round (Seq.sum bytes.Values))
+                sum <- sum + Links.time (whole sent.All) (whole sent.Away)
+            | None ->
+                let operand = graph.Types[node.Inputs[0]]
+                // a count of 4 bytes for each expert
+                let bytes = if kind.IsRouteToExperts then 4L * int64 operand.Extents[2] else operand.Bytes
+
+                for ranks in along axes do
+                    for rank in ranks do
+                        let away = ranks |> Array.filter (fun r -> r / perNode <> rank / perNode) |> Array.length
+                        let struct (all, away) = Links.sent kind bytes ranks.Length away
+                        sum <- sum + Links.time all away
+        | _other -> ()
+
+    sum
+
+/// The recipe's dispatcher and the graph that it leads to; for `auto` the cheapest, the simpler of equal ones.
+let choose (recipe: Recipe) (mesh: MeshInfo) (graph: Graph) (partition: Dispatcher -> Partitioned) =
+    match recipe.Dispatcher with
+    | Dispatcher.Auto when graph.Nodes |> Array.exists (fun node -> node.Op.IsRoute) ->
+        [ Dispatcher.AllToAll; Dispatcher.AllGather; Dispatcher.Flex ]
+        |> List.map (fun dispatcher -> struct (dispatcher, partition dispatcher))
+        |> List.minBy (fun struct (dispatcher, part) ->
+            price recipe mesh (if dispatcher.IsFlex then FusedDispatch.run recipe.RanksPerNode part else part))
+    | Dispatcher.Auto -> struct (Dispatcher.AllToAll, partition Dispatcher.AllToAll)
+    | named -> struct (named, partition named)

@@ -54,6 +54,20 @@ module Layout =
                 })
     }
 
+    /// The slot of a value of local type `t` that lies so.
+    let slot (id: int) (name: string) (kind: SlotKind) (t: TensorType) (layout: Layout) : SlotInfo = {
+        Id = id
+        Name = name
+        Kind = kind
+        DType = t.DType
+        Axes = t.Names
+        Extents = t.Extents
+        Routed = t.Routed
+        Density = t.Density
+        Padding = 1
+        Layout = layout
+    }
+
     /// The layout that splits each named axis of `t` as `map` says, where the extent divides.
     let ofNames (mesh: MeshInfo) (map: Map<string, int list>) (t: TensorType) : Layout =
         let layout = replicated mesh

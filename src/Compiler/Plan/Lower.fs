@@ -244,6 +244,7 @@ let private rank
     let slots = SlotTable()
     let added, epilogue, observed = accumulators job p parameters slots r maker
     let input = epilogue groups
+    let router = Routing.first graph
     let mutable token = -1
 
     let next () =
@@ -272,7 +273,7 @@ let private rank
                 ]
                 Clock =
                     if job.Recipe.Overlap then
-                        ValueSome(Overlap.clock job.Mesh job.Recipe.RanksPerNode (fun group -> groups[group]))
+                        ValueSome(Overlap.clock job.Mesh job.Recipe.RanksPerNode router (fun group -> groups[group]))
                     else
                         ValueNone
             })
@@ -290,7 +291,7 @@ let private rank
 
     let size slot = if isReduced slot then Epilogue.elements slots[slot] else 0L
     let bucket = Epilogue.bucket input.Bucket (Mesh.extent job.Mesh (Mesh.axesOf job.Mesh "dp"))
-    let clock = Overlap.clock job.Mesh job.Recipe.RanksPerNode (fun group -> groups[group]) (slots.ToArray())
+    let clock = Overlap.clock job.Mesh job.Recipe.RanksPerNode router (fun group -> groups[group]) (slots.ToArray())
     let phases = Dictionary<struct (string * int), Step list list>()
 
     programs

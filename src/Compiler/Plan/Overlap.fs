@@ -15,8 +15,8 @@ let private window = 96
 type Clock = {
     /// A launch, by what it computes and what it moves.
     Launch: KernelId -> IReadOnlyList<Attribute> -> IReadOnlyList<int> -> IReadOnlyList<int> -> int64
-    /// A collective of a group, by its operands.
-    Collective: Collective -> int -> IReadOnlyList<int> -> int64
+    /// A collective of a group, by its operands and results.
+    Collective: Collective -> int -> IReadOnlyList<int> -> IReadOnlyList<int> -> int64
     /// From a collective's end to that of the wait for it.
     Reaction: Collective -> int64
 }
@@ -39,15 +39,22 @@ type Timeline(clock: Clock) =
         match step with
         | Step.Launch(kernel, attributes, inputs, outputs, _) ->
             now <- now + clock.Launch kernel attributes inputs outputs
-        | Step.Start(token, kind, group, inputs, _, _) ->
-            let over = max now (lanes.GetValueOrDefault(group, 0L)) + clock.Collective kind group inputs
+        | Step.Start(token, kind, group, inputs, outputs, _) ->
+            let free = max now (lanes.GetValueOrDefault(group, 0L))
+            let over = free + clock.Collective kind group inputs outputs
             lanes[group] <- over
             ends[token] <- over + clock.Reaction kind
         | Step.Wait token -> now <- now + this.Stands(ends, token)
         | Step.Free _ -> ()
 
-/// About an H100's: 600 TFLOP/s of products, 2.5 TB/s of memory, 3 us a launch; links as dispatchers are chosen by.
-let clock (mesh: MeshInfo) (ranksPerNode: int) (groups: int -> Group) (slots: IReadOnlyList<SlotInfo>) : Clock =
+/// About an H100's: 600 TFLOP/s of products, 2.5 TB/s of memory, 3 us a launch; links and flex as dispatchers are chosen by.
+let clock
+    (mesh: MeshInfo)
+    (ranksPerNode: int)
+    (router: RouterChoice option)
+    (groups: int -> Group)
+    (slots: IReadOnlyList<SlotInfo>)
+    : Clock =
     let bytes (ids: IReadOnlyList<int>) = ids |> Seq.sumBy (fun id -> Memory.bytes slots[id])
 
     let launch kernel attributes inputs outputs =
@@ -55,28 +62,52 @@ let clock (mesh: MeshInfo) (ranksPerNode: int) (groups: int -> Group) (slots: IR
         let moved = bytes inputs + bytes outputs
         3_000L + max (int64 (flops / 600_000.0)) (moved / 2_500L)
 
-    let collective (kind: Collective) group inputs =
-        let axes = groups(group).MeshAxes
-        let n = Mesh.extent mesh axes
-        // members lie as far apart as the slowest of their axes makes them
+    /// Members lie as far apart as the slowest of their axes makes them.
+    let dense kind axes inputs =
         let reach =
             axes
             |> Seq.fold
                 (fun far m -> max far (mesh.Axes |> Seq.truncate (m + 1) |> Seq.fold (fun r a -> r * a.Size) 1))
                 1
 
-        let picoseconds = if reach > ranksPerNode then Dispatching.betweenNodes else Dispatching.insideNode
-        let operand = bytes inputs
+        let struct (sent, _) = Links.sent kind (bytes inputs) (Mesh.extent mesh axes) 0
+        if reach > ranksPerNode then Links.time sent sent else Links.time sent 0L
 
-        // fused exchanges, whose traffic depends on the routing, as if every row went
-        let sent =
+    // layers send alike: row sets of a group are of one shape
+    let known = Dictionary<struct (int * bool * float * float), int64>()
+
+    /// What the rank that sends most takes, as far as any choice of experts is as likely.
+    let fused (group: int) (exchange: RoutedTraffic.Exchange) =
+        let key = struct (group, exchange.ToExperts, exchange.RowBytes, exchange.TokenBytes)
+
+        match known.TryGetValue key with
+        | true, time -> time
+        | false, _ ->
+            let ranks = Mesh.groups mesh 0 (List.ofSeq (groups group).MeshAxes) |> Array.head
+            let sent = RoutedTraffic.run ranksPerNode mesh 0 None [| ranks |] exchange
+
+            let time =
+                sent.All
+                |> Seq.map (fun (KeyValue(rank, all)) ->
+                    Links.time (int64 all) (int64 (sent.Away.GetValueOrDefault(rank, 0.0))))
+                |> Seq.fold max 0L
+
+            known[key] <- time
+            time
+
+    let collective (kind: Collective) group inputs outputs =
+        let exchange =
             if kind.IsDispatch || kind.IsCombine then
-                operand * int64 (n - 1) / int64 n
+                RoutedTraffic.ofCollective (fun id -> slots[id]) (fun _ -> router) false kind inputs outputs
             else
-                let struct (bytes, _) = PlanTraffic.sent kind operand n 0
-                bytes
+                None
 
-        20_000L + sent * picoseconds / 1000L
+        let picoseconds =
+            match exchange with
+            | Some exchange -> fused group exchange
+            | None -> dense kind (groups group).MeshAxes inputs
+
+        20_000L + picoseconds / 1000L
 
     {
         Launch = launch

@@ -3,6 +3,7 @@ namespace DeepSeekGraph.Compiler
 
 open System.Collections.Generic
 open DeepSeekGraph
+open DeepSeekGraph.Compiler.Partition
 
 /// One collective of a stage's program.
 type CollectiveLine = {
@@ -53,28 +54,6 @@ module PlanTraffic =
         | Collective.Combine _ -> "combine"
         | Collective.Send _ -> "send"
         | Collective.Recv _ -> "recv"
-
-    /// Bytes that one rank sends, and of these to other nodes, of `bytes` operand bytes in groups of `n` with `away` peers elsewhere.
-    let sent (kind: Collective) (bytes: int64) (n: int) (away: int) : struct (int64 * int64) =
-        let peers = int64 (n - 1)
-
-        match kind with
-        // every peer gets the whole block
-        | Collective.AllGather _ -> bytes * peers, bytes * int64 away
-        // every peer gets its share
-        | Collective.ReduceScatter _
-        | Collective.AllToAll _
-        | Collective.RouteToExperts
-        | Collective.RowsToExperts
-        | Collective.RowsToTokens -> bytes * peers / int64 n, bytes * int64 away / int64 n
-        // shares are reduced, then given to all
-        | Collective.AllReduceSum
-        | Collective.AllReduceMax -> 2L * bytes * peers / int64 n, 2L * bytes * int64 away / int64 n
-        | Collective.Send _ -> bytes, (if away > 0 then bytes else 0L)
-        // counted row by row
-        | Collective.Dispatch _
-        | Collective.Combine _
-        | Collective.Recv _ -> 0L, 0L
 
     let private tail (path: string) = path.Substring(path.LastIndexOf '.' + 1)
 
@@ -191,69 +170,21 @@ module PlanTraffic =
         | Collective.RowsToExperts -> $"dispatch: rows to experts over %s{over}"
         | Collective.RowsToTokens when backward -> $"gradient of dispatch: rows to tokens over %s{over}"
         | Collective.RowsToTokens -> $"combine: rows to tokens over %s{over}"
-        | Collective.Dispatch _ when backward -> $"gradient of combine: tokens to experts, once a node, over %s{over}"
-        | Collective.Dispatch _ -> $"dispatch: tokens to experts, once a node, over %s{over}"
-        | Collective.Combine _ when backward -> $"gradient of dispatch: rows summed in each node, over %s{over}"
-        | Collective.Combine _ -> $"combine: rows summed in each node, over %s{over}"
-
-    /// The exchange of rows that a collective makes; none for others.
-    let private exchangeOf
-        (stage: StagePlan)
-        (near: Neighbours)
-        (kind: Collective)
-        (inputs: IReadOnlyList<int>)
-        outputs
-        =
-        let slot i = stage.Slots[inputs[i]]
-
-        let rowBytes (s: SlotInfo) = Seq.skip 3 s.Extents |> Seq.fold (*) 1 |> (*) s.DType.Bytes |> float
-
-        let make (byToken: int) (byExpert: int) toExperts ranks rows tokens =
-            Routing.choiceOf near.Writers inputs[byToken]
-            |> Option.map (fun choice ->
-                ({
-                    Choice = choice
-                    ByToken = slot byToken
-                    ByExpert = slot byExpert
-                    RowBytes = rows
-                    TokenBytes = tokens
-                    RanksPerNode = ranks
-                    ToExperts = toExperts
-                }
-                : RoutedTraffic.Exchange))
-
-        let last = inputs.Count - 1
-        let tuples () = seq { for i in 0..3..last -> rowBytes (slot i) } |> Seq.sum
-        // probabilities are the second value, one for each row
-        let probabilities = if inputs.Count > 3 then float (slot 1).DType.Bytes else 0.0
-
-        let perToken (dense: SlotInfo) =
-            float (Lowering.Memory.bytes dense) / (float dense.Extents[0] * float dense.Extents[1])
-
-        match kind with
-        | Collective.RowsToExperts -> make 1 2 true 1 (tuples ()) 0.0
-        | Collective.RowsToTokens -> make 2 1 false 1 (tuples ()) 0.0
-        | Collective.Dispatch ranks -> make (last - 1) last true ranks probabilities (perToken (slot 0))
-        | Collective.Combine ranks ->
-            let y: SlotInfo = stage.Slots[Seq.head outputs]
-            make last (last - 1) false ranks probabilities (perToken y)
-        | Collective.AllReduceSum
-        | Collective.AllReduceMax
-        | Collective.AllGather _
-        | Collective.ReduceScatter _
-        | Collective.AllToAll _
-        | Collective.RouteToExperts
-        | Collective.Send _
-        | Collective.Recv _ -> None
+        | Collective.Dispatch _ when backward ->
+            $"gradient of combine: tokens to experts, once a node and once a rank there, over %s{over}"
+        | Collective.Dispatch _ -> $"dispatch: tokens to experts, once a node and once a rank there, over %s{over}"
+        | Collective.Combine _ when backward ->
+            $"gradient of dispatch: rows summed on each rank, then in each node, over %s{over}"
+        | Collective.Combine _ -> $"combine: rows summed on each rank, then in each node, over %s{over}"
 
     /// What an exchange sends in a step: at most from a rank in a run, at most from it to other nodes, all of both.
-    let private routed gpusPerNode plan (routing: IRouting | null) groups (exchange: RoutedTraffic.Exchange) runs =
+    let private routed gpusPerNode (plan: PlanSet) (routing: IRouting | null) groups exchange runs =
+        let run routing = RoutedTraffic.run gpusPerNode plan.Mesh plan.SeqLength routing groups exchange
+
         let each =
             match routing with
-            | null -> [ RoutedTraffic.run gpusPerNode plan None groups exchange, runs ]
-            | known -> [
-                for i in 0 .. runs - 1 -> RoutedTraffic.run gpusPerNode plan (Some(known, i)) groups exchange, 1
-              ]
+            | null -> [ run None, runs ]
+            | known -> [ for i in 0 .. runs - 1 -> run (Some(known, i)), 1 ]
 
         let whole (x: float) = int64 (round x)
 
@@ -307,6 +238,7 @@ module PlanTraffic =
         [|
             for stage in plan.Stages do
                 let near = Neighbours stage
+                let placed = HashSet<int>()
                 let known = Dictionary<int, struct (int[][] * (int * int) list)>()
 
                 /// A group's instances with ranks of this stage, and peers on other nodes: how many ranks of the stage have so many.
@@ -362,11 +294,22 @@ module PlanTraffic =
                                 | _other -> Lowering.Memory.bytes stage.Slots[inputs[0]]
 
                             let struct (toPeers, toOthers, allToPeers, allToOthers) =
-                                match exchangeOf stage near kind inputs outputs with
+                                let brings = RoutedTraffic.brings placed kind inputs
+
+                                match
+                                    RoutedTraffic.ofCollective
+                                        (fun i -> stage.Slots[i])
+                                        (Routing.choiceOf near.Writers)
+                                        brings
+                                        kind
+                                        inputs
+                                        outputs
+                                with
                                 | Some exchange -> routed gpusPerNode plan routing instances exchange runs
                                 | None ->
                                     let each = [
-                                        for away, ranks in peers -> sent kind bytes members away, int64 (ranks * runs)
+                                        for away, ranks in peers ->
+                                            Links.sent kind bytes members away, int64 (ranks * runs)
                                     ]
 
                                     let most part = each |> Seq.map (fst >> part) |> Seq.fold max 0L

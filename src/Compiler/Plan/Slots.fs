@@ -19,19 +19,7 @@ type SlotTable() =
             let id = slots.Count
             byName[name] <- id
 
-            slots.Add {
-                Id = id
-                Name = name
-                Kind = kind
-                DType = t.DType
-                Axes = t.Names
-                Extents = t.Extents
-                Routed = t.Routed
-                Density = t.Density
-                Padding = 1
-                Layout = layout
-            }
-
+            slots.Add(Layout.slot id name kind t layout)
             id
 
     member _.TryFind(name: string) =

@@ -16,7 +16,7 @@ let private grain = 100_000L
 /// Beside launches a collective takes longer, since it gets a part of the GPU only: 2 to 4 times on two H200s.
 let private beside (clock: Overlap.Clock) : Overlap.Clock = {
     clock with
-        Collective = fun kind group inputs -> 3L * clock.Collective kind group inputs
+        Collective = fun kind group inputs outputs -> 3L * clock.Collective kind group inputs outputs
 }
 
 /// What runs in one go. `Opens`: a program's part has to begin here.
@@ -104,7 +104,12 @@ type private Strand(clock: Overlap.Clock, atoms: Atom[]) =
 
 /// Whose atom comes next, a forward's (true) or a backward's, and how long both stand still. A strand goes on until it would stand still, or
 /// until the other is behind: at all if that stood still and need not any more, by a share of `lead` if it could go on.
-let private turnsBy (lead: float) (clock: Overlap.Clock) (forward: Atom list) (backward: Atom list) : struct (int64 * bool list) =
+let private turnsBy
+    (lead: float)
+    (clock: Overlap.Clock)
+    (forward: Atom list)
+    (backward: Atom list)
+    : struct (int64 * bool list) =
     let timeline = Overlap.Timeline clock
     let mutable still = 0L
     let f, b = Strand(clock, Array.ofList forward), Strand(clock, Array.ofList backward)

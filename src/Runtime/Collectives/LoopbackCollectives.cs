@@ -79,7 +79,11 @@ internal sealed class LoopbackCollectives(LoopbackWorld world, RankContext rank)
                     var route = inputs[call.Kind.IsDispatch ? outputs.Count : outputs.Count + 1].Rows;
                     var width = RowExchange.Width(inputs[0].Tensor);
                     if (call.Kind.IsDispatch)
+                    {
                         width /= inputs[0].Tensor.shape[1];
+                        traffic.CountPlaces(inputs[outputs.Count + 1].Rows, route, ranks, me);
+                    }
+
                     traffic.CountTokens(route, ranks, me, width);
                     if (outputs.Count == 2)
                         traffic.CountRows(route, ranks, me, TensorMemory.Width(inputs[1].Tensor.dtype));

@@ -22,7 +22,10 @@ public sealed class LoopbackWorld : IWorld
     /// <summary>Cancelled when a rank failed or the job was cancelled.</summary>
     public CancellationToken Stop => _stop.Token;
 
-    /// <summary>Counts what the exchange of routed rows would send between and inside nodes; null: nothing is counted.</summary>
+    /// <summary>
+    /// Counts what the exchange of routed rows would send between and inside nodes; as on GPUs, what a rank does send to another one (not sums and
+    /// gathers). Null: nothing is counted.
+    /// </summary>
     public Traffic? Traffic { get; init; }
 
     /// <summary>On the processor, collectives as ranks that share a GPU have them: by another way, with the same bits.</summary>
@@ -67,12 +70,10 @@ public sealed class LoopbackWorld : IWorld
     /// <summary>What GPUs do, with memory that all ranks see in NCCL's place. Who waits here waits for threads of this process: no time is too long.</summary>
     private NcclCollectives Shared(RankContext rank, JobShape job, RankDevice device)
     {
-        if (Traffic is not null)
-            throw new InvalidOperationException("what the exchange of rows sends is counted over the loopback only");
         // ranks ask in one order, each on its own thread
         var world = BitConverter.GetBytes(_asked.AddOrUpdate(rank.Rank, 0, static (_, before) => before + 1));
         var made = new NcclCollectives(
-            new LocalCalls(_fabric, device, Stop),
+            new LocalCalls(_fabric, device, Stop, Traffic),
             rank,
             job.Groups,
             _ => world,

@@ -1,4 +1,5 @@
 // What the exchange of routed rows would send over a network: bytes inside nodes and between them.
+using System.Runtime.CompilerServices;
 using DeepSeekGraph.Runtime.Memory;
 
 namespace DeepSeekGraph.Runtime.Collectives;
@@ -8,6 +9,9 @@ public sealed class Traffic(int ranksPerNode)
 {
     private long _inside;
     private long _between;
+
+    // sets of rows by expert whose places went with a dispatch
+    private readonly ConditionalWeakTable<RowSet, object> _placed = [];
 
     public int RanksPerNode => ranksPerNode;
 
@@ -23,6 +27,13 @@ public sealed class Traffic(int ranksPerNode)
         var experts = route.Experts / ranks.Length;
         for (var e = 0; e < route.Experts; e++)
             Add(ranks[me], ranks[e / experts], route.Counts[e] * width);
+    }
+
+    /// <summary>With the first dispatch into a set `there` each row of `route` says by 4 bytes which token it is of.</summary>
+    internal void CountPlaces(RowSet there, RowSet route, int[] ranks, int me)
+    {
+        if (_placed.TryAdd(there, there))
+            CountRows(route, ranks, me, sizeof(int));
     }
 
     /// <summary>
@@ -58,7 +69,8 @@ public sealed class Traffic(int ranksPerNode)
         }
     }
 
-    private void Add(int from, int to, long bytes)
+    /// <summary>Bytes from rank to rank; what stays on one is not counted.</summary>
+    internal void Add(int from, int to, long bytes)
     {
         if (from == to)
             return;

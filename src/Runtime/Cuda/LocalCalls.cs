@@ -44,9 +44,11 @@ internal sealed class LocalFabric : IDisposable
         => _letters.GetOrAdd((communicator, from, to), static _ => []);
 }
 
-/// <summary>A communicator of one rank: its name, how many members it has, and the rank's place.</summary>
-internal sealed record LocalCommunicator(string Name, int Size, int Me)
+/// <summary>A communicator of one rank: its name, the members' ranks in the job, and the rank's place among them.</summary>
+internal sealed record LocalCommunicator(string Name, int[] Ranks, int Me)
 {
+    public int Size => Ranks.Length;
+
     /// <summary>Parts that were made of it.</summary>
     public int Splits { get; set; }
 }
@@ -54,9 +56,9 @@ internal sealed record LocalCommunicator(string Name, int Size, int Me)
 /// <summary>
 /// One rank's calls. All ranks work on stream 0 of the device, so that what one has queued before it posts a letter has happened for whoever
 /// takes that. A stream here is a list of what is yet to be taken: it is worked off, in order, when stream 0 follows it. Sums are the
-/// loopback's: in member order, in fp32 for bf16. `device` null: the processor.
+/// loopback's: in member order, in fp32 for bf16. `traffic` counts what is sent to one member.
 /// </summary>
-internal sealed class LocalCalls(LocalFabric fabric, RankDevice device, CancellationToken stop) : INcclCalls
+internal sealed class LocalCalls(LocalFabric fabric, RankDevice device, CancellationToken stop, Traffic? traffic = null) : INcclCalls
 {
     private readonly List<LocalCommunicator> _communicators = [];
     private readonly Dictionary<nint, Queue<System.Action>> _streams = [];
@@ -76,7 +78,7 @@ internal sealed class LocalCalls(LocalFabric fabric, RankDevice device, Cancella
 
     public byte[] NewId() => Guid.NewGuid().ToByteArray();
 
-    public nint Join(byte[] id, int ranks, int rank) => Add(new LocalCommunicator(Convert.ToHexString(id), ranks, rank));
+    public nint Join(byte[] id, int ranks, int rank) => Add(new LocalCommunicator(Convert.ToHexString(id), [.. Enumerable.Range(0, ranks)], rank));
 
     public nint Split(nint communicator, int color, int key)
     {
@@ -94,7 +96,7 @@ internal sealed class LocalCalls(LocalFabric fabric, RankDevice device, Cancella
         if (color < 0)
             return 0;
         int[] members = [.. Enumerable.Range(0, whole.Size).Where(m => all[m].Color == color).OrderBy(m => all[m].Key)];
-        return Add(new LocalCommunicator($"{whole.Name}/{number}:{color}", members.Length, Array.IndexOf(members, whole.Me)));
+        return Add(new LocalCommunicator($"{whole.Name}/{number}:{color}", [.. members.Select(m => whole.Ranks[m])], Array.IndexOf(members, whole.Me)));
     }
 
     public void Close(nint communicator)
@@ -149,6 +151,7 @@ internal sealed class LocalCalls(LocalFabric fabric, RankDevice device, Cancella
     public void Send(nint communicator, nint from, long bytes, int peer, nint stream)
     {
         var members = Of(communicator);
+        traffic?.Add(members.Ranks[members.Me], members.Ranks[peer], bytes);
         fabric.Post(members.Name, members.Me, peer, Copied(from, bytes, ScalarType.Byte));
     }
 

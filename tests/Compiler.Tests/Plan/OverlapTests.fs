@@ -9,7 +9,7 @@ open DeepSeekGraph.Models
 
 let private clock launch collective : Overlap.Clock = {
     Launch = fun _ _ _ _ -> launch
-    Collective = fun _ _ _ -> collective
+    Collective = fun _ _ _ _ -> collective
     Reaction = fun _ -> 0L
 }
 
@@ -142,10 +142,7 @@ let private counted (dispatcher: Dispatcher) =
         let plan =
             DeepSeekV3(Presets.Proxy)
                 .Compile(
-                    Recipes.Proxy.Recipe
-                        .WithParallelism(1, 1, 2, 2)
-                        .WithDispatcher(dispatcher)
-                        .WithBatch(2, 1, 4096)
+                    Recipes.Proxy.Recipe.WithParallelism(1, 1, 2, 2).WithDispatcher(dispatcher).WithBatch(2, 1, 4096)
                 )
 
         let products =

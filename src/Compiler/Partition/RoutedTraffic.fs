@@ -5,7 +5,8 @@ module internal DeepSeekGraph.Compiler.RoutedTraffic
 open System.Collections.Generic
 open DeepSeekGraph
 
-/// One exchange between ranks that hold tokens and ranks that hold experts.
+/// One exchange between ranks that hold tokens and ranks that hold experts. flex: a token goes once to each other node that has experts
+/// for it, and once to each rank there or at home that has; its rows come back as one sum a rank, and one a node.
 type Exchange = {
     Choice: RouterChoice
     /// The row set by token and by expert: their layouts say who holds what.
@@ -18,6 +19,57 @@ type Exchange = {
     /// False: from experts back to tokens.
     ToExperts: bool
 }
+
+/// Bytes that tell a row which token it is of; they go with the first dispatch of a row set.
+let private placeBytes = 4.0
+
+/// The exchange that a collective makes; none for others. `brings`: is a dispatch the first of its row set?
+let ofCollective
+    (slot: int -> SlotInfo)
+    (choice: int -> RouterChoice option)
+    brings
+    kind
+    (inputs: IReadOnlyList<int>)
+    outputs
+    =
+    let width (skipped: int) (s: SlotInfo) = Seq.skip skipped s.Extents |> Seq.fold (*) 1 |> (*) s.DType.Bytes |> float
+
+    let make byToken byExpert toExperts ranks rows tokens =
+        choice inputs[byToken]
+        |> Option.map (fun choice -> {
+            Choice = choice
+            ByToken = slot inputs[byToken]
+            ByExpert = slot inputs[byExpert]
+            RowBytes = rows
+            TokenBytes = tokens
+            RanksPerNode = ranks
+            ToExperts = toExperts
+        })
+
+    let last = inputs.Count - 1
+    let tuples () = seq { for i in 0..3..last -> width 3 (slot inputs[i]) } |> Seq.sum
+    // probabilities are the second value, one for each row
+    let probabilities = if inputs.Count > 3 then float (slot inputs[1]).DType.Bytes else 0.0
+
+    match kind with
+    | Collective.RowsToExperts -> make 1 2 true 1 (tuples ()) 0.0
+    | Collective.RowsToTokens -> make 2 1 false 1 (tuples ()) 0.0
+    | Collective.Dispatch ranks ->
+        let places = if brings then placeBytes else 0.0
+        make (last - 1) last true ranks (probabilities + places) (width 2 (slot inputs[0]))
+    | Collective.Combine ranks -> make last (last - 1) false ranks probabilities (width 2 (slot (Seq.head outputs)))
+    | Collective.AllReduceSum
+    | Collective.AllReduceMax
+    | Collective.AllGather _
+    | Collective.ReduceScatter _
+    | Collective.AllToAll _
+    | Collective.RouteToExperts
+    | Collective.Send _
+    | Collective.Recv _ -> None
+
+/// Does this collective bring a row set the places of its tokens' rows? `seen`: sets that have them, which it adds to.
+let brings (seen: HashSet<int>) (kind: Collective) (inputs: IReadOnlyList<int>) =
+    kind.IsDispatch && seen.Add inputs[inputs.Count - 1]
 
 /// What members of a group, and nodes of theirs, get of one member's tokens.
 type private Share = {
@@ -121,7 +173,14 @@ let private counted (mesh: MeshInfo) (seqLength: int) (routing: IRouting) microb
 
 /// Bytes of one run of an exchange in these groups. A token enters another node at the member with its sender's place there, and goes on
 /// from it to the others that hold experts of it; what comes back takes the same way. `routing`: none, or one and the microbatch.
-let run (gpusPerNode: int) (plan: PlanSet) (routing: (IRouting * int) option) (groups: int[][]) (e: Exchange) : Sent =
+let run
+    gpusPerNode
+    (mesh: MeshInfo)
+    seqLength
+    (routing: (IRouting * int) option)
+    (groups: int[][])
+    (e: Exchange)
+    : Sent =
     let all, away = Dictionary<int, float>(), Dictionary<int, float>()
 
     let put (sums: Dictionary<int, float>) rank bytes =
@@ -143,8 +202,8 @@ let run (gpusPerNode: int) (plan: PlanSet) (routing: (IRouting * int) option) (g
 
         let share =
             match routing with
-            | None -> expected plan.Mesh e group nodes
-            | Some(known, microbatch) -> counted plan.Mesh plan.SeqLength known microbatch e group nodes
+            | None -> expected mesh e group nodes
+            | Some(known, microbatch) -> counted mesh seqLength known microbatch e group nodes
 
         nodes
         |> Array.iteri (fun own senders ->
