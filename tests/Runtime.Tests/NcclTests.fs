@@ -685,12 +685,6 @@ let private faults =
                 (TimeSpan.FromSeconds 7.0, TimeSpan.FromSeconds 600.0)
                 "seconds"
 
-            for text in [ "-1"; "x"; "1.5" ] do
-                let wrong = diagnostic (fun () -> NcclJob.ApartOf text |> ignore)
-                Expect.equal (wrong.Code, wrong.At) (Codes.OptionValue, NcclJob.ApartVariable) text
-
-            Expect.equal (NcclJob.ApartOf "3", NcclJob.ApartOf null) (3L <<< 20, Int64.MaxValue) "bytes"
-
             Expect.equal (NcclLibrary.VersionOf 22809, NcclLibrary.VersionOf 2708) ("2.28.9", "2.7.8") "versions")
 
         testCase "a record keeps the last ones" (fun () ->

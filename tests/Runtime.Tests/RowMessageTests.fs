@@ -76,13 +76,13 @@ let private rowsIn dtype padding (extents: int list) most (host: RowSet) width (
 let private heldOf (host: RowSet) width (slot: SlotValue) = Array.truncate (host.Rows * width) (read slot)
 
 /// Ranks over a fabric, each with calls that count its messages.
-let private counted apart peers (work: RankContext -> ICollectives -> FakeNccl -> 'a) =
+let private counted peers (work: RankContext -> ICollectives -> FakeNccl -> 'a) =
     use fabric = new LocalFabric()
 
     let results =
         together [ peers ] 1 (fun rank _ ->
             let nccl = FakeNccl(fabric, CancellationToken.None)
-            let job = NcclJob(peers, CancellationToken.None, Apart = apart)
+            let job = NcclJob(peers, CancellationToken.None)
             use collectives = new NcclCollectives(nccl, rank, [| axesGroup 0 [ 0 ] |], named "id", job)
 
             work rank collectives nccl)
@@ -180,7 +180,7 @@ let private gathered (case: Case) (rank: RankContext) collectives route (host: R
 
     forth, return', (read whole, heldOf host h back)
 
-let private sameBits name apart (work: Case -> RankContext -> ICollectives -> SlotValue -> RowSet -> int -> _) check =
+let private sameBits name (work: Case -> RankContext -> ICollectives -> SlotValue -> RowSet -> int -> _) check =
     testCase name (fun () ->
         for case in cases do
             let e = case.Experts
@@ -199,7 +199,7 @@ let private sameBits name apart (work: Case -> RankContext -> ICollectives -> Sl
                 |> values
 
             let asOnGpus =
-                counted apart case.Peers (fun rank collectives nccl ->
+                counted case.Peers (fun rank collectives nccl ->
                     let route, host = deviceRoute case.Here 1 case.Tokens e (case.Mask rank.Rank) e
 
                     let forth, return', bits =
@@ -218,7 +218,6 @@ let tests =
         RowMoveTests.runs
         sameBits
             "rows to their experts and back: the loopback's bits, a message for each peer and operand"
-            Int64.MaxValue
             exchanged
             (fun case me forth return' ->
                 let give, take = expected case me 2
@@ -228,7 +227,6 @@ let tests =
 
         sameBits
             "rows gathered and summed back: the loopback's bits, a message for each peer"
-            Int64.MaxValue
             gathered
             (fun case me forth return' ->
                 let have = several case
@@ -238,17 +236,12 @@ let tests =
                 Expect.equal forth (give, take) $"gathered: %A{case}"
                 Expect.equal return' (take, give) $"scattered: %A{case}")
 
-        // 20 bytes: some ranges are long enough
-        for apart in [ 0L; 20L ] do
-            sameBits $"the same where ranges of %i{apart} bytes go apart" apart exchanged (fun _ _ _ _ -> ())
-            sameBits $"and are gathered, from %i{apart} bytes on" apart gathered (fun _ _ _ _ -> ())
-
         testCase
             "a fused dispatch has tokens, what becomes of them, and probabilities: three messages a peer"
             (fun () ->
                 let s, e, h, peers = 5, 12, 8, 3
 
-                counted Int64.MaxValue peers (fun rank collectives nccl ->
+                counted peers (fun rank collectives nccl ->
                     let route, _ = deviceRoute 1 1 s e (Array.create (s * e) 1.0) e
                     let there = blockSlot 4 DType.Bool [ 1; s * peers; e / peers ]
                     perform collectives Collective.RouteToExperts group [ route ] [ there ]

@@ -9,7 +9,13 @@ open DeepSeekGraph.Runtime.Memory
 open DeepSeekGraph.Runtime.Native
 open DeepSeekGraph.Runtime.Tests.Slots
 
-let private work () : IRowWork = if device.Value.IsCuda then CudaRowWork() else HostRowWork()
+/// On the device of this thread.
+let private work () : IRowWork =
+    if device.Value.IsCuda then
+        device.Value.Enter()
+        CudaRowWork()
+    else
+        HostRowWork()
 
 let private onDevice (bytes: byte[]) =
     use host = torch.tensor bytes
@@ -188,7 +194,7 @@ let kernel =
     ]
 
 /// Ranges of one rank, me = 0, among three.
-let private movesOf apart (from: (int * int) list list) (into: (int * int) list list) fill =
+let private movesOf (from: (int * int) list list) (into: (int * int) list list) fill =
     let ranges (all: (int * int) list list) = [|
         for peer in all -> [| for at, count in peer -> RowRange(at, count) |]
     |]
@@ -201,7 +207,6 @@ let private movesOf apart (from: (int * int) list list) (into: (int * int) list 
             ranges into,
             0,
             [ for at, count in fill -> RowRange(at, count) ],
-            apart,
             Func<_, _>(fun integers ->
                 made.Add integers
                 torch.tensor integers)
@@ -220,14 +225,14 @@ let runs =
             LibTorch.Load()
             // two experts a rank, by token; what comes is by expert, in blocks of 4
             let moves, tables =
-                movesOf Int64.MaxValue [ [ 0, 2; 2, 1 ]; [ 3, 0; 3, 4 ]; [ 7, 1; 8, 2 ] ] [
+                movesOf [ [ 0, 2; 2, 1 ]; [ 3, 0; 3, 4 ]; [ 7, 1; 8, 2 ] ] [
                     [ 0, 2; 8, 1 ]
                     [ 2, 1; 9, 1 ]
                     [ 3, 2; 10, 0 ]
                 ] [ 5, 3; 10, 2 ]
 
-            Expect.equal moves.Sent [| [||]; [| RowRun(3, 4, false) |]; [| RowRun(7, 3, false) |] |] "sent"
-            Expect.equal moves.Received [| [||]; [| RowRun(0, 2, true) |]; [| RowRun(3, 2, false) |] |] "received"
+            Expect.equal moves.Sent [| RowRun(0, 0, false); RowRun(3, 4, false); RowRun(7, 3, false) |] "sent"
+            Expect.equal moves.Received [| RowRun(0, 0, false); RowRun(0, 2, true); RowRun(3, 2, false) |] "received"
             Expect.equal (moves.SentStaging, moves.ReceivedStaging) (0, 2) "staging memory"
             Expect.equal moves.Before.Rows 0 "nothing before"
 
@@ -250,14 +255,14 @@ let runs =
             LibTorch.Load()
 
             let moves, tables =
-                movesOf Int64.MaxValue [ [ 0, 2; 8, 1 ]; [ 2, 1; 9, 1 ]; [ 3, 2; 10, 0 ] ] [
+                movesOf [ [ 0, 2; 8, 1 ]; [ 2, 1; 9, 1 ]; [ 3, 2; 10, 0 ] ] [
                     [ 0, 2; 2, 1 ]
                     [ 3, 0; 3, 4 ]
                     [ 7, 1; 8, 2 ]
                 ] []
 
-            Expect.equal moves.Sent [| [||]; [| RowRun(0, 2, true) |]; [| RowRun(3, 2, false) |] |] "sent"
-            Expect.equal moves.Received [| [||]; [| RowRun(3, 4, false) |]; [| RowRun(7, 3, false) |] |] "received"
+            Expect.equal moves.Sent [| RowRun(0, 0, false); RowRun(0, 2, true); RowRun(3, 2, false) |] "sent"
+            Expect.equal moves.Received [| RowRun(0, 0, false); RowRun(3, 4, false); RowRun(7, 3, false) |] "received"
             Expect.equal (moves.Before.Rows, moves.Behind.Rows) (5, 0) "before"
 
             Expect.equal
@@ -267,37 +272,12 @@ let runs =
 
             moves.Dispose())
 
-        testCase "long ranges go apart, on both sides alike" (fun () ->
-            LibTorch.Load()
-            let from = [ [ 0, 1 ]; [ 1, 2; 3, 0; 3, 3 ]; [ 6, 1; 7, 2 ] ]
-            let into = [ [ 0, 1 ]; [ 1, 2; 4, 0; 8, 3 ]; [ 3, 1; 11, 2 ] ]
-
-            for apart, first, second in [ 0L, true, true; 2L, true, false; 3L, false, false ] do
-                let moves, _ = movesOf apart from into []
-
-                let split =
-                    if first then
-                        [| RowRun(1, 2, false); RowRun(3, 3, false) |]
-                    else
-                        [| RowRun(1, 5, false) |]
-
-                let last =
-                    if second then
-                        [| RowRun(6, 1, false); RowRun(7, 2, false) |]
-                    else
-                        [| RowRun(6, 3, false) |]
-
-                Expect.equal moves.Sent [| [||]; split; last |] $"sent, %i{apart}"
-                let counts (runs: RowRun[][]) = runs |> Array.map (Array.map _.Count)
-                Expect.equal (counts moves.Received) (counts moves.Sent) $"as many are received, %i{apart}"
-                moves.Dispose())
-
         testCase "neighbours are one segment, and no rows none" (fun () ->
             LibTorch.Load()
-            let moves, tables = movesOf Int64.MaxValue [ [ 0, 2; 2, 3; 5, 0; 9, 1 ] ] [ [ 4, 2; 6, 3; 9, 0; 9, 1 ] ] []
+            let moves, tables = movesOf [ [ 0, 2; 2, 3; 5, 0; 9, 1 ] ] [ [ 4, 2; 6, 3; 9, 0; 9, 1 ] ] []
             Expect.equal (segmentsOf moves.Behind tables) [ [| 0; 0; 4; 0 |]; [| 5; 9; 9; 0 |] ] "two"
             moves.Dispose()
-            let none, tables = movesOf Int64.MaxValue [ [ 0, 0 ]; [ 0, 0 ] ] [ [ 0, 0 ]; [ 0, 0 ] ] []
+            let none, tables = movesOf [ [ 0, 0 ]; [ 0, 0 ] ] [ [ 0, 0 ]; [ 0, 0 ] ] []
             Expect.isEmpty tables "nothing is uploaded"
             Expect.isNull none.Tables "no table")
 
@@ -305,6 +285,6 @@ let runs =
             LibTorch.Load()
 
             Expect.throwsT<InvalidOperationException>
-                (fun () -> movesOf Int64.MaxValue [ [ 0, 2 ] ] [ [ 0, 1 ] ] [] |> ignore)
+                (fun () -> movesOf [ [ 0, 2 ] ] [ [ 0, 1 ] ] [] |> ignore)
                 "two for one")
     ]

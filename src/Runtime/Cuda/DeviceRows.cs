@@ -10,7 +10,7 @@ namespace DeepSeekGraph.Runtime.Cuda;
 /// </summary>
 public sealed class DeviceRows : IDisposable
 {
-    private readonly List<(RowWay Way, DeviceRows Other, long Apart, RowMoves Moves)> _moves = [];
+    private readonly List<(RowWay Way, DeviceRows Other, RowMoves Moves)> _moves = [];
 
     internal DeviceRows(int rows, int tokens, int experts, int width, int padding, Tensor counts, Tensor offsets, Tensor flat, Tensor rowOf)
     {
@@ -121,16 +121,16 @@ public sealed class DeviceRows : IDisposable
     internal Crossing? Crossing { get; set; }
 
     /// <summary>How rows go between this set, which other ranks' counts made, and another one; made once.</summary>
-    internal RowMoves Moves(RowWay way, DeviceRows other, long apart, Func<RowMoves> make)
+    internal RowMoves Moves(RowWay way, DeviceRows other, Func<RowMoves> make)
     {
         foreach (var made in _moves)
         {
-            if (made.Way == way && made.Apart == apart && ReferenceEquals(made.Other, other))
+            if (made.Way == way && ReferenceEquals(made.Other, other))
                 return made.Moves;
         }
 
         var moves = make();
-        _moves.Add((way, other, apart, moves));
+        _moves.Add((way, other, moves));
         return moves;
     }
 

@@ -5,11 +5,8 @@ using DeepSeekGraph.Runtime.Kernels;
 
 namespace DeepSeekGraph.Runtime.Cuda;
 
-/// <summary>
-/// Where collectives of a group run; groups over the same axes share one. Without communicator: the rank is alone in it. `Apart`: bytes from
-/// which a range of rows is a message of its own.
-/// </summary>
-internal sealed record NcclLane(GroupMembers Members, nint Communicator, nint Stream, long Apart);
+/// <summary>Where collectives of a group run; groups over the same axes share one. Without communicator: the rank is alone in it.</summary>
+internal sealed record NcclLane(GroupMembers Members, nint Communicator, nint Stream);
 
 /// <summary>
 /// Start queues a collective on its group's stream, behind what stream 0 has to do; Wait makes stream 0 wait for it. The host waits for
@@ -145,7 +142,7 @@ internal sealed class NcclCollectives : ICollectives, IDisposable
                 continue;
             if (!streams.TryGetValue(communicator, out var stream))
                 streams[communicator] = stream = _nccl.NewStream();
-            _lanes[one.Group.Id] = new NcclLane(one.Members, communicator, stream, _job.Apart);
+            _lanes[one.Group.Id] = new NcclLane(one.Members, communicator, stream);
             if (one is { IsMessage: true, Origin: Origin.Split })
                 Greet(one.Group.Id);
         }

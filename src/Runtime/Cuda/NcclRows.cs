@@ -122,36 +122,33 @@ internal static class NcclRows
     public static void Move(
         INcclCalls nccl, NcclLane lane, RowWay way, SlotValue source, SlotValue target, nint from, nint to, long width, int fill, NcclLaunch launch)
     {
-        var moves = MovesOf(nccl, lane, way, source, target, lane.Apart == long.MaxValue ? lane.Apart : (lane.Apart + width - 1) / width);
+        var moves = MovesOf(nccl, lane, way, source, target);
         var (sent, received) = (Staging(moves.SentStaging), Staging(moves.ReceivedStaging));
         for (var peer = 0; peer < moves.Sent.Length; peer++)
         {
             var other = peer;
-            foreach (var run in moves.Sent[peer])
-            {
-                var (at, bytes) = ((run.IsStaged ? sent : from) + (nint)(run.At * width), run.Count * width);
-                launch.Group.Add(stream => nccl.Send(lane.Communicator, at, bytes, other, stream));
-            }
-
-            foreach (var run in moves.Received[peer])
-            {
-                var (at, bytes) = ((run.IsStaged ? received : to) + (nint)(run.At * width), run.Count * width);
-                launch.Group.Add(stream => nccl.Receive(lane.Communicator, at, bytes, other, stream));
-            }
+            var (goes, comes) = (Place(moves.Sent[peer], sent, from), Place(moves.Received[peer], received, to));
+            if (goes.Bytes > 0)
+                launch.Group.Add(stream => nccl.Send(lane.Communicator, goes.At, goes.Bytes, other, stream));
+            if (comes.Bytes > 0)
+                launch.Group.Add(stream => nccl.Receive(lane.Communicator, comes.At, comes.Bytes, other, stream));
         }
 
         launch.Move(moves, new MovedRows(from, sent, to, width, fill), new MovedRows(from, received, to, width, fill));
+
+        (nint At, long Bytes) Place(RowRun run, nint staging, nint value)
+            => ((run.IsStaged ? staging : value) + (nint)(run.At * width), run.Count * width);
 
         nint Staging(int rows)
             => rows == 0 ? 0 : launch.Own(empty(rows * width, dtype: ScalarType.Byte, device: target.Device));
     }
 
     /// <summary>Kept with the set that the exchange of counts made.</summary>
-    private static RowMoves MovesOf(INcclCalls nccl, NcclLane lane, RowWay way, SlotValue source, SlotValue target, long apart)
+    private static RowMoves MovesOf(INcclCalls nccl, NcclLane lane, RowWay way, SlotValue source, SlotValue target)
     {
         var (from, to) = (source.DeviceRows, target.DeviceRows);
         var (made, other) = way is RowWay.ToExperts or RowWay.Gather ? (to, from) : (from, to);
-        return made.Moves(way, other, apart, () =>
+        return made.Moves(way, other, () =>
         {
             var (mine, theirs, n) = (Known(from, source), Known(to, target), lane.Members.Ranks.Length);
             var (ranges, places) = way switch
@@ -162,7 +159,7 @@ internal static class NcclRows
                 RowWay.Scatter => (ByExpert(mine), Whole(theirs, n, to.Rows)),
                 _ => throw new UnreachableException($"no way {way}"),
             };
-            return RowMoves.Of(ranges, places, lane.Members.Me, way == RowWay.Scatter ? [] : Filling(theirs), apart, integers =>
+            return RowMoves.Of(ranges, places, lane.Members.Me, way == RowWay.Scatter ? [] : Filling(theirs), integers =>
             {
                 var tables = empty(integers.Length, dtype: ScalarType.Int32, device: target.Device);
                 nccl.Rows.FromHost(integers, NcclLaunch.Address(tables));

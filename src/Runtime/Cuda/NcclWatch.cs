@@ -11,9 +11,6 @@ internal sealed record NcclJob(int Ranks, CancellationToken Stop)
     /// <summary>Environment variable with the seconds after which a collective counts as one that does not end.</summary>
     public const string TimeoutVariable = "DSG_NCCL_TIMEOUT";
 
-    /// <summary>Environment variable with the MiB from which a range of rows is a message of its own.</summary>
-    public const string ApartVariable = "DSG_NCCL_APART";
-
     /// <summary>May there be fused dispatches? Then each exchange of counts says how many tokens go where.</summary>
     public bool Dispatches { get; init; } = true;
 
@@ -36,16 +33,6 @@ internal sealed record NcclJob(int Ranks, CancellationToken Stop)
     public TimeSpan Grace { get; init; } = 3 * Patience.Beat;
 
     public TimeSpan Timeout { get; init; } = TimeoutOf(Environment.GetEnvironmentVariable(TimeoutVariable));
-
-    /// <summary>Bytes that the rows of one expert for a peer have on average, from which they are not staged; the same for all ranks.</summary>
-    public long Apart { get; init; } = ApartOf(Environment.GetEnvironmentVariable(ApartVariable));
-
-    /// <summary>Never where nothing is said; DSG0902 for what is no number of MiB.</summary>
-    public static long ApartOf(string? text)
-        => string.IsNullOrEmpty(text) ? long.MaxValue
-            : int.TryParse(text, NumberStyles.None, CultureInfo.InvariantCulture, out var mebibytes) ? (long)mebibytes << 20
-                : throw DiagnosticException.Of(
-                    Codes.OptionValue, ApartVariable, $"'{text}' is no number of MiB", $"set {ApartVariable} to 0 or more, or leave it out");
 
     /// <summary>600 seconds where nothing is said; DSG0902 for what is no number of seconds.</summary>
     public static TimeSpan TimeoutOf(string? text)

@@ -32,11 +32,11 @@ internal readonly record struct RowTable(int Start, int Count, int Rows)
 /// <summary>
 /// One way of rows between ranks: a message for each peer. Where a peer's rows lie together on a side they are sent from there, or received
 /// there; others go through staging memory, from or to which a kernel moves them. A rank's own rows go straight to their place, by the same
-/// kernel. Ranges that are long enough go apart instead, in a message each, straight to their places.
+/// kernel.
 /// </summary>
 internal sealed class RowMoves : IDisposable
 {
-    private RowMoves(RowRun[][] sent, RowRun[][] received, int sentStaging, int receivedStaging, RowTable before, RowTable behind, Tensor? tables)
+    private RowMoves(RowRun[] sent, RowRun[] received, int sentStaging, int receivedStaging, RowTable before, RowTable behind, Tensor? tables)
     {
         Sent = sent;
         Received = received;
@@ -47,10 +47,10 @@ internal sealed class RowMoves : IDisposable
         Tables = tables;
     }
 
-    /// <summary>The messages to each member, and those from it; none for the rank itself.</summary>
-    public RowRun[][] Sent { get; }
+    /// <summary>The message to each member, and that from it; of no rows for the rank itself.</summary>
+    public RowRun[] Sent { get; }
 
-    public RowRun[][] Received { get; }
+    public RowRun[] Received { get; }
 
     /// <summary>Rows of staging memory in front of the messages, and behind them.</summary>
     public int SentStaging { get; }
@@ -67,14 +67,13 @@ internal sealed class RowMoves : IDisposable
 
     /// <summary>
     /// `from`[member] are the ranges of what goes to a member, `to`[member] those of what comes from it, in one order on both ranks; `fill` are
-    /// rows of the result that nothing comes for. A peer's ranges of `apart` rows or more on average go apart, which both ranks know alike.
-    /// `upload` makes a tensor of integers.
+    /// rows of the result that nothing comes for. `upload` makes a tensor of integers.
     /// </summary>
-    public static RowMoves Of(RowRange[][] from, RowRange[][] to, int me, IEnumerable<RowRange> fill, long apart, Func<int[], Tensor> upload)
+    public static RowMoves Of(RowRange[][] from, RowRange[][] to, int me, IEnumerable<RowRange> fill, Func<int[], Tensor> upload)
     {
         var (before, behind) = (new Segments(), new Segments());
-        var (sent, sentStaging) = Runs(from, me, apart, (range, staged) => before.Add(range.At, staged, range.Count, RowTable.ToStaging));
-        var (received, receivedStaging) = Runs(to, me, apart, (range, staged) => behind.Add(staged, range.At, range.Count, RowTable.FromStaging));
+        var (sent, sentStaging) = Runs(from, me, (range, staged) => before.Add(range.At, staged, range.Count, RowTable.ToStaging));
+        var (received, receivedStaging) = Runs(to, me, (range, staged) => behind.Add(staged, range.At, range.Count, RowTable.FromStaging));
         // with the others, so that there is one kernel where one side is in order
         var own = before.Count > 0 ? before : behind;
         for (var k = 0; k < from[me].Length; k++)
@@ -94,17 +93,16 @@ internal sealed class RowMoves : IDisposable
 
     public void Dispose() => Tables?.Dispose();
 
-    /// <summary>Each member's messages; `stage` gets the ranges of those whose rows do not lie together, with their place in staging memory.</summary>
-    private static (RowRun[][] Runs, int Staged) Runs(RowRange[][] ranges, int me, long apart, Action<RowRange, int> stage)
+    /// <summary>Each member's message; `stage` gets the ranges of those whose rows do not lie together, with their place in staging memory.</summary>
+    private static (RowRun[] Runs, int Staged) Runs(RowRange[][] ranges, int me, Action<RowRange, int> stage)
     {
-        var runs = new RowRun[ranges.Length][];
+        var runs = new RowRun[ranges.Length];
         var staged = 0;
         for (var peer = 0; peer < ranges.Length; peer++)
         {
-            runs[peer] = [];
             if (peer == me)
                 continue;
-            var (begin, end, count, used, together) = (0, 0, 0, 0, true);
+            var (begin, end, count, together) = (0, 0, 0, true);
             foreach (var range in ranges[peer])
             {
                 if (range.Count == 0)
@@ -115,18 +113,9 @@ internal sealed class RowMoves : IDisposable
                     together = false;
                 end = range.At + range.Count;
                 count = checked(count + range.Count);
-                used++;
             }
 
-            if (count == 0)
-                continue;
-            if (used > 1 && count / used >= apart)
-            {
-                runs[peer] = [.. ranges[peer].Where(range => range.Count > 0).Select(range => new RowRun(range.At, range.Count, false))];
-                continue;
-            }
-
-            runs[peer] = [together ? new RowRun(begin, count, false) : new RowRun(staged, count, true)];
+            runs[peer] = together ? new RowRun(begin, count, false) : new RowRun(staged, count, true);
             if (together)
                 continue;
             foreach (var range in ranges[peer])
