@@ -81,17 +81,36 @@ let private combine ranks (graph: Graph) (consumers: int[][]) (n: int) : Found o
         | _ -> None
     | _other -> None
 
+/// Do the rows that a combine takes come of a dispatch of the same row set? With the first one ranks learn which rows are a token's, without
+/// which nobody can sum them.
+let private follows (graph: Graph) (dispatched: Dictionary<int, int>) (c: Found) =
+    let seen = HashSet<int>()
+    let set = c.Inputs[c.Inputs.Length - 2]
+
+    let rec comes value =
+        seen.Add value
+        && match dispatched.TryGetValue value with
+           | true, other when other = set -> true
+           | true, _
+           | false, _ -> (graph.NodeOf value).Inputs |> Array.exists (fun v -> graph.Types[v].Routed && comes v)
+
+    comes c.Inputs.Head
+
 /// Fuses what can be; where rows are gathered before they are exchanged (expert tensor parallelism along one token dim), they stay.
 let run (ranksPerNode: int) (p: Partitioned) : Partitioned =
     let graph = p.Graph
     let consumers = Rewrite.consumers graph
 
-    let found = [
-        for n in 0 .. graph.Nodes.Length - 1 do
-            match dispatch ranksPerNode graph consumers n |> Option.orElse (combine ranksPerNode graph consumers n) with
-            | Some f -> f
-            | None -> ()
-    ]
+    let all fuse = List.choose (fuse ranksPerNode graph consumers) [ 0 .. graph.Nodes.Length - 1 ]
+    let dispatches = all dispatch
+    // the row set by expert of what each makes
+    let dispatched = Dictionary<int, int>()
+
+    for d in dispatches do
+        for v in d.Results do
+            dispatched[v] <- List.last d.Inputs
+
+    let found = dispatches @ List.filter (follows graph dispatched) (all combine)
 
     let at = found |> List.map (fun f -> f.At, f) |> dict
     let gone = HashSet(found |> Seq.collect _.Gone)
