@@ -274,7 +274,7 @@ let tests =
         testCase "a rank alone moves its rows, and sends none" (fun () ->
             let s, e, h = 6, 4, 8
 
-            counted Int64.MaxValue 1 (fun _ collectives nccl ->
+            counted 1 (fun _ collectives nccl ->
                 let route, host = deviceRoute 1 1 s e (randomMask 3 s e 2) e
                 let there = blockSlot 4 DType.Bool [ 1; s; e ]
                 perform collectives Collective.RouteToExperts group [ route ] [ there ]
@@ -291,7 +291,7 @@ let tests =
             |> ignore)
 
         testCase "the integers of a way are made once for two sets" (fun () ->
-            counted Int64.MaxValue 2 (fun _ collectives _ ->
+            counted 2 (fun _ collectives _ ->
                 let s, e = 4, 4
                 let route, host = deviceRoute 1 1 s e (Array.create (s * e) 1.0) e
                 let there = rowSlot DType.Bool [ 1; 2 * s; e / 2 ]
@@ -304,11 +304,11 @@ let tests =
                         rowSlot DType.Float32 [ 1; 2 * s; e / 2; 1 ]
                     ]
 
-                there.DeviceRows.Moves(RowWay.ToExperts, route.DeviceRows, Int64.MaxValue, Func<_>(never)) |> ignore
+                there.DeviceRows.Moves(RowWay.ToExperts, route.DeviceRows, Func<_>(never)) |> ignore
 
                 Expect.throws
                     (fun () ->
-                        there.DeviceRows.Moves(RowWay.ToTokens, route.DeviceRows, Int64.MaxValue, Func<_>(never))
+                        there.DeviceRows.Moves(RowWay.ToTokens, route.DeviceRows, Func<_>(never))
                         |> ignore)
                     "the way back is another one")
             |> ignore)

@@ -358,23 +358,21 @@ def nccl():
         say("nccl", "", "", problem.strip().splitlines()[-1][:160] if problem.strip() else "no output", "FAILED")
 
 
-SPEED_STEPS = 8
 # figures of a processor say nothing, but that the script works
-SPEED = (f"deepseek_v3_proxy --dtype bf16 --steps {SPEED_STEPS}" if DEVICE == "cuda"
-         else f"deepseek_v3_tiny --dtype fp32 --seq-length 32 --steps {SPEED_STEPS}")
+SPEED = "deepseek_v3_proxy --dtype bf16" if DEVICE == "cuda" else "deepseek_v3_tiny --dtype fp32 --seq-length 32"
 
 
-def traced(name, processes, options):
+def traced(name, processes, options, steps):
     """A run whose last two steps are recorded, so that none that counts is. Its weights hardly move: a router in training sends more rows
     to one GPU than to the other, which is no matter of communication."""
     folder = os.path.join(OUT, name_of(name) + ".trace")
     shutil.rmtree(folder, ignore_errors=True)
-    result = train(name, processes, f"{SPEED} --lr 1e-9 {options} --trace {shlex.quote(folder)} --trace-step {SPEED_STEPS}", 130)
-    return {**result, "overlap": overlaps(folder)}
+    result = train(name, processes, f"{SPEED} --steps {steps} --lr 1e-9 {options} --trace {shlex.quote(folder)} --trace-step {steps}", 130)
+    return {**result, "steps": steps, "overlap": overlaps(folder)}
 
 
 def rate(result):
-    late = [line["tokens_per_s"] for line in result["metrics"][2:SPEED_STEPS - 2]]
+    late = [line["tokens_per_s"] for line in result["metrics"][2:result["steps"] - 2]]
     return statistics.median(late) if late else None
 
 
@@ -382,7 +380,7 @@ def report(part, name, result, gpus, one):
     """Tokens a second and GPU beside one GPU's, memory, and what is hidden."""
     tokens = rate(result)
     if tokens is None:
-        say(part, name, f"{len(result['metrics'])} of {SPEED_STEPS} steps", f"exit {result['code']}", "FAILED")
+        say(part, name, f"{len(result['metrics'])} of {result['steps']} steps", f"exit {result['code']}", "FAILED")
         RESULTS["parts"].append({"part": part, "name": name, "failed": True, "exit": result["code"]})
         return
     predicted, counted = table_of_memory(result["log"])
@@ -401,14 +399,14 @@ def report(part, name, result, gpus, one):
     })
 
 
-def measured(part, batch, jobs):
+def measured(part, batch, steps, jobs):
     """Jobs of N GPUs beside one GPU that has as many sequences a step."""
     what = "a sequence" if batch == 1 else f"{batch} sequences"
-    one = traced(f"{part} one", 1, f"--tp 1 --global-batch {batch}")
+    one = traced(f"{part} one", 1, f"--tp 1 --global-batch {batch}", steps)
     report(part, f"one GPU, {what} a step", one, 1, rate(one))
     for name, options in jobs:
         if left() > 60:
-            result = traced(f"{part} {name}", GPUS, f"--dp {GPUS} --global-batch {batch * GPUS} {options}")
+            result = traced(f"{part} {name}", GPUS, f"--dp {GPUS} --global-batch {batch * GPUS} {options}", steps)
             report(part, f"{name}, {what} a GPU", result, GPUS, rate(one))
         else:
             say(part, name, "", "no time left", "skipped")
@@ -416,17 +414,17 @@ def measured(part, batch, jobs):
 
 def speed():
     expert, flex = f"--ep {GPUS}", "--set recipe.dispatcher=flex"
-    measured("speed", 1, [(f"EP {GPUS}", expert), (f"DP {GPUS}", ""), (f"EP {GPUS} by flex", f"{expert} {flex}")])
+    measured("speed", 1, 8, [(f"EP {GPUS}", expert), (f"DP {GPUS}", ""), (f"EP {GPUS} by flex", f"{expert} {flex}")])
     if left() > 90:
-        several = train("equal proxy", GPUS, f"{SPEED} --lr 1e-5 --dp {GPUS} --ep {GPUS} --global-batch {GPUS}", 130)
-        again = train("equal proxy one", 1, f"{SPEED} --lr 1e-5 --tp 1 --global-batch {GPUS}", 130)
+        several = train("equal proxy", GPUS, f"{SPEED} --steps 8 --lr 1e-5 --dp {GPUS} --ep {GPUS} --global-batch {GPUS}", 130)
+        again = train("equal proxy one", 1, f"{SPEED} --steps 8 --lr 1e-5 --tp 1 --global-batch {GPUS}", 130)
         compare("equal", f"{SPEED.split()[0]}, EP {GPUS}", several, again, (5e-3, 5e-2))
 
 
 def beside():
     """Several microbatches a step: a forward beside the backward of another, and not."""
     expert, flex = f"--ep {GPUS}", "--set recipe.dispatcher=flex"
-    measured("beside", 4, [
+    measured("beside", 16, 6, [
         (f"EP {GPUS} by flex, F beside W", f"{expert} {flex} {PAIRS}"),
         (f"EP {GPUS}, F beside W", f"{expert} {PAIRS}"),
         (f"EP {GPUS} by flex", f"{expert} {flex}"),
