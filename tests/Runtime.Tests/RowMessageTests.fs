@@ -307,9 +307,7 @@ let tests =
                 there.DeviceRows.Moves(RowWay.ToExperts, route.DeviceRows, Func<_>(never)) |> ignore
 
                 Expect.throws
-                    (fun () ->
-                        there.DeviceRows.Moves(RowWay.ToTokens, route.DeviceRows, Func<_>(never))
-                        |> ignore)
+                    (fun () -> there.DeviceRows.Moves(RowWay.ToTokens, route.DeviceRows, Func<_>(never)) |> ignore)
                     "the way back is another one")
             |> ignore)
     ]
