@@ -49,18 +49,7 @@ let private train (seed: uint64) (trace: RoutingTrace) (recipe: Recipe) =
 
     task {
         use! trainer = Trainer.StartAsync(plan, options)
-        let results = List<_>()
-        let run = trainer.RunAsync(int64 steps).GetAsyncEnumerator()
-        let mutable more = true
-
-        while more do
-            let! next = run.MoveNextAsync()
-            more <- next
-
-            if more then
-                results.Add((run.Current.Loss, run.Current.GradNorm))
-
-        return List.ofSeq results
+        return! ParallelTests.eachStep trainer steps (fun m -> m.Loss, m.GradNorm)
     }
     |> _.GetAwaiter().GetResult()
 

@@ -9,6 +9,7 @@ open DeepSeekGraph.Compiler
 open DeepSeekGraph.Models
 open DeepSeekGraph.Runtime.Collectives
 open DeepSeekGraph.Runtime.Execution
+open DeepSeekGraph.Runtime.Telemetry
 open DeepSeekGraph.Runtime.Training
 open DeepSeekGraph.Testing
 open DeepSeekGraph.Models.Tests.Jobs
@@ -34,6 +35,22 @@ let private options (config: DeepSeekV3Config) (plan: PlanSet) (trace: RoutingTr
         World = world
     )
 
+/// Something of what is told of each step, in order.
+let eachStep (trainer: Trainer) (steps: int) (pick: StepMetrics -> 'a) = task {
+    let results = List<'a>()
+    let run = trainer.RunAsync(int64 steps).GetAsyncEnumerator()
+    let mutable more = true
+
+    while more do
+        let! next = run.MoveNextAsync()
+        more <- next
+
+        if more then
+            results.Add(pick run.Current)
+
+    return List.ofSeq results
+}
+
 /// Loss, MTP loss and gradient norm of each step in a world, null: the loopback; `trace` records or replays which experts tokens choose.
 let private tracedIn
     (world: IWorld | null)
@@ -45,20 +62,9 @@ let private tracedIn
 
     task {
         let! trainer = Trainer.StartAsync(plan, options config plan trace world)
-        let results = List<_>()
-        let run = trainer.RunAsync(int64 steps).GetAsyncEnumerator()
-        let mutable more = true
-
-        while more do
-            let! next = run.MoveNextAsync()
-            more <- next
-
-            if more then
-                let m = run.Current
-                results.Add((m.Loss, m.MtpLoss.GetValueOrDefault(), m.GradNorm))
-
+        let! results = eachStep trainer steps (fun m -> m.Loss, m.MtpLoss.GetValueOrDefault(), m.GradNorm)
         do! trainer.DisposeAsync()
-        return List.ofSeq results
+        return results
     }
     |> _.GetAwaiter().GetResult()
 

@@ -367,20 +367,7 @@ let checkGraph (mesh: MeshInfo) (p: Partitioned) : Diagnostic list =
             report (graph.NodeOf v).Origin.Path $"%%%i{v}, %O{graph.Types[v]}, has a layout that names no dim of it"
 
     if found.Count = 0 then
-        let slots =
-            graph.Types
-            |> Array.mapi (fun v t -> {
-                Id = v
-                Name = $"%%%i{v}"
-                Kind = SlotKind.Temporary
-                DType = t.DType
-                Axes = t.Names
-                Extents = t.Extents
-                Routed = t.Routed
-                Density = t.Density
-                Padding = 1
-                Layout = p.Layouts[v]
-            })
+        let slots = graph.Types |> Array.mapi (fun v t -> Layout.slot v $"%%%i{v}" SlotKind.Temporary t p.Layouts[v])
 
         for node in graph.Nodes do
             let report = report node.Origin.Path

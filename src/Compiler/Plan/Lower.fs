@@ -244,7 +244,7 @@ let private rank
     let slots = SlotTable()
     let added, epilogue, observed = accumulators job p parameters slots r maker
     let input = epilogue groups
-    let router = Routing.first graph
+    let clock = Overlap.clock job.Mesh job.Recipe.RanksPerNode (Routing.first graph) (fun group -> groups[group])
     let mutable token = -1
 
     let next () =
@@ -271,11 +271,7 @@ let private rank
                         if made = stage then
                             accumulator
                 ]
-                Clock =
-                    if job.Recipe.Overlap then
-                        ValueSome(Overlap.clock job.Mesh job.Recipe.RanksPerNode router (fun group -> groups[group]))
-                    else
-                        ValueNone
+                Clock = if job.Recipe.Overlap then ValueSome clock else ValueNone
             })
 
     // W in parts, where gradients are to be reduced as they become complete
@@ -291,7 +287,6 @@ let private rank
 
     let size slot = if isReduced slot then Epilogue.elements slots[slot] else 0L
     let bucket = Epilogue.bucket input.Bucket (Mesh.extent job.Mesh (Mesh.axesOf job.Mesh "dp"))
-    let clock = Overlap.clock job.Mesh job.Recipe.RanksPerNode router (fun group -> groups[group]) (slots.ToArray())
     let phases = Dictionary<struct (string * int), Step list list>()
 
     programs
@@ -308,7 +303,7 @@ let private rank
                 | Phase.Epilogue -> [ steps ])
 
     let pieces (phase: Phase) chunk = phases.GetValueOrDefault(struct (phase.Word, chunk), [ [] ])
-    let struct (parts, timetable) = Weave.run clock pieces timetable
+    let struct (parts, timetable) = Weave.run (clock (slots.ToArray())) pieces timetable
     let stepsOf (a: Action) = (parts a.Phase a.Chunk)[a.Phase.Part]
     let early = Reductions.early stepsOf isReduced timetable
     let timetable = Reductions.place early timetable

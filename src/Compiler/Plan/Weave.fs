@@ -86,6 +86,7 @@ type private Strand(clock: Overlap.Clock, atoms: Atom[]) =
     let mutable at, ran = 0, 0L
 
     member _.AtEnd = at >= atoms.Length
+
     /// The share that has run.
     member _.Share = float ran / float all
 
@@ -222,32 +223,35 @@ let run
             if first <> second then
                 opened.Add(struct (a.Phase.Word, a.Chunk, k)) |> ignore
 
-    let opens (phase: Phase) chunk k =
-        let atom = Array.item k (atoms phase chunk)
-        atom.Opens || opened.Contains(struct (phase.Word, chunk, k))
+    /// The part that each atom of a program is of.
+    let partOf =
+        remembered (fun phase chunk ->
+            let mutable part = -1
+
+            [|
+                for k, atom in Array.indexed (atoms phase chunk) do
+                    if k = 0 || atom.Opens || opened.Contains(struct (phase.Word, chunk, k)) then
+                        part <- part + 1
+
+                    part
+            |])
 
     let parts =
         remembered (fun phase chunk ->
-            let parts = List<List<Step>>()
-
-            for k, atom in Array.indexed (atoms phase chunk) do
-                if k = 0 || opens phase chunk k then
-                    parts.Add(List())
-
-                parts[parts.Count - 1].AddRange atom.Steps
-
-            [ for part in parts -> List.ofSeq part ])
-
-    /// The part that begins with an atom.
-    let part (phase: Phase) chunk k = Seq.length (seq { 1..k } |> Seq.filter (opens phase chunk))
+            Array.zip (partOf phase chunk) (atoms phase chunk)
+            |> Array.groupBy fst
+            |> Array.map (fun (_, together) -> together |> Array.map (fun (_, atom) -> atom.Steps) |> List.concat)
+            |> List.ofArray)
 
     parts,
     [
         for order in orders do
             for struct (_, struct (action, k)) in order do
-                if k = 0 || opens action.Phase action.Chunk k then
+                let part = partOf action.Phase action.Chunk
+
+                if k = 0 || part[k] <> part[k - 1] then
                     yield {
                         action with
-                            Phase = action.Phase.WithPart(part action.Phase action.Chunk k)
+                            Phase = action.Phase.WithPart part[k]
                     }
     ]
